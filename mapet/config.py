@@ -1,0 +1,212 @@
+"""Configuration of a run: nested dataclasses, checked when they are made.
+
+A run is a pure function of a `RunConfig`. Every default is the paper's value (Table 8) unless its comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mapet.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+ObjectiveName = Literal["mapet", "pim", "mim"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Vision transformer and prediction head (paper, Table 8). The defaults are ViT-T/16 at 224 pixels."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    mlp_ratio: float = 4.0
+    class_token: bool = True
+    layer_scale: float = 0.1
+    drop_path: float = 0.1
+    vocabulary: int = 8192
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads", "vocabulary"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}",
+        )
+        _require(self.width % self.heads == 0, f"model.heads {self.heads} does not divide model.width {self.width}")
+        _require(0.0 <= self.drop_path < 1.0, f"model.drop_path must be in [0, 1), got {self.drop_path}")
+        _require(self.vocabulary <= 65536, f"model.vocabulary is at most 65536 (uint16 tokens), got {self.vocabulary}")
+        _require(self.tokens >= 2, "an image must have at least 2 tokens; make patch_size smaller than image_size")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches in an image, P."""
+        return self.grid**2
+
+    @property
+    def tokens(self) -> int:
+        """Content tokens in an image, N: the patches, and the class token where there is one."""
+        return self.patches + int(self.class_token)
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in one attention head."""
+        return self.width // self.heads
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+        """ViT-T, ViT-S or ViT-B of the paper by name ("tiny", "small", "base"), with any field changed."""
+        if name not in MODEL_PRESETS:
+            raise ConfigError(f"unknown model {name!r}; the presets are {', '.join(MODEL_PRESETS)}")
+        return cls(**{**MODEL_PRESETS[name], **changes})
+
+
+MODEL_PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"width": 192, "heads": 3},
+    "small": {"width": 384, "heads": 6},
+    "base": {"width": 768, "heads": 12},
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted from what (paper, section 3 and Table 1)."""
+
+    name: ObjectiveName = "mapet"
+    cut: int = 50
+    """Tokens that are not predicted, the class token included (the paper's c: 50 for ViT-T and ViT-S, 60 for ViT-B).
+    MIM masks the other N - cut tokens; its paper setting, 75 masked patches of 196, is cut = 122."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokenised images are, and how they are fed."""
+
+    cache: Path = Path("runs/cache")
+    """Folder that `mapet tokenize` made: cropped uint8 images, uint16 tokens and a manifest."""
+    workers: int = 2
+    color_jitter: float = 0.4
+    """Largest relative change of brightness, contrast and saturation, drawn per image; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
+        _require(0.0 <= self.color_jitter <= 1.0, f"data.color_jitter must be in [0, 1], got {self.color_jitter}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (paper, Table 8)."""
+
+    epochs: int = 300
+    global_batch: int = 2048
+    """Images per optimizer step over all processes and accumulated micro-batches."""
+    lr: float = 1.5e-3
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_epochs: int = 10
+    cooldown_epochs: int = 0
+    """Epochs at min_lr after the cosine; the official code runs 10, which the paper does not mention."""
+    schedule_per: Literal["step", "epoch"] = "step"
+    """The official code changes the learning rate once per epoch; per step is smoother and the default here."""
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 3.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
+        _require(self.global_batch >= 1, f"optim.global_batch must be at least 1, got {self.global_batch}")
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"optim.warmup_epochs must be in [0, epochs = {self.epochs}], got {self.warmup_epochs}",
+        )
+        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        _require(self.clip >= 0, f"optim.clip must not be negative, got {self.clip}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the loop runs: none of this changes what is learned, except precision and ema."""
+
+    output: Path = Path("runs/pretrain")
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."""
+    precision: Precision = "fp32"
+    micro_batch: int = 0
+    """Images per forward pass and process; 0 means the process's whole share of the global batch."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+    backend: str = "auto"
+    """Attention backend of mapet_kernels."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights; 0 keeps none (the paper keeps none)."""
+    save_every: int = 1000
+    """Optimizer steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    resume: bool = True
+    """Go on from the newest valid checkpoint in `output`, where there is one."""
+    max_steps: int = 0
+    """Stop after so many optimizer steps in all, with a checkpoint; 0 means run to the end of the last epoch."""
+    log_every: int = 10
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep", "log_every"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.micro_batch >= 0, f"train.micro_batch must not be negative, got {self.micro_batch}")
+        _require(0.0 <= self.ema_decay < 1.0, f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(self.max_steps >= 0, f"train.max_steps must not be negative, got {self.max_steps}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pre-training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_cut(self.objective.cut, self.model.tokens)
+
+
+def check_cut(cut: int, tokens: int) -> None:
+    """Raise ConfigError unless 1 <= cut <= tokens - 1 (paper, section 3.3: c in [1, N - 1])."""
+    _require(1 <= cut <= tokens - 1, f"objective.cut must be in [1, N - 1] = [1, {tokens - 1}], got {cut}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values; paths become text."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of `to_dict` for ModelConfig. Unknown or missing keys are a ConfigError that names them."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    if unknown := set(values) - known:
+        raise ConfigError(f"unknown model configuration keys {sorted(unknown)}; known are {sorted(known)}")
+    return ModelConfig(**values)
