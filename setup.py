@@ -1,4 +1,4 @@
-"""Package layout: the folder kernels/ is installed as mapet_kernels, mapet/ as mapet. Everything else is in pyproject.toml."""
+"""Package layout: folder kernels/ is installed as mapet_kernels, mapet/ as mapet. The rest is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -1,6 +1,6 @@
 """Configuration of a run: nested dataclasses, checked when they are made.
 
-A run is a pure function of a `RunConfig`. Every default is the paper's value (Table 8) unless its comment says otherwise.
+A run is a pure function of a `RunConfig`. A default is the paper's value (Table 8) unless its comment says otherwise.
 """
 
 from __future__ import annotations
