@@ -13,7 +13,7 @@ def rows(*patterns: str) -> torch.Tensor:
 
 
 def official_masks(perm: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Content and query masks in image order with targets in image order, built from ranks as the official code does."""
+    """Content and query masks with tokens and targets in image order, from ranks as the official code does."""
     tokens = perm.numel()
     rank = perm.argsort()
     targets = (rank >= cut).nonzero().squeeze(1)
