@@ -37,8 +37,8 @@ def tokenize(
     Args:
         source: the images.
         tokenizer: a fitted tokenizer; its batches are handed to it on `device`.
-        output: folder of the cache. A complete cache of the same images, tokenizer and sizes is reused; one that differs
-            is refused by name, or replaced if `overwrite`.
+        output: folder of the cache. A complete cache of the same images, tokenizer and sizes is reused; one that
+            differs is refused by name, or replaced if `overwrite`.
         image_size: side in pixels of the crops kept for pre-training; a multiple of `tokenizer.grid`.
         workers: processes that decode.
         max_skipped: unreadable images are skipped and listed, up to this fraction of all.

@@ -48,8 +48,8 @@ def color_jitter(images: Tensor, draws: JitterDraws) -> Tensor:
     """Apply the draws, each image its own, as torchvision's adjust_* functions do on float images.
 
     Each operation is factor * image + (1 - factor) * other, clamped to [0, 1], where other is black for brightness, the
-    image's mean grey for contrast and its grey version for saturation. So the whole batch takes three vectorised passes,
-    without a host sync.
+    image's mean grey for contrast and its grey version for saturation. So the whole batch takes three vectorised
+    passes, without a host sync.
 
     The official code jitters uint8 pictures with Pillow, which rounds after each operation: the same up to about 1/255.
 

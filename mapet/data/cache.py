@@ -187,7 +187,7 @@ class CacheWriter:
     """Writes a token cache into a hidden folder beside `path` and moves it there at the end.
 
     Use it in a with statement; leaving the block without `finish`, by an error or by Ctrl-C, removes what was written
-    and leaves a cache that was at `path` as it was. Only a killed process leaves its `.NAME.partial-*` folder, to be deleted.
+    and leaves a cache that was at `path` as it was. Only a killed process leaves its folder, `.NAME.partial-*`: delete it.
 
     Args:
         path: the cache's folder.

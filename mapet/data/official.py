@@ -28,6 +28,7 @@ from mapet.data.report import TokenizeReport
 from mapet.errors import DataError
 
 HEADER = ["path", "class"]
+MOST_CLASSES = 2**20
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 
@@ -57,7 +58,7 @@ def import_official(
         tokenizer: the name the cache gives for the tokenizer.
         class_names: label_encoder_classes.npy, an array of text; without it classes are called by their numbers.
     Raises:
-        DataError: naming the file: not a token tensor (files are loaded without running code), other numbers of rows than
+        DataError: naming the file: not a token tensor (files are loaded without running code), more or fewer rows than
             the CSV, P that is no square, tokens out of range; and all that `mapet.tokenize.tokenize` raises.
     """
     files = _shards(token_files)
@@ -130,8 +131,8 @@ def read_csv(path: Path, root: Path) -> tuple[list[str], np.ndarray]:
                 raise DataError(f"{path} starts with {header}, expected the header {','.join(HEADER)}")
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
-                if len(row) != 2 or not row[1].isdecimal():
-                    raise DataError(f"{where}: {row}; expected a path and a class number")
+                if len(row) != 2 or not row[1].isdecimal() or int(row[1]) >= MOST_CLASSES:
+                    raise DataError(f"{where}: {row}; expected a path and a class number below {MOST_CLASSES}")
                 names.append(_below(root, row[0], where))
                 labels.append(int(row[1]))
     except (OSError, ValueError, csv.Error) as error:
@@ -158,7 +159,7 @@ def _shards(token_files: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _read_tokens(files: list[Path], rows: int, csv_file: Path, vocabulary: int) -> Tensor:
-    """All shards as one (rows, P) tensor. Shapes are checked before data is touched: a tensor may claim any shape."""
+    """All shards as one (rows, P) tensor."""
     shards = [_load(path) for path in files]
     lengths = [len(shard) for shard in shards]
     if sum(lengths) != rows:
@@ -188,6 +189,8 @@ def _load(path: Path) -> Tensor:
         raise DataError(
             f"{path} holds {tokens.dtype} {tuple(tokens.shape)}, expected int16, int32 or int64 (images, patches)"
         )
+    if tokens.numel() * tokens.element_size() > tokens.untyped_storage().nbytes():
+        raise DataError(f"{path} claims {tuple(tokens.shape)} tokens, but does not hold as many")
     return tokens
 
 

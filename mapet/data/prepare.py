@@ -120,6 +120,6 @@ class SkipLog:
         if len(self.skipped) > allowed:
             reasons = "; ".join(item.reason for item in self.skipped[:SHOWN])
             raise DataError(
-                f"{len(self.skipped)} unreadable images, max_skipped {self.max_skipped:g} of {self.total} allows {allowed}: "
-                f"{reasons}; remove or repair them, or raise max_skipped"
+                f"{len(self.skipped)} unreadable images, but max_skipped {self.max_skipped:g} of {self.total} allows "
+                f"{allowed}: {reasons}; remove or repair them, or raise max_skipped"
             )

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` images are done, images/s and the time left; yields a function that adds to the count."""
+    """Show how many of `total` images are done, images/s and the time left; yields a function that adds images."""
     shown = _bar if sys.stderr.isatty() else _lines
     with shown(total, what) as advance:
         yield advance
@@ -23,11 +24,15 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    rate = TextColumn("{task.speed:.0f} images/s") if total else TextColumn("")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(what, total=total)
         yield lambda count: bars.advance(task, count)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.0f} images/s")
 
 
 @contextmanager
