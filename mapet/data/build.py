@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mapet.data.cache import CacheWriter, TokenCache
+from mapet.data.cache import TokenCache
+from mapet.data.cache_writer import CacheWriter
 from mapet.data.images import ImageSource
 from mapet.data.manifest import MANIFEST, CacheDescription
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
