@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datafakes import BrightnessTokenizer, NoiseSource, description, entries, random_rows, write_cache
+from datafakes import BrightnessTokenizer, NoiseSource, description, entries, random_rows, without_root, write_cache
 
 from mapet.config import ModelConfig
 from mapet.data import cache_writer, npyfile
@@ -281,6 +281,11 @@ class TestWriter:
         (tmp_path / "link").symlink_to(tmp_path / "disk/empty")
         write_cache(tmp_path / "link")
         assert (tmp_path / "link").is_symlink() and len(TokenCache.open(tmp_path / "disk/empty")) == 10
+
+    def test_a_folder_that_may_not_be_written(self, tmp_path):
+        (tmp_path / "mine").mkdir(mode=0o500)
+        with without_root(), pytest.raises(DataError, match=r"cannot write the token cache .*Permission denied"):
+            write_cache(tmp_path / "mine/cache")
 
     def test_a_parent_that_is_a_file(self, tmp_path):
         (tmp_path / "file").write_text("")

@@ -15,6 +15,7 @@ from mapet.data.official import import_official, ordered_token_files
 from mapet.errors import ConfigError, DataError
 
 IMAGES = 10
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
 
 
 @pytest.fixture

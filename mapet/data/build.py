@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -52,7 +53,7 @@ def build_cache(
     if workers < 0:
         raise ConfigError(f"workers must not be negative, got {workers}")
     log = SkipLog(len(source), max_skipped)
-    if (Path(output) / MANIFEST).exists() and not overwrite:
+    if os.path.exists(Path(output) / MANIFEST) and not overwrite:
         return _reused(Path(output), description, log)
     batches = prepared_batches(
         source,

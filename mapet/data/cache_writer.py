@@ -60,8 +60,8 @@ class CacheWriter:
         self._tokens: list[np.ndarray] = []
 
     def __enter__(self) -> CacheWriter:
-        check_replaceable(self.path, self.overwrite)
         with self._disk_errors():
+            check_replaceable(self.path, self.overwrite)
             self._work.mkdir(parents=True)
         return self
 
