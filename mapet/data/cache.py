@@ -1,0 +1,173 @@
+"""The token cache: cropped uint8 images and uint16 tokens in memory-mapped .npy files, beside a manifest.
+
+    manifest.json   what is in the folder and what it was made from (mapet/data/manifest.py)
+    images_00000.npy, images_00001.npy, ...   uint8 (rows, 3, S, S)
+    tokens.npy      uint16 (n, P), patches in raster order
+    labels.npy      int64 (n,), where the source is labelled
+    names.json      the images' names
+
+`TokenCache.open` always checks the format, the presence and size of every file, dtypes, shapes and token range, and the
+SHA-256 of everything but the image shards, which are nearly all of the bytes; `TokenCache.verify` checks those as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mapet.config import ModelConfig
+from mapet.data.images import ImageSource
+from mapet.data.manifest import (
+    LABELS,
+    MANIFEST,
+    NAMES,
+    TOKENS,
+    CacheDescription,
+    Manifest,
+    read_manifest,
+    shard_name,
+)
+from mapet.data.npyfile import FileRecord, map_array
+from mapet.errors import DataError
+
+
+class TokenCache:
+    """A token cache, open for reading. Pickling it, as for a spawned worker, carries the path and maps the files anew.
+
+    Attributes:
+        path: its folder.
+        manifest: its manifest.
+        image_size, grid, vocabulary, tokenizer: as in CacheDescription.
+        labels: (n,) int64 array or None.
+        classes: class names or None.
+        names: the images' names (read when first asked for).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        made = manifest.description
+        self.image_size, self.grid, self.vocabulary = made.image_size, made.grid, made.vocabulary
+        self.tokenizer, self.classes = made.tokenizer, manifest.classes
+        pixels = (3, self.image_size, self.image_size)
+        self._shards = [
+            map_array(path / shard_name(i), np.uint8, (rows, *pixels)) for i, rows in enumerate(manifest.shards)
+        ]
+        self._starts = np.cumsum([0, *manifest.shards])[:-1]
+        self._tokens = map_array(path / TOKENS, np.uint16, (len(self), self.grid**2))
+        labels = map_array(path / LABELS, np.int64, (len(self),)) if manifest.labelled else None
+        self.labels = None if labels is None else np.array(labels)
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenCache:
+        """Open a cache and check it, but for the pixels (see the top of the file).
+
+        Raises:
+            DataError: naming the file, what was found and what was expected.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        for name in manifest.file_names():
+            _check_size(path / name, manifest.files[name])
+        for name in manifest.file_names():
+            if name.endswith(".json") or name in (TOKENS, LABELS):
+                _check_hash(path / name, manifest.files[name])
+        cache = cls(path, manifest)
+        largest = int(cache._tokens.max(initial=0))
+        if largest >= cache.vocabulary:
+            raise DataError(f"{path / TOKENS} holds token {largest}, allowed are 0 to {cache.vocabulary - 1}")
+        return cache
+
+    def verify(self) -> None:
+        """Hash every file, pixels too. DataError naming the first that differs from the manifest."""
+        for name, record in self.manifest.files.items():
+            _check_size(self.path / name, record)
+            _check_hash(self.path / name, record)
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def __reduce__(self):
+        return TokenCache, (self.path, self.manifest)
+
+    @cached_property
+    def names(self) -> list[str]:
+        names = json.loads((self.path / NAMES).read_text(encoding="utf-8"))
+        if not isinstance(names, list) or len(names) != len(self):
+            raise DataError(f"{self.path / NAMES} is not a list of {len(self)} names; make the cache anew")
+        return names
+
+    def images(self, ids: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+        """Crops of the images `ids`: uint8 (b, 3, S, S). IndexError for an id outside [0, n)."""
+        ids = self._checked(ids)
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        touched = np.unique(shards)
+        if len(touched) == 1:
+            return torch.from_numpy(self._shards[touched[0]][ids - self._starts[touched[0]]])
+        images = np.empty((len(ids), 3, self.image_size, self.image_size), dtype=np.uint8)
+        for shard in touched:
+            here = np.flatnonzero(shards == shard)
+            images[here] = self._shards[shard][ids[here] - self._starts[shard]]
+        return torch.from_numpy(images)
+
+    def tokens(self, ids: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+        """Tokens of the images `ids`: int64 (b, P), raster order. IndexError for an id outside [0, n)."""
+        return torch.from_numpy(self._tokens[self._checked(ids)].astype(np.int64))
+
+    def _checked(self, ids: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"image ids {ids.min()} to {ids.max()}, the cache {self.path} holds 0 to {len(self) - 1}")
+        return ids
+
+    def check_model(self, model: ModelConfig) -> None:
+        """DataError unless image size, grid and vocabulary are the model's."""
+        self._expect("image_size", self.image_size, model.image_size)
+        self._expect("grid", self.grid, model.grid)
+        self._expect("vocabulary", self.vocabulary, model.vocabulary)
+
+    def check_source(self, source: ImageSource) -> None:
+        """DataError unless the cache was made from this image list."""
+        self._expect("image list hash", self.manifest.description.source_fingerprint, source.fingerprint())
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """DataError unless the cache was made by this tokenizer (`mapet.tokenizers.base.Tokenizer`)."""
+        self._expect("tokenizer", self.tokenizer, tokenizer.name)
+        self._expect("tokenizer hash", self.manifest.description.tokenizer_fingerprint, tokenizer.fingerprint())
+
+    def check_description(self, wanted: CacheDescription) -> None:
+        """DataError naming the first entry in which the cache differs from what is wanted."""
+        for name, value in vars(wanted).items():
+            self._expect(name, getattr(self.manifest.description, name), value)
+
+    def _expect(self, what: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise DataError(
+                f"{self.path / MANIFEST}: {what} is {found}, expected {expected}; "
+                f"tokenise into another folder, or overwrite this cache"
+            )
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} of the token cache cannot be read: {error.strerror}; make the cache anew") from error
+    if found != record.bytes:
+        raise DataError(f"{path} has {found} bytes, expected {record.bytes}; copy it again or make the cache anew")
+
+
+def _check_hash(path: Path, record: FileRecord) -> None:
+    try:
+        found = FileRecord.of(path)
+    except OSError as error:
+        raise DataError(f"{path} of the token cache cannot be read: {error}; make the cache anew") from error
+    if found.sha256 != record.sha256:
+        raise DataError(
+            f"{path} is damaged: SHA-256 {found.sha256}, expected {record.sha256}; copy it again or make the cache anew"
+        )
