@@ -1,7 +1,7 @@
 """Pre-trained weights as a plain timm vision transformer, in memory or as a folder that `timm.create_model` loads.
 
-The content stream without a mask is an ordinary vision transformer (paper, section 3.3), so nothing is lost but the mask
-token and the decoder. The final norm stays `norm`, applied to every token before pooling.
+The content stream without a mask is an ordinary vision transformer, so nothing is lost but the mask token and the
+decoder. The final norm stays `norm`, applied to every token before pooling.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def check_export(folder: Path, model: ModelConfig, weights: StateDict, *, images
     # Written so that NaN fails too.
     if not difference <= TOLERANCE:
         raise CheckpointError(
-            f"timm's features differ from the pre-training model's by {difference:.2e}, at most {TOLERANCE:.0e} is allowed"
+            f"timm's features differ from the model's by {difference:.2e}, at most {TOLERANCE:.0e} is allowed"
         )
     return difference
 
@@ -259,7 +259,9 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"cannot export to {folder}: it is a file")
     if foreign := sorted({entry.name for entry in folder.iterdir()} - EXPORT_FILES):
-        raise ConfigError(f"cannot export to {folder}: it holds other things ({', '.join(foreign[:5])}); name a new folder")
+        raise ConfigError(
+            f"cannot export to {folder}: it holds other things ({', '.join(foreign[:5])}); name a new folder"
+        )
 
 
 def _write(folder: Path, config: dict[str, Any], weights: StateDict) -> None:

@@ -169,8 +169,8 @@ def infer_model_config(state_dict: StateDict, *, head_size: int = OFFICIAL_HEAD_
 def load_released(path: str | Path) -> tuple[ModelConfig, StateDict]:
     """Read a checkpoint as the official code writes it (timm's CheckpointSaver), such as the six released classifiers.
 
-    The file is a pickle with an `argparse.Namespace`; it is read with `weights_only=True` and that one class allowed, so
-    no code in it can run. A leading "module." of the names is dropped.
+    The file is a pickle with an `argparse.Namespace`; it is read with `weights_only=True` and that one class allowed,
+    so no code in it can run. A leading "module." of the names is dropped.
     Raises WeightsMissingError without a file, CheckpointError when it is not such a checkpoint.
     """
     path = Path(path)
