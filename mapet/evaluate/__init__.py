@@ -12,12 +12,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet.errors import ConfigError
 from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
-from mapet.evaluate.images import Images, RandomViews, SourceImages
+from mapet.evaluate.images import CacheImages, Images, RandomViews, SourceImages
 from mapet.evaluate.knn import knn_accuracy, knn_predict
 from mapet.evaluate.labels import check_labels, check_same_classes, draw_per_class, split
 from mapet.evaluate.probe import LinearProbeResult, ProbeConfig, linear_probe, logistic_probe
 
 __all__ = [
+    "CacheImages",
     "EvaluationConfig",
     "EvaluationResult",
     "FeatureFunction",

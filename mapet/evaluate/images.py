@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-if TYPE_CHECKING:
-    from mapet.data.images import ImageSource
+from mapet.data.cache import TokenCache
+from mapet.data.images import ImageSource, centre_square
 
 
 class Images(Protocol):
@@ -46,9 +46,22 @@ class SourceImages:
         return len(self.ids)
 
     def __getitem__(self, which: slice) -> np.ndarray:
-        from mapet.data.images import centre_square
-
         return np.stack([centre_square(self.source.load(int(i)), self.size) for i in self.ids[which]])
+
+
+@dataclass(frozen=True)
+class CacheImages:
+    """Some of the images of a token cache, as they were cropped for pre-training."""
+
+    cache: TokenCache
+    ids: np.ndarray
+    """Which images of the cache, in this order."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, which: slice) -> Tensor:
+        return self.cache.images(self.ids[which])
 
 
 @dataclass(frozen=True)

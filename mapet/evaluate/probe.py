@@ -1,8 +1,9 @@
 """Linear classifiers on frozen features: the paper's probe, and logistic regression for small or few-label sets.
 
 The paper's probe, after BEiT's linear evaluation, puts one linear classifier on every block and trains them together.
-It trains on random crops; here the features are cached, so by default every epoch sees the one centre crop. Features of several random views (`mapet.evaluate.images.RandomViews`) can be given instead: epoch e takes view e modulo
-their number.
+It trains on random crops; here the features are cached, so by default every epoch sees the one centre crop. Features
+of several random views (`mapet.evaluate.images.RandomViews`) can be given instead: epoch e takes view e modulo their
+number.
 """
 
 from __future__ import annotations
