@@ -118,7 +118,7 @@ def render(results: DemoResults, folder: Path) -> str:
         [
             "## Time",
             "",
-            *_table(("stage", "seconds"), [(name, f"{s:.1f}") for name, s in _with_total(results.timings)]),
+            *_table(("stage", "seconds"), _timing_rows(results.timings)),
         ],
         ["## Machine", "", *(f"- {line}" for line in results.machine)],
     ]
@@ -140,7 +140,7 @@ def _accuracy_section(results: DemoResults) -> list[str]:
         *_table(("method", "labels", "MaPeT pre-training", "random initialisation", "raw pixels"), rows),
         "",
         "Features are frozen. kNN and logistic regression read the last block. The linear probe trains a classifier on"
-        ' every block; "best layer" picks block and epoch by their accuracy on the test images, as BEiT\'s protocol does,'
+        ' every block; "best layer" picks block and epoch by their accuracy on the test images, as BEiT does,'
         ' and is therefore optimistic; "last layer" picks nothing.',
     ]
 
@@ -161,8 +161,8 @@ def _comparison_section(results: DemoResults) -> list[str]:
         *lines,
         *_table(("method", "labels", *(f"MaPeT minus {name}" for name in baselines)), cells),
         "",
-        "Points of accuracy. A difference up to the square root of the sum of the two squared deviations counts as within"
-        " the spread; with few seeds that is a rule of thumb, not a test.",
+        "Points of accuracy. A difference up to the square root of the sum of the two squared deviations counts as"
+        " within the spread; with few seeds that is a rule of thumb, not a test.",
     ]
 
 
