@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from mapet_kernels.backends import available_backends
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from rich.text import Text
 from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
+from mapet_kernels.backends import available_backends
 
 Status = Literal["ok", "absent", "problem"]
 

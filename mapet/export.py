@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, ConfigError, MapetError
-from mapet.official import StateDict, backbone, fuse_qkv, split_qkv
+from mapet.official import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
 
 Pool = Literal["avg", "token"]
 
@@ -216,7 +216,8 @@ def _timm_arguments(model: ModelConfig, weights: StateDict, global_pool: Pool) -
         "depth": model.depth,
         "num_heads": model.heads,
         "mlp_ratio": model.mlp_ratio,
-        "init_values": model.layer_scale or None,
+        # The gammas are loaded over this value; it only says that they exist.
+        "init_values": (model.layer_scale or ModelConfig.layer_scale) if has_layer_scale(weights) else None,
         "class_token": model.class_token,
         "global_pool": global_pool,
         "fc_norm": "fc_norm.weight" in weights,

@@ -27,8 +27,8 @@ OFFICIAL_HEAD_SIZE = 64
 """Width of one attention head in every released model."""
 
 
-def block_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Names within one block and their shapes."""
+def block_shapes(model: ModelConfig, *, layer_scale: bool = True) -> dict[str, Shape]:
+    """Names within one block and their shapes; a timm model may come without layer scale."""
     width, hidden = model.width, int(model.width * model.mlp_ratio)
     shapes: dict[str, Shape] = {
         "attn.q.weight": (width, width),
@@ -44,12 +44,12 @@ def block_shapes(model: ModelConfig) -> dict[str, Shape]:
     }
     for norm in ("norm1", "norm2"):
         shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-    if model.layer_scale > 0:
+    if layer_scale:
         shapes |= {"ls1.gamma": (width,), "ls2.gamma": (width,)}
     return shapes
 
 
-def encoder_shapes(model: ModelConfig) -> dict[str, Shape]:
+def encoder_shapes(model: ModelConfig, *, layer_scale: bool = True) -> dict[str, Shape]:
     """Names and shapes of what pre-training and fine-tuning share: embedding and blocks, no final norm."""
     width, patch = model.width, model.patch_size
     shapes: dict[str, Shape] = {
@@ -59,8 +59,9 @@ def encoder_shapes(model: ModelConfig) -> dict[str, Shape]:
     }
     if model.class_token:
         shapes["cls_token"] = (1, 1, width)
+    block = block_shapes(model, layer_scale=layer_scale)
     for i in range(model.depth):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block_shapes(model).items()}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes
 
 
@@ -95,9 +96,17 @@ def backbone(model: ModelConfig, state_dict: StateDict) -> StateDict:
     return {name: kept[name].detach().to("cpu", torch.float32) for name in expected}
 
 
+def has_layer_scale(state_dict: StateDict) -> bool:
+    """Whether the blocks scale their branches by learned `gamma` vectors; every official model does."""
+    return any(name.endswith(".ls1.gamma") for name in state_dict)
+
+
 def _backbone_shapes(model: ModelConfig, state_dict: StateDict) -> dict[str, Shape]:
     norm = "fc_norm" if "fc_norm.weight" in state_dict else "norm"
-    shapes = encoder_shapes(model) | {f"{norm}.weight": (model.width,), f"{norm}.bias": (model.width,)}
+    shapes = encoder_shapes(model, layer_scale=has_layer_scale(state_dict)) | {
+        f"{norm}.weight": (model.width,),
+        f"{norm}.bias": (model.width,),
+    }
     if "head.weight" in state_dict:
         classes = state_dict["head.weight"].shape[0]
         shapes |= {"head.weight": (classes, model.width), "head.bias": (classes,)}
@@ -161,7 +170,7 @@ def infer_model_config(state_dict: StateDict, *, head_size: int = OFFICIAL_HEAD_
         heads=max(1, width // head_size),
         mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / width,
         class_token=class_token,
-        layer_scale=ModelConfig.layer_scale if "blocks.0.ls1.gamma" in state_dict else 0.0,
+        layer_scale=ModelConfig.layer_scale if has_layer_scale(state_dict) else 0.0,
         vocabulary=ModelConfig.vocabulary if decoder is None else decoder.shape[0],
     )
 

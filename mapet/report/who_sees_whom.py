@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from mapet_kernels.visibility import two_stream_visibility
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -17,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from mapet.report.picture import CONTEXT, FAINT, HIDDEN, INK, MASK, PAPER, QUERY, TARGET, save
+from mapet_kernels.visibility import two_stream_visibility
 
 GRID = 4
 TOKENS = GRID**2 + 1
