@@ -54,11 +54,8 @@ def test_the_name_table_is_that_of_the_model(class_token):
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == pretraining_shapes(model)
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize("global_pool", ["avg", "token"])
+@pytest.mark.parametrize("class_token, global_pool", [(True, "avg"), (True, "token"), (False, "avg")])
 def test_exported_folder_gives_the_features_of_the_official_forward(tmp_path, class_token, global_pool):
-    if global_pool == "token" and not class_token:
-        pytest.skip("no class token to pool")
     model = ModelConfig(
         image_size=40, patch_size=8, width=48, depth=3, heads=4, mlp_ratio=2.5, vocabulary=64, class_token=class_token
     )
@@ -91,9 +88,7 @@ def test_timm_gives_what_the_pretraining_model_gives_without_a_mask(class_token)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     # All content rows and no others, so that the cut is only where A ends and B begins.
     layout = StreamLayout(2, model.tokens, 1, target_content=True, mask_tokens=False, query_stream=False)
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
-    )
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.inference_mode():
         x = ours.embed(images, torch.arange(model.tokens).expand(2, -1), layout)
         for block in ours.blocks:
@@ -155,11 +150,11 @@ def test_a_timm_model_without_layer_scale_comes_back():
         (lambda w: w.pop("blocks.1.attn.kv.bias"), "1 missing: blocks.1.attn.kv.bias"),
         (
             lambda w: w.update({"blocks.9.norm1.weight": torch.ones(48)}),
-            "not used by this model: blocks.9.norm1.weight",
+            "not used by this model: blocks.9.norm1",
         ),
         (
             lambda w: w.update({"pos_embed": torch.ones(1, 10, 48)}),
-            r"pos_embed is \(1, 10, 48\), must be \(1, 17, 48\)",
+            r"pos_embed is \(1, 10, 48\), must be \(1, 17",
         ),
         (lambda w: w["norm.bias"].fill_(float("nan")), "NaN or infinity: norm.bias"),
     ],
@@ -290,7 +285,7 @@ def test_a_checkpoint_with_code_is_refused_and_does_not_run(tmp_path):
     torch.save({"state_dict": {}, "args": Hostile()}, tmp_path / "bad.tar")
     with pytest.raises(CheckpointError, match=r"bad\.tar is damaged, or holds more than weights"):
         load_released(tmp_path / "bad.tar")
-    (tmp_path / "plain.tar").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "plain.tar").write_bytes(pickle.dumps(Hostile(), protocol=2))
     with pytest.raises(CheckpointError, match=r"plain\.tar"):
         load_released(tmp_path / "plain.tar")
 
