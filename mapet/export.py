@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
@@ -110,16 +111,10 @@ def export(
     _check_replaceable(folder)
     weights = backbone(model, state_dict)
     config = _timm_config(model, weights, name, global_pool)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(staging, config, fuse_qkv(weights))
-        difference = check_export(staging, model, weights)
-        _move_into_place(staging, folder)
-    except OSError as error:
+        difference = _publish(folder, model, weights, config)
+    except (OSError, SafetensorError) as error:
         raise MapetError(f"could not write the export {folder}: {error}; nothing was changed there") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return ExportReport(
         folder=folder,
         architecture=config["architecture"],
@@ -263,6 +258,19 @@ def _check_replaceable(folder: Path) -> None:
         raise ConfigError(
             f"cannot export to {folder}: it holds other things ({', '.join(foreign[:5])}); name a new folder"
         )
+
+
+def _publish(folder: Path, model: ModelConfig, weights: StateDict, config: dict[str, Any]) -> float:
+    """Write the export beside `folder`, check it and move it into place; the difference that the check found."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write(staging, config, fuse_qkv(weights))
+        difference = check_export(staging, model, weights)
+        _move_into_place(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return difference
 
 
 def _write(folder: Path, config: dict[str, Any], weights: StateDict) -> None:

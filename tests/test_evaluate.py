@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_cached_features_are_computed_once_per_weights_and_images(tmp_path, monk
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(features_module, "_fill", computed_again)
+        patch.setattr(features_module, "_feature_batches", computed_again)
         again = cached_features(tmp_path, vit, images)
         np.testing.assert_array_equal(again.values, first.values)
         changed = images.clone()
@@ -144,6 +145,19 @@ def test_cached_features_are_computed_once_per_weights_and_images(tmp_path, monk
         with pytest.raises(AssertionError, match="computed again"):
             cached_features(tmp_path, vit, images, layers="last")
     assert sorted(entry.suffix for entry in tmp_path.iterdir()) == [".json", ".npy"], "failures must leave nothing"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    open_file = Path.open
+
+    def on_full_disk(path, *args):
+        return open_file(Path("/dev/full"), *args)
+
+    monkeypatch.setattr(Path, "open", on_full_disk)
+    with pytest.raises(DataError, match=r"could not write cached features .*features_.*No space left"):
+        cached_features(tmp_path, make_vit(), make_images(6))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_given_fingerprint_stands_for_the_images(tmp_path):

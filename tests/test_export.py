@@ -9,6 +9,7 @@ import pickle
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import mapet.export as export_module
@@ -217,13 +218,14 @@ def test_an_earlier_export_is_replaced_and_other_things_are_not(tmp_path):
     assert (folder / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_full_disk_leaves_the_earlier_export(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_leaves_the_earlier_export(tmp_path, monkeypatch, error):
     folder = tmp_path / "model"
     export(SMALL, random_weights(pretraining_shapes(SMALL), seed=0), folder)
     before = {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(export_module, "save_file", full)
     with pytest.raises(MapetError, match="No space left"):

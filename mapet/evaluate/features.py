@@ -6,11 +6,11 @@ class token it is the mean alone (the paper follows BEiT's linear evaluation).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,10 @@ def extract_features(
     Raises DataError when there are no images or they have another size, CheckpointError when a feature is not finite.
     """
     values = np.empty(_shape(model, len(images), layers), np.float32)
-    _fill(values, model, images, batch_size)
+    start = 0
+    for batch in _feature_batches(model, images, layers, batch_size):
+        values[start : start + len(batch)] = batch
+        start += len(batch)
     return Features(values, _layer_names(model, layers))
 
 
@@ -85,7 +88,7 @@ def pixel_features(images: Images, *, batch_size: int = 1024) -> Features:
     """The pixels themselves as features, in [0, 1]: the baseline that has learned nothing. (n, 1, 3*S*S)."""
     if not len(images):
         raise DataError("there are no images to evaluate on")
-    values = [as_tensor(images[i : i + batch_size]).flatten(1).numpy() for i in range(0, len(images), batch_size)]
+    values = [as_tensor(images[i : i + batch_size]).flatten(1).cpu().numpy() for i in range(0, len(images), batch_size)]
     return Features(np.concatenate(values)[:, None].astype(np.float32) / 255, ("pixels",))
 
 
@@ -143,24 +146,31 @@ def images_fingerprint(images: Images, batch_size: int = 256) -> str:
     """SHA-256 of the number, size and pixels of images."""
     digest = hashlib.sha256(str(len(images)).encode())
     for start in range(0, len(images), batch_size):
-        batch = as_tensor(images[start : start + batch_size]).contiguous()
+        batch = as_tensor(images[start : start + batch_size]).cpu().contiguous()
         digest.update(f"{batch.shape[-1]}".encode())
         digest.update(batch.numpy().data)
     return digest.hexdigest()
 
 
-def _fill(values: np.ndarray, model: VisionTransformer, images: Images, batch_size: int) -> None:
-    count = values.shape[1]
-    training = model.training
-    model.eval()
-    try:
+def _feature_batches(model: VisionTransformer, images: Images, layers: Layers, batch_size: int) -> Iterator[np.ndarray]:
+    """(b, L, F) of one batch of images after the other."""
+    count = len(_layer_names(model, layers))
+    with _eval_mode(model):
         for start, pixels in _pixels(model, images, batch_size):
             features = _block_features(model, pixels, count)
             if not bool(torch.isfinite(features).all()):
                 raise CheckpointError(
                     f"features of images {start} to {start + len(pixels) - 1} are not finite: the weights have diverged"
                 )
-            values[start : start + len(pixels)] = features.cpu().numpy()
+            yield features.cpu().numpy()
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
 
@@ -202,18 +212,20 @@ def _layer_names(model: VisionTransformer, layers: Layers) -> tuple[str, ...]:
 
 
 def _write_cache(path: Path, key: FeatureKey, model: VisionTransformer, images: Images, batch_size: int) -> None:
-    """Compute straight into a mapped file beside `path` and rename it when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(prefix=".features_", suffix=".npy", dir=path.parent)
-    os.close(handle)
+    """Stream the features into a file beside `path` and rename it when it is whole."""
+    manifest, staging = path.with_suffix(".json"), path.with_name(f".{path.name}.{os.getpid()}")
+    header = {"descr": "<f4", "fortran_order": False, "shape": _shape(model, len(images), key.layers)}
     try:
-        shape = _shape(model, len(images), key.layers)
-        values = np.lib.format.open_memmap(staging, mode="w+", dtype=np.float32, shape=shape)
-        _fill(values, model, images, batch_size)
-        values.flush()
-        path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(key), indent=2) + "\n", encoding="utf-8")
-        os.replace(staging, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Written, not mapped: a full disk is an error when it is written to, and a crash when it is mapped.
+            with staging.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for batch in _feature_batches(model, images, key.layers, batch_size):
+                    file.write(np.ascontiguousarray(batch, dtype="<f4").data)
+            manifest.write_text(json.dumps(dataclasses.asdict(key), indent=2) + "\n", encoding="utf-8")
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"could not write cached features {path}: {error}") from error
-    finally:
-        Path(staging).unlink(missing_ok=True)

@@ -97,10 +97,12 @@ def write_report(path: str | Path, results: DemoResults) -> Path:
     staging = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(render(results, path.parent), encoding="utf-8")
-        os.replace(staging, path)
+        try:
+            staging.write_text(render(results, path.parent), encoding="utf-8")
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
     except OSError as error:
-        staging.unlink(missing_ok=True)
         raise DataError(f"could not write the report {path}: {error}") from error
     return path
 

@@ -44,7 +44,7 @@ def draw_who_sees_whom(path: str | Path, *, cut: int = 6, seed: int = 4) -> Path
     """Draw both streams for an image of 4 x 4 patches and a class token (N = 17), of which `cut` are not predicted."""
     permutation = example_permutation(TOKENS, seed)
     figure = Figure(figsize=(15.2, 10.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.14)
     figure.suptitle(
         f"Who sees whom in MaPeT: {TOKENS} tokens ({GRID} x {GRID} patches and a class token), cut c = {cut}",
         fontsize=15,
