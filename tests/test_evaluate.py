@@ -18,6 +18,7 @@ import mapet.evaluate.features as features_module
 from mapet.data.images import open_source
 from mapet.errors import CheckpointError, ConfigError, DataError
 from mapet.evaluate import (
+    CacheImages,
     EvaluationConfig,
     Features,
     ProbeConfig,
@@ -225,6 +226,20 @@ def test_a_probe_runs_on_mapped_features(tmp_path):
 
 
 # views
+
+
+def test_images_of_a_cache_come_in_the_order_asked_for():
+    class Cache:
+        def images(self, ids):
+            return pictures[ids]
+
+    pictures = make_images(8)
+    chosen = CacheImages(Cache(), np.array([6, 1, 3]))
+    assert len(chosen) == 3
+    assert torch.equal(chosen[1:3], pictures[[1, 3]])
+    np.testing.assert_array_equal(
+        pixel_features(chosen, batch_size=2).values, pixel_features(pictures[[6, 1, 3]]).values
+    )
 
 
 def test_random_views_are_fixed_by_seed_view_and_image():
