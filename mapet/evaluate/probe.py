@@ -28,7 +28,11 @@ from mapet.evaluate.features import Features
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """The paper's linear probe: AdamW, cosine to 0 per epoch, no warm-up."""
+    """The paper's linear probe: AdamW, cosine to 0 per epoch, no warm-up.
+
+    The values are for ImageNet. On a few thousand images they are some hundred steps, too few to fit features of small
+    variance; take a smaller batch there.
+    """
 
     epochs: int = 50
     batch: int = 1024
