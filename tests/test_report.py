@@ -90,12 +90,13 @@ def test_metrics_are_read_as_a_resumed_and_killed_run_leaves_them(tmp_path):
         {"step": 20, "loss": 4.0, "accuracy": 0.2, "lr": 1e-3},
         {"step": 20, "loss": 3.5, "lr": 5e-4},
         {"event": "checkpoint", "step": 20},
+        {"step": 25, "loss": None, "accuracy": 0.3, "lr": 5e-4},
         '{"step": 30, "lo',
     )
     curve = read_metrics(path)
-    np.testing.assert_array_equal(curve.step, [10, 20])
-    np.testing.assert_array_equal(curve.loss, [5.0, 3.5])
-    np.testing.assert_array_equal(curve.accuracy, [0.1, np.nan])
+    np.testing.assert_array_equal(curve.step, [10, 20, 25])
+    np.testing.assert_array_equal(curve.loss, [5.0, 3.5, np.nan])
+    np.testing.assert_array_equal(curve.accuracy, [0.1, np.nan, 0.3])
 
 
 def test_metrics_that_cannot_be_read_are_named(tmp_path):

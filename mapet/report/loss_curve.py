@@ -36,7 +36,7 @@ def read_metrics(path: str | Path) -> Curve:
     if not path.is_file():
         raise DataError(f"no metrics file {path}")
     lines = path.read_text(encoding="utf-8").splitlines()
-    records: dict[int, dict[str, float]] = {}
+    records: dict[int, dict[str, float | None]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -49,11 +49,13 @@ def read_metrics(path: str | Path) -> Curve:
     if not records:
         raise DataError(f"{path} has no line with a step and a loss")
     steps = sorted(records)
-    columns = {name: np.array([float(records[s].get(name, math.nan)) for s in steps]) for name in _COLUMNS}
-    return Curve(step=np.array(steps), **columns)
+    loss, accuracy, lr = (_column([records[s] for s in steps], name) for name in ("loss", "accuracy", "lr"))
+    return Curve(np.array(steps), loss, accuracy, lr)
 
 
-_COLUMNS = ("loss", "accuracy", "lr")
+def _column(records: list[dict[str, float | None]], name: str) -> np.ndarray:
+    """One number per record; absent and null (a value that was not finite) become NaN."""
+    return np.array([math.nan if record.get(name) is None else record[name] for record in records], dtype=float)
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
