@@ -1,10 +1,30 @@
-"""Checks that operations share, and the choice of a backend by name."""
+"""Checks that the ops share; every text says what was given and what is allowed."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise unless the tensors share one floating-point dtype (TypeError) and one device (ValueError).
+
+    Under autocast the dtypes may differ: the op casts them.
+    """
+    names = ", ".join(tensors)
+    dtypes, devices = [t.dtype for t in tensors.values()], [t.device for t in tensors.values()]
+    mixed = len(set(dtypes)) > 1 and not torch.is_autocast_enabled(devices[0].type)
+    if mixed or not all(dtype.is_floating_point for dtype in dtypes):
+        raise TypeError(f"{names} must share one floating-point dtype, got {', '.join(map(str, dtypes))}")
+    if len(set(devices)) > 1:
+        raise ValueError(f"{names} must be on one device, got {', '.join(map(str, devices))}")
+
+
+def is_integer(x: Tensor) -> bool:
+    """Whether x holds integers (bool is not one)."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def check_floating(name: str, values: Tensor) -> None:
@@ -24,12 +44,3 @@ def check_finite_rows(name: str, values: Tensor) -> None:
         f"{name} must be finite, but {len(bad)} of its rows hold NaN or infinity; the first are {first}; "
         "drop or repair them"
     )
-
-
-def choose_backend(backend: str, available: Mapping[str, object]) -> str:
-    """The backend to run; "auto" is the first one available. An unknown name is a ValueError that lists them."""
-    if backend == "auto":
-        return next(iter(available))
-    if backend not in available:
-        raise ValueError(f"unknown backend {backend!r}; choose auto or one of {', '.join(available)}")
-    return backend

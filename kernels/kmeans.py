@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from mapet_kernels.checks import check_finite_rows, check_floating
 from mapet_kernels.kmeans_assign import kmeans_assign
 from mapet_kernels.kmeans_update import kmeans_update
-from torch import Tensor
 
 SPLIT = 1 / 1024
 """Relative push that separates the two copies of a split centroid."""

@@ -1,11 +1,13 @@
 """Public k-means assignment: checks, choice of backend, registration as mapet_kernels::kmeans_assign."""
 
 import torch
-from mapet_kernels.checks import check_finite_rows, check_floating, choose_backend
-from mapet_kernels.kmeans_assign import reference
 from torch import Tensor
 
-BACKENDS = {"reference": reference.kmeans_assign}
+from mapet_kernels.backends import choose_listed_backend
+from mapet_kernels.checks import check_finite_rows, check_floating
+from mapet_kernels.kmeans_assign import reference
+
+BACKENDS = {"reference": reference}
 
 
 def kmeans_assign(
@@ -43,7 +45,7 @@ def kmeans_assign(
         raise ValueError(f"centroids must hold at least one row and one feature, got shape {tuple(centroids.shape)}")
     if x.device != centroids.device:
         raise ValueError(f"x is on {x.device} and centroids on {centroids.device}; put both on one device")
-    name = choose_backend(backend, BACKENDS)
+    name = choose_listed_backend(backend, BACKENDS)
     ids, distances = _kmeans_assign(x.detach(), centroids.detach(), exact, return_distance, name)
     return (ids, distances) if return_distance else ids
 
@@ -54,7 +56,7 @@ def _kmeans_assign(
 ) -> tuple[Tensor, Tensor]:
     check_finite_rows("centroids", centroids)
     check_finite_rows("x", x)
-    return BACKENDS[backend](x, centroids, exact, return_distance)
+    return BACKENDS[backend].kmeans_assign(x, centroids, exact, return_distance)
 
 
 @_kmeans_assign.register_fake

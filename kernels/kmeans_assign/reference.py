@@ -3,8 +3,9 @@
 import math
 
 import torch
-from mapet_kernels.precision import full_fp32
 from torch import Tensor
+
+from mapet_kernels.precision import full_fp32
 
 CHUNK_BYTES = 64 * 2**20
 """Largest buffer of scores, differences or converted rows. Index lists of near ties may take up to four times that."""

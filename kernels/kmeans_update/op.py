@@ -1,11 +1,13 @@
 """Public k-means update: checks, choice of backend, registration as mapet_kernels::kmeans_update."""
 
 import torch
-from mapet_kernels.checks import check_floating, choose_backend
-from mapet_kernels.kmeans_update import reference
 from torch import Tensor
 
-BACKENDS = {"reference": reference.kmeans_update}
+from mapet_kernels.backends import choose_listed_backend
+from mapet_kernels.checks import check_floating
+from mapet_kernels.kmeans_update import reference
+
+BACKENDS = {"reference": reference}
 
 
 def kmeans_update(x: Tensor, ids: Tensor, clusters: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -33,7 +35,7 @@ def kmeans_update(x: Tensor, ids: Tensor, clusters: int, *, backend: str = "auto
         raise ValueError(f"there must be at least one cluster and one feature, got {clusters} and {x.shape[1]}")
     if x.device != ids.device:
         raise ValueError(f"x is on {x.device} and ids on {ids.device}; put both on one device")
-    return _kmeans_update(x.detach(), ids, clusters, choose_backend(backend, BACKENDS))
+    return _kmeans_update(x.detach(), ids, clusters, choose_listed_backend(backend, BACKENDS))
 
 
 @torch.library.custom_op("mapet_kernels::kmeans_update", mutates_args=())
@@ -42,7 +44,7 @@ def _kmeans_update(x: Tensor, ids: Tensor, clusters: int, backend: str) -> tuple
         lowest, highest = (bound.item() for bound in torch.aminmax(ids))
         if lowest < 0 or highest >= clusters:
             raise ValueError(f"ids must be in [0, {clusters}), got values from {lowest} to {highest}")
-    return BACKENDS[backend](x, ids, clusters)
+    return BACKENDS[backend].kmeans_update(x, ids, clusters)
 
 
 @_kmeans_update.register_fake
