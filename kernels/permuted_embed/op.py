@@ -1,0 +1,177 @@
+"""Public permuted embedding: from images and permutations to the flat token buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mapet_kernels.checks import is_integer
+from mapet_kernels.permuted_embed import reference
+
+BACKENDS = {"reference": reference}
+
+
+def permuted_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    mask_token: Tensor,
+    perm: Tensor,
+    cut: int,
+    *,
+    class_token: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    target_content: bool = True,
+    mask_tokens: bool = True,
+    query_stream: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Embed images into the flat token buffer of the pre-training streams, permuted once and for all.
+
+    Per image the content stream has rows A (the first c tokens of the permutation), B (the T = N - c targets, with
+    target_content), M (their mask tokens, with mask_tokens); the query stream has rows G (with query_stream), a copy of
+    M. MaPeT keeps all of them, PIM is mask_tokens=False, MIM is target_content=False and query_stream=False.
+
+    Args:
+        images: (B, 3, S, S), uint8 in [0, 255], which is divided by 255, or floating point, taken as it is.
+        weight: patch projection (D, 3, p, p); p divides S and N = (S / p) ** 2, plus 1 with a class token.
+        bias: (D,) or None.
+        pos_embed: (N, D), in image order, the class token first.
+        mask_token: (D,).
+        perm: integers (B, N); the token at rank r is perm[b, r]. With a class token, token 0, perm[:, 0] must be 0.
+        cut: c in [1, N - 1].
+        class_token: (D,) or None.
+        mean, std: per channel (3,), subtracted and divided by after the division by 255; None leaves images be.
+        backend: "auto" or "reference".
+
+    Returns:
+        (B * content rows + B * query rows, D) in the weights' dtype: all content streams, then all query streams.
+
+    Raises:
+        ValueError: shapes, cut, permutation or backend do not fit.
+    """
+    _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std, backend)
+    name = "reference" if backend == "auto" else backend
+    first = int(class_token is not None)
+    patches = perm[:, first:] - first if target_content else perm[:, first:cut] - first
+    columns = permuted_patches_op(images, patches.contiguous(), weight.shape[-1], mean, std, weight.dtype, name)
+    content = torch.nn.functional.linear(columns, weight.flatten(1), bias)
+    return assemble_op(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream, name)
+
+
+def _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std, backend) -> None:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}; backends of permuted_embed are auto, {', '.join(BACKENDS)}")
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be (B, 3, S, S), got {tuple(images.shape)}")
+    if not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must be (D, 3, p, p), got {tuple(weight.shape)}")
+    size, patch, width = images.shape[2], weight.shape[2], weight.shape[0]
+    if size % patch:
+        raise ValueError(f"image size {size} is not divisible by the patch size {patch}")
+    tokens = (size // patch) ** 2 + int(class_token is not None)
+    for name, tensor, shape in (
+        ("pos_embed", pos_embed, (tokens, width)),
+        ("mask_token", mask_token, (width,)),
+        ("class_token", class_token, (width,)),
+        ("perm", perm, (images.shape[0], tokens)),
+        ("mean", mean, (3,)),
+        ("std", std, (3,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} for these images and weights, got {tuple(tensor.shape)}")
+    if not is_integer(perm):
+        raise ValueError(f"perm must be integers, got {perm.dtype}")
+    if (mean is None) != (std is None):
+        raise ValueError("give both mean and std, or neither")
+    if not 1 <= cut <= tokens - 1:
+        raise ValueError(f"cut must be in [1, N - 1] = [1, {tokens - 1}], got {cut}")
+
+
+@torch.library.custom_op("mapet_kernels::permuted_patches", mutates_args=())
+def permuted_patches_op(
+    images: Tensor,
+    patches: Tensor,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Normalised patches (B, R, 3 * p * p) in `dtype`, gathered by raster index `patches` (B, R). No gradient."""
+    return BACKENDS[backend].permuted_patches(images, patches, patch_size, mean, std, dtype)
+
+
+@permuted_patches_op.register_fake
+def _(images, patches, patch_size, mean, std, dtype, backend):
+    return images.new_empty(*patches.shape, images.shape[1] * patch_size**2, dtype=dtype)
+
+
+@torch.library.custom_op("mapet_kernels::assemble_streams", mutates_args=())
+def assemble_op(
+    content: Tensor,
+    pos_embed: Tensor,
+    mask_token: Tensor,
+    class_token: Tensor | None,
+    perm: Tensor,
+    cut: int,
+    mask_tokens: bool,
+    query_stream: bool,
+    backend: str,
+) -> Tensor:
+    """Flat buffer (rows, D) from projected patches (B, R, D) in permuted order, in the dtype of pos_embed."""
+    content = content.to(pos_embed.dtype)
+    return BACKENDS[backend].assemble(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream)
+
+
+@assemble_op.register_fake
+def _(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream, backend):
+    batch, ranks, width = content.shape
+    targets = perm.shape[1] - cut
+    rows = ranks + int(class_token is not None) + targets * (int(mask_tokens) + int(query_stream))
+    return pos_embed.new_empty(batch * rows, width)
+
+
+@torch.library.custom_op("mapet_kernels::assemble_streams_backward", mutates_args=())
+def assemble_backward_op(
+    d_rows: Tensor,
+    perm: Tensor,
+    cut: int,
+    patches: int,
+    class_token: bool,
+    mask_tokens: bool,
+    query_stream: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of content, pos_embed, mask_token and class_token (empty without one)."""
+    return BACKENDS[backend].assemble_backward(d_rows, perm, cut, patches, class_token, mask_tokens, query_stream)
+
+
+@assemble_backward_op.register_fake
+def _(d_rows, perm, cut, patches, class_token, mask_tokens, query_stream, backend):
+    batch, tokens = perm.shape
+    width = d_rows.shape[1]
+    d_content = d_rows.new_empty(batch, patches, width)
+    d_class = d_rows.new_empty(width if class_token else 0)
+    return d_content, d_rows.new_empty(tokens, width), d_rows.new_empty(width), d_class
+
+
+def _save(ctx, inputs, output):
+    content, _, _, class_token, perm, cut, mask_tokens, query_stream, backend = inputs
+    ctx.save_for_backward(perm)
+    ctx.content_dtype = content.dtype
+    ctx.options = (cut, content.shape[1], class_token is not None, mask_tokens, query_stream, backend)
+
+
+def _backward(ctx, d_rows):
+    (perm,) = ctx.saved_tensors
+    d_content, d_pos, d_mask, d_class = assemble_backward_op(d_rows.contiguous(), perm, *ctx.options)
+    has_class = ctx.options[2]
+    return d_content.to(ctx.content_dtype), d_pos, d_mask, d_class if has_class else None, *(None,) * 5
+
+
+assemble_op.register_autograd(_backward, setup_context=_save)

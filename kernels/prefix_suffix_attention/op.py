@@ -1,0 +1,151 @@
+"""Public prefix-suffix attention: autograd, torch.compile and autocast around the backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mapet_kernels.backends import choose_backend
+from mapet_kernels.checks import check_tensors, is_integer
+from mapet_kernels.prefix_suffix_attention import reference, sdpa
+from mapet_kernels.registration import register_autocast
+from mapet_kernels.visibility import prefix_suffix_mask
+
+BACKENDS = {
+    "reference": (reference.masked_attention, reference.masked_attention_backward),
+    "sdpa": (sdpa.forward, sdpa.backward),
+}
+
+
+def prefix_suffix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    cut: int | Tensor = 0,
+    *,
+    suffix_keys: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of one stream where a row of shift s sees content keys j < cut + s and suffix keys j >= s.
+
+    The general form of the rule in `mapet_kernels.visibility`, which has the shifts of causal, prefix-LM and
+    masked-image models. A row that sees no key yields 0 and has zero gradients.
+
+    Args:
+        q: (B, R, H, D).
+        k, v: (B, C + S, H, D), content keys, then suffix keys. Any strides with the last dimension contiguous.
+        shift: integers (R,), or (B, R) with one set per image; any values in any order.
+        cut: int, or integers (B,).
+        suffix_keys: S, the number of trailing keys that follow the suffix rule.
+        scale: factor of the scores; D ** -0.5 when not given.
+        backend: "auto", "sdpa" or "reference".
+
+    Returns:
+        (B, R, H, D) in q's dtype (under autocast, the region's).
+
+    Raises:
+        ValueError: shapes, devices or backend do not fit.
+        TypeError: the tensors do not share one floating-point dtype (under autocast they need not).
+    """
+    _check(q, k, v, shift, cut, suffix_keys)
+    one_cut, cuts = (0, cut.to(q.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
+    shift = shift.to(q.device, torch.int64)
+    name = choose_backend(backend, q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return prefix_suffix_attention_op(q, k, v, shift, one_cut, cuts, suffix_keys, scale, name)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, shift: Tensor, cut: int | Tensor, suffix_keys: int) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must be (B, R, H, D), got {tuple(q.shape)}")
+    batch, rows, heads, size = q.shape
+    if k.dim() != 4 or k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, size):
+        raise ValueError(
+            f"k and v must both be ({batch}, keys, {heads}, {size}) like q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    check_tensors(q=q, k=k, v=v)
+    if shift.shape not in ((rows,), (batch, rows)) or not is_integer(shift):
+        raise ValueError(
+            f"shift must be integers (R,) = ({rows},) or (B, R) = ({batch}, {rows}), "
+            f"got {shift.dtype} {tuple(shift.shape)}"
+        )
+    if isinstance(cut, Tensor) and (cut.shape != (batch,) or not is_integer(cut)):
+        raise ValueError(f"cut must be an int or integers (B,) = ({batch},), got {cut.dtype} {tuple(cut.shape)}")
+    if not 0 <= suffix_keys <= k.shape[1]:
+        raise ValueError(f"suffix_keys must be in [0, {k.shape[1]}], the number of keys, got {suffix_keys}")
+
+
+def _visible(k: Tensor, shift: Tensor, cut: int, cuts: Tensor | None, suffix_keys: int) -> Tensor:
+    return prefix_suffix_mask(shift, cut if cuts is None else cuts, k.shape[1] - suffix_keys, suffix_keys)
+
+
+@torch.library.custom_op("mapet_kernels::prefix_suffix_attention", mutates_args=())
+def prefix_suffix_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    cut: int,
+    cuts: Tensor | None,
+    suffix_keys: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, R, H, D) and log-sum-exp (B, R, H)."""
+    out, lse = BACKENDS[backend][0](q, k, v, _visible(k, shift, cut, cuts, suffix_keys), scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@prefix_suffix_attention_op.register_fake
+def _(q, k, v, shift, cut, cuts, suffix_keys, scale, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("mapet_kernels::prefix_suffix_attention_backward", mutates_args=())
+def prefix_suffix_attention_backward_op(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cut: int,
+    cuts: Tensor | None,
+    suffix_keys: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    visible = _visible(k, shift, cut, cuts, suffix_keys)
+    gradients = BACKENDS[backend][1](d_out, q, k, v, visible, scale, out, lse)
+    return tuple(gradient.contiguous() for gradient in gradients)
+
+
+@prefix_suffix_attention_backward_op.register_fake
+def _(d_out, q, k, v, shift, out, lse, cut, cuts, suffix_keys, scale, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, shift, cut, cuts, *options = inputs
+    ctx.save_for_backward(q, k, v, shift, *output, cuts)
+    ctx.set_materialize_grads(False)
+    ctx.cut, ctx.options = cut, options
+
+
+def _backward(ctx, d_out, d_lse):
+    if d_out is None:
+        return (None,) * 9
+    q, k, v, shift, out, lse, cuts = ctx.saved_tensors
+    gradients = prefix_suffix_attention_backward_op(
+        d_out.contiguous(), q, k, v, shift, out, lse, ctx.cut, cuts, *ctx.options
+    )
+    return *gradients, *(None,) * 6
+
+
+prefix_suffix_attention_op.register_autograd(_backward, setup_context=_save)
+register_autocast(prefix_suffix_attention_op)

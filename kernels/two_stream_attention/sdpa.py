@@ -1,0 +1,194 @@
+"""Two-stream attention through torch's fused attention over the few distinct key ranges.
+
+With the keys laid out M, A, B every row sees one window of N keys (visibility.py), so that a tile of targets [i0, i1)
+needs keys [i0, N + i1) only, and its content and query rows share them:
+
+    A and M rows              keys [0, N)             no mask
+    B and G rows of a tile    keys [i0, N + i1)       one mask (2 * tile, N + tile), shared by every image and head
+
+Without mask tokens (PIM) the windows start at 0: [0, c) for A, [0, c + i1) for a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mapet_kernels.dense_attention import attend, attend_backward, attention_bias
+from mapet_kernels.two_stream_attention.problem import Problem, Streams
+
+TARGET_TILE = 64
+"""Targets in a tile, at most: smaller tiles visit fewer masked keys, larger ones make fewer calls."""
+
+
+def forward(q: Streams, k: Tensor, v: Tensor, out: Streams, lse: Streams, problem: Problem) -> None:
+    """Fill `out` (B, rows, H, D) and `lse` (B, rows, H); content rows in permuted order."""
+    if isinstance(problem.cut, Tensor):
+        _zero(out.content, out.query, lse.content, lse.query)
+        for index, one in _by_cut(problem):
+            part_out, part_lse = _trim(out, index, one), _trim(lse, index, one)
+            forward(_trim(q, index, one), _trim_keys(k, index, one), _trim_keys(v, index, one), part_out, part_lse, one)
+            _untrim(part_out, out, index, one)
+            _untrim(part_lse, lse, index, one)
+        return
+    k, v = _mask_keys_first(k, problem.tokens), _mask_keys_first(v, problem.tokens)
+    for tile in _tiles(q, problem):
+        rows, row_lse = attend(_take(q, tile), k[:, :, tile.keys], v[:, :, tile.keys], tile.bias, problem.scale)
+        if tile.dead_row is not None:
+            rows[:, :, tile.dead_row] = 0
+        _put(rows, out, tile)
+        _put(row_lse, lse, tile)
+
+
+def backward(
+    d_out: Streams,
+    q: Streams,
+    k: Tensor,
+    v: Tensor,
+    out: Streams,
+    lse: Streams,
+    dq: Streams,
+    dk: Tensor,
+    dv: Tensor,
+    problem: Problem,
+) -> None:
+    """Fill `dq` (content, query), `dk` and `dv`; `out` and `lse` are those of `forward`."""
+    if isinstance(problem.cut, Tensor):
+        _zero(dq.content, dq.query, dk, dv)
+        for index, one in _by_cut(problem):
+            parts = [_trim(s, index, one) for s in (d_out, q, out, lse, dq)]
+            keys = [_trim_keys(x, index, one) for x in (k, v, dk, dv)]
+            backward(parts[0], parts[1], keys[0], keys[1], parts[2], parts[3], parts[4], keys[2], keys[3], one)
+            _untrim(parts[4], dq, index, one)
+            dk[index, : keys[2].shape[1]] = keys[2]
+            dv[index, : keys[3].shape[1]] = keys[3]
+        return
+    k, v = _mask_keys_first(k, problem.tokens), _mask_keys_first(v, problem.tokens)
+    # Several tiles add to one key's gradient, so it is kept in fp32 until the end.
+    work = torch.promote_types(k.dtype, torch.float32)
+    dk_sum, dv_sum = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
+    for tile in _tiles(q, problem):
+        d_rows = _take(d_out, tile)
+        if tile.dead_row is not None:
+            d_rows = d_rows.clone()
+            d_rows[:, :, tile.dead_row] = 0
+        dq_rows, dk_tile, dv_tile = attend_backward(
+            d_rows,
+            _take(q, tile),
+            k[:, :, tile.keys],
+            v[:, :, tile.keys],
+            tile.bias,
+            problem.scale,
+            _take(out, tile),
+            _take(lse, tile),
+        )
+        _put(dq_rows, dq, tile)
+        dk_sum[:, :, tile.keys] += dk_tile
+        dv_sum[:, :, tile.keys] += dv_tile
+    _content_keys_first(dk_sum, dk, problem.tokens)
+    _content_keys_first(dv_sum, dv, problem.tokens)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows that share a key range. Row slices index the streams, keys the M, A, B layout; None is an empty stream."""
+
+    content_rows: slice | None
+    query_rows: slice | None
+    keys: slice
+    bias: Tensor | None
+    dead_row: int | None = None  # the one row that can see nothing: G_0 without mask tokens and with cut 0
+
+
+def _tiles(q: Streams, problem: Problem) -> Iterator[Tile]:
+    tokens, cut, targets, mask_tokens = problem.tokens, problem.cut, problem.targets, problem.mask_tokens
+    with_content = q.content is not None
+    window = slice(0, tokens if mask_tokens else cut)
+    if with_content and cut > 0:
+        yield Tile(slice(0, cut), None, window, None)
+    if with_content and mask_tokens:
+        yield Tile(slice(tokens, tokens + targets), None, window, None)
+    size = -(-targets // -(-targets // TARGET_TILE))  # equal tiles, none larger than TARGET_TILE
+    for start in range(0, targets, size):
+        stop = min(start + size, targets)
+        keys = slice(start if mask_tokens else 0, (tokens if mask_tokens else cut) + stop)
+        bias = _tile_bias(q.query, start, stop, keys, problem, with_content)
+        sees_nothing = not mask_tokens and cut == 0 and start == 0
+        dead_row = (stop - start if with_content else 0) if sees_nothing else None
+        content_rows = slice(cut + start, cut + stop) if with_content else None
+        yield Tile(content_rows, slice(start, stop), keys, bias, dead_row)
+
+
+def _tile_bias(like: Tensor, start: int, stop: int, keys: slice, problem: Problem, with_content: bool) -> Tensor:
+    key = torch.arange(keys.start, keys.stop, device=like.device)
+    query_shift = torch.arange(start, stop, device=like.device).unsqueeze(1)
+    shift = torch.cat([query_shift + 1, query_shift]) if with_content else query_shift
+    if problem.mask_tokens:
+        visible = (key >= shift) & (key < shift + problem.tokens)
+    else:
+        visible = key < shift + problem.cut
+    return attention_bias(visible, like.dtype)
+
+
+def _take(streams: Streams, tile: Tile) -> Tensor:
+    """The tile's rows of both streams, heads first: (B, H, rows, ...)."""
+    parts = []
+    if tile.content_rows is not None:
+        parts.append(streams.content[:, tile.content_rows])
+    if tile.query_rows is not None:
+        parts.append(streams.query[:, tile.query_rows])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
+
+
+def _put(rows: Tensor, streams: Streams, tile: Tile) -> None:
+    """Write rows (B, H, rows, ...) back to where `_take` found them."""
+    rows = rows.transpose(1, 2)
+    split = 0
+    if tile.content_rows is not None:
+        split = tile.content_rows.stop - tile.content_rows.start
+        streams.content[:, tile.content_rows] = rows[:, :split]
+    if tile.query_rows is not None:
+        streams.query[:, tile.query_rows] = rows[:, split:]
+
+
+def _mask_keys_first(x: Tensor, tokens: int) -> Tensor:
+    """Keys A, B, M as (B, keys, H, D) -> M, A, B as (B, H, keys, D)."""
+    return torch.cat([x[:, tokens:], x[:, :tokens]], dim=1).transpose(1, 2)
+
+
+def _content_keys_first(x: Tensor, out: Tensor, tokens: int) -> None:
+    """Write keys M, A, B as (B, H, keys, D) into `out` with keys A, B, M as (B, keys, H, D)."""
+    x = x.transpose(1, 2)
+    out[:, :tokens] = x[:, x.shape[1] - tokens :]
+    out[:, tokens:] = x[:, : x.shape[1] - tokens]
+
+
+def _by_cut(problem: Problem) -> Iterator[tuple[Tensor, Problem]]:
+    """The images of each distinct cut, and their problem without padding. Reads the cuts on the host."""
+    for cut in problem.cut.unique().tolist():
+        index = (problem.cut == cut).nonzero().squeeze(1)
+        yield index, replace(problem, cut=cut, targets=problem.tokens - cut)
+
+
+def _trim_keys(x: Tensor, index: Tensor, one: Problem) -> Tensor:
+    return x[index, : one.tokens + (one.targets if one.mask_tokens else 0)]
+
+
+def _trim(streams: Streams, index: Tensor, one: Problem) -> Streams:
+    content = None if streams.content is None else _trim_keys(streams.content, index, one)
+    return Streams(content, streams.query[index, : one.targets])
+
+
+def _untrim(part: Streams, whole: Streams, index: Tensor, one: Problem) -> None:
+    if whole.content is not None:
+        whole.content[index, : part.content.shape[1]] = part.content
+    whole.query[index, : one.targets] = part.query
+
+
+def _zero(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.zero_()

@@ -1,0 +1,200 @@
+"""The pre-training network: a vision transformer over the flat token buffer, and the head that predicts visual tokens.
+
+One set of weights serves every stream (paper, section 3.3), so the streams share one buffer (rows, D) and each layer is
+one matrix product over all of it. Parameter names are the official ones. Shape letters: B images, N tokens, T targets,
+D width, H heads, R rows of the buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mapet.config import ModelConfig
+from mapet.errors import CheckpointError
+from mapet.streams import StreamLayout
+from mapet_kernels import permuted_embed
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Attention = Callable[[Tensor, Tensor, StreamLayout], Tensor]
+"""Maps q (R, H, d), kv (B, content_rows, 2, H, d) and the layout to (R, H, d); q may hold the predicted rows only."""
+
+
+class LayerScale(nn.Module):
+    """x * gamma, one gamma per channel."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class StreamAttention(nn.Module):
+    """Projections around an attention of the buffer's rows over the content stream's keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, rows: Tensor, content: Tensor, layout: StreamLayout, attention: Attention) -> Tensor:
+        """rows (R, D) attend over content (B * content_rows, D)."""
+        q = self.q(rows).unflatten(1, (self.heads, -1))
+        kv = self.kv(content).view(layout.batch, layout.content_rows, 2, self.heads, -1)
+        return self.proj(attention(q, kv, layout).flatten(1))
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))), the exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose modules all streams share; `keep` drops the branches of whole images."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = StreamAttention(config.width, config.heads)
+        self.ls1 = LayerScale(config.width, config.layer_scale)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+        self.ls2 = LayerScale(config.width, config.layer_scale)
+
+    def forward(
+        self, x: Tensor, layout: StreamLayout, keep: Tensor | None, attention: Attention, predicted_only: bool
+    ) -> Tensor:
+        """Map the buffer (R, D) to (R, D), or to its predicted rows (B * T, D) where nothing else is needed any more.
+
+        keep: (2, B) factors of the attention and MLP branches, or None.
+        """
+        h = self.norm1(x)
+        content = layout.content(h)
+        if predicted_only:
+            x, h = layout.predicted(x), layout.predicted(h)
+        scale1, scale2 = (1, 1) if keep is None else (layout.per_row(k, predicted_only) for k in keep)
+        x = x + scale1 * self.ls1(self.attn(h, content, layout, attention))
+        return x + scale2 * self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Holds the patch projection; `permuted_embed` applies it."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+
+class MaskedTokenViT(nn.Module):
+    """Vision transformer with a mask token and a head over the vocabulary of visual tokens.
+
+    Args:
+        config: sizes; the state dict's names and shapes follow the official MaPeT models.
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, *, checkpoint_activations: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = checkpoint_activations
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        self.mask_positional_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.decoder = nn.Linear(config.width, config.vocabulary)
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN), persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the official code does: deviation 0.02, zero biases, torch's default patch projection."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.mask_positional_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+
+    def drop_path_rates(self) -> list[float]:
+        """Probability of dropping each block's branches: linear from 0 to config.drop_path."""
+        depth = self.config.depth
+        return [self.config.drop_path * i / max(1, depth - 1) for i in range(depth)]
+
+    def embed(self, images: Tensor, permutation: Tensor, layout: StreamLayout, *, normalise: bool = True) -> Tensor:
+        """Flat buffer (R, D) of images (B, 3, S, S), uint8 or floating point in [0, 1], and permutations (B, N)."""
+        return permuted_embed(
+            images,
+            self.patch_embed.proj.weight,
+            self.patch_embed.proj.bias,
+            self.pos_embed[0],
+            self.mask_positional_token[0, 0],
+            permutation,
+            layout.cut,
+            class_token=None if self.cls_token is None else self.cls_token[0, 0],
+            mean=self.image_mean if normalise else None,
+            std=self.image_std if normalise else None,
+            target_content=layout.target_content,
+            mask_tokens=layout.mask_tokens,
+            query_stream=layout.query_stream,
+        )
+
+    def encode(self, x: Tensor, layout: StreamLayout, keep: Tensor | None, attention: Attention) -> Tensor:
+        """Normalised features (B * T, D) of the predicted rows from the buffer (R, D); keep is (depth, 2, B) or None.
+
+        The last block needs keys and values of the content stream, but no other of its outputs.
+        """
+        for i, block in enumerate(self.blocks):
+            arguments = (x, layout, None if keep is None else keep[i], attention, i == len(self.blocks) - 1)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        return self.norm(x)
+
+
+def load_official(model: MaskedTokenViT, state: dict[str, Tensor]) -> None:
+    """Load a state dict with the official names; a "module." prefix is dropped.
+
+    Raises:
+        CheckpointError: names or shapes do not match; the text lists them.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name}: {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"the weights do not fit this model: missing {missing}, unexpected {unexpected}, other shapes {shapes}"
+        )
+    model.load_state_dict(state)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(math.prod(p.shape) for p in model.parameters())

@@ -1,0 +1,26 @@
+"""Pre-training objectives, one file each, behind one interface."""
+
+from __future__ import annotations
+
+from mapet.config import ModelConfig, ObjectiveConfig
+from mapet.errors import ConfigError
+from mapet.objectives.base import Objective, Plan
+from mapet.objectives.mapet import MaPeT
+from mapet.objectives.mim import MIM
+from mapet.objectives.pim import PIM
+
+OBJECTIVES: dict[str, type[Objective]] = {"mapet": MaPeT, "pim": PIM, "mim": MIM}
+
+
+def build_objective(
+    objective: ObjectiveConfig, model: ModelConfig, *, backend: str = "auto", checkpoint_activations: bool = False
+) -> Objective:
+    """The objective of a configuration, with a freshly initialised model (global torch RNG)."""
+    if objective.name not in OBJECTIVES:
+        raise ConfigError(f"unknown objective {objective.name!r}; objectives are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective.name](
+        model, objective.cut, backend=backend, checkpoint_activations=checkpoint_activations
+    )
+
+
+__all__ = ["MIM", "OBJECTIVES", "PIM", "MaPeT", "Objective", "Plan", "build_objective"]

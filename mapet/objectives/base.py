@@ -1,0 +1,106 @@
+"""What a pre-training objective is: a layout of streams, an attention over it, and how a step's randomness is drawn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mapet.config import ModelConfig, check_cut
+from mapet.model import MaskedTokenViT
+from mapet.objectives.loss import token_accuracy, token_cross_entropy
+from mapet.streams import StreamLayout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything random in one forward pass over B images; `plan[a:b]` is the plan of images a to b.
+
+    permutation: int64 (B, N), the token at rank r; a class token, token 0, has rank 0.
+    keep: float32 (depth, 2, B), factors of the residual branches: 0 for a dropped image, 1 / (1 - rate) for a kept one.
+    """
+
+    permutation: Tensor
+    keep: Tensor
+
+    def __getitem__(self, images: slice) -> Plan:
+        return Plan(self.permutation[images], self.keep[:, :, images])
+
+
+class Objective(nn.Module, ABC):
+    """A model and the loss it is pre-trained with. One subclass and one file per method.
+
+    Args:
+        config: the network.
+        cut: tokens that are not predicted, the class token included; in [1, N - 1].
+        backend: attention backend of mapet_kernels.
+        checkpoint_activations: see MaskedTokenViT.
+    """
+
+    def __init__(
+        self, config: ModelConfig, cut: int, *, backend: str = "auto", checkpoint_activations: bool = False
+    ) -> None:
+        super().__init__()
+        check_cut(cut, config.tokens)
+        self.config, self.cut, self.backend = config, cut, backend
+        self.model = MaskedTokenViT(config, checkpoint_activations=checkpoint_activations)
+
+    @abstractmethod
+    def layout(self, batch: int) -> StreamLayout:
+        """The row groups of this objective's buffer."""
+
+    @abstractmethod
+    def attention(self, q: Tensor, kv: Tensor, layout: StreamLayout) -> Tensor:
+        """Attention of q (R, H, d), all rows or the predicted ones, over kv (B, content_rows, 2, H, d)."""
+
+    def sample_plan(self, batch: int, generator: torch.Generator, device: torch.device | str) -> Plan:
+        """Uniform permutations of the patches and drop-path draws, from `generator` (on `device`) alone.
+
+        Both streams of an image share its drop-path draw (official code).
+        """
+        first = int(self.config.class_token)
+        order = torch.rand(batch, self.config.patches, generator=generator, device=device).argsort(dim=1)
+        permutation = torch.nn.functional.pad(order + first, (first, 0))
+        kept = 1 - torch.tensor(self.model.drop_path_rates(), device=device).view(-1, 1, 1)
+        draws = torch.rand(self.config.depth, 2, batch, generator=generator, device=device)
+        return Plan(permutation, (draws < kept) / kept)
+
+    def predictions(self, images: Tensor, permutation: Tensor, keep: Tensor | None = None, *, normalise=True) -> Tensor:
+        """Features (B * T, D) before the head, by image and then by target in permuted order."""
+        layout = self.layout(images.shape[0])
+        x = self.model.embed(images, permutation, layout, normalise=normalise)
+        return self.model.encode(x, layout, keep, self.attention)
+
+    def targets(self, tokens: Tensor, permutation: Tensor) -> Tensor:
+        """Visual tokens (B * T,) of the targets in permuted order, from tokens (B, P) in raster order."""
+        patches = permutation[:, self.cut :] - int(self.config.class_token)
+        return tokens.gather(1, patches).flatten()
+
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        permutation: Tensor,
+        keep: Tensor | None = None,
+        with_accuracy: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy over all targets (nats), and the share of targets predicted right.
+
+        Args:
+            images: (B, 3, S, S), uint8, or floating point in [0, 1].
+            tokens: int64 (B, P), raster order, in [0, vocabulary).
+            permutation, keep: those of a Plan; keep=None drops nothing.
+            with_accuracy: False returns NaN in its place and saves a pass through the head.
+
+        Returns:
+            (loss, accuracy), scalars; only the loss has a gradient.
+        """
+        features = self.predictions(images, permutation, keep)
+        targets = self.targets(tokens, permutation)
+        head = self.model.decoder
+        loss = token_cross_entropy(features, head.weight, head.bias, targets)
+        if not with_accuracy:
+            return loss, torch.full_like(loss.detach(), float("nan"))
+        return loss, token_accuracy(features.detach(), head.weight.detach(), head.bias.detach(), targets)
