@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mapet.errors import ConfigError
+from mapet.errors import ConfigError, MapetError
 
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -52,18 +54,25 @@ class World:
             values /= self.size
         return values
 
-    def from_main(self, value: int | None) -> int:
-        """The integer that the main process passes; the others pass None."""
-        if self.size == 1:
-            return value
-        shared = torch.tensor([0 if value is None else value])
-        dist.broadcast(shared, src=0, group=self.control)
-        return int(shared)
+    def on_main(self, task: Callable[[], T]) -> T:
+        """Run `task` in the main process, while the others wait, and give its result to all.
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
+        Its MapetError is raised in the main process, and one that points there in the others.
+        """
+        if self.size == 1:
+            return task()
+        answer, error = [None, False], None
+        if self.is_main:
+            try:
+                answer[0] = task()
+            except MapetError as caught:
+                answer[1], error = True, caught
+        dist.broadcast_object_list(answer, src=0, group=self.control)
+        if error is not None:
+            raise error
+        if answer[1]:
+            raise MapetError("the main process could not go on; its message says why")
+        return answer[0]
 
 
 @contextmanager
@@ -118,8 +127,8 @@ def _environment(name: str, default: int | None = None) -> int:
 class StopRequest:
     """SIGTERM and SIGINT as a request to stop after the current step, agreed on by all processes.
 
-    Within the `with` block the first signal is only noted. In a single process a second Ctrl-C interrupts at once; under
-    torchrun it does not, since Ctrl-C reaches a process there twice, from the terminal and from torchrun.
+    Within the `with` block the first signal is only noted. In a single process a second Ctrl-C interrupts at once;
+    under torchrun it does not, since Ctrl-C reaches a process there twice, from the terminal and from torchrun.
     """
 
     def __init__(self, world: World) -> None:

@@ -125,8 +125,8 @@ def import_tracker(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"train.trackers names {name}, which cannot be imported ({error}): run `pip install {name}`, or leave it out; "
-            f"{FILE_NAME} and TensorBoard are written in any case"
+            f"train.trackers names {name}, which cannot be imported ({error}): run `pip install {name}`, or leave it "
+            f"out; {FILE_NAME} and TensorBoard are written in any case"
         ) from error
 
 

@@ -8,7 +8,10 @@ The global generators only initialise the weights; their states are in the check
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,3 +59,17 @@ def set_global_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Within the block, and if `enabled`: torch's deterministic algorithms, at some cost in speed."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if enabled:
+        # cuBLAS reads this when the first handle is made; without it torch refuses its products as not deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
