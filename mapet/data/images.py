@@ -1,0 +1,190 @@
+"""Where images come from: a folder, a list of files or a built-in set, all behind one small interface."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mapet.data.decode import decode
+from mapet.errors import ConfigError, DataError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+
+
+class ImageSource(ABC):
+    """Images in a fixed order.
+
+    Attributes:
+        names: one per image, unique; for files the path relative to the root, with forward slashes.
+        labels: (n,) int64 class numbers, or None where the source has no labels.
+        classes: class names, `classes[labels[i]]`; None where the source has no labels.
+    """
+
+    names: list[str]
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Image `index` as 8-bit RGB. DataError naming the image where it cannot be read."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256, as hexadecimal text, of what the source consists of."""
+
+
+class FileSource(ImageSource):
+    """A list of files under a root, in the order given.
+
+    Args:
+        root: folder that the names are relative to.
+        names: paths relative to the root.
+        labels, classes: as in ImageSource.
+        orient: apply the EXIF orientation.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: list[str],
+        labels: np.ndarray | None = None,
+        classes: list[str] | None = None,
+        *,
+        orient: bool = True,
+    ) -> None:
+        self.root, self.names, self.labels, self.classes, self.orient = Path(root), names, labels, classes, orient
+
+    def load(self, index: int) -> Image.Image:
+        path = self.root / self.names[index]
+        return decode(path, name=str(path), orient=self.orient)
+
+    def fingerprint(self) -> str:
+        """Of names and sizes in bytes: cheap for millions of files, blind to a change that keeps a file's size."""
+        return fingerprint_of(f"{name}\0{_size(self.root / name)}" for name in self.names)
+
+
+def folder_source(root: str | Path) -> FileSource:
+    """All images below a folder, sorted by name.
+
+    Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Hidden files
+    and files with other extensions are left out; links are followed.
+
+    Raises:
+        DataError: no such folder, no image in it, or a folder that cannot be listed or that links back into itself.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        found = "is a file" if root.is_file() else "does not exist"
+        raise DataError(f"image folder {root} {found}; give a folder of images, or one of {BUILT_IN}")
+    names = sorted(_walk(root, "", (os.path.realpath(root),)))
+    if not names:
+        raise DataError(f"no image in {root} or its sub-folders; looked for {', '.join(sorted(EXTENSIONS))}")
+    if not all("/" in name for name in names):
+        return FileSource(root, names)
+    folders = [name.split("/", 1)[0] for name in names]
+    classes = sorted(set(folders))
+    number = {name: i for i, name in enumerate(classes)}
+    return FileSource(root, names, np.array([number[folder] for folder in folders], dtype=np.int64), classes)
+
+
+def _walk(root: Path, below: str, parents: tuple[str, ...]) -> Iterator[str]:
+    """Names of the images under root/below; `parents` are the real paths from the root down to here."""
+    try:
+        with os.scandir(root / below) as found:
+            entries = list(found)
+    except OSError as error:
+        raise DataError(f"cannot list image folder {root / below}: {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        name = f"{below}/{entry.name}" if below else entry.name
+        if _is_folder(entry):
+            real = os.path.realpath(entry.path)
+            if real in parents:
+                raise DataError(f"image folder {entry.path} links back to {real}, which contains it; remove the link")
+            yield from _walk(root, name, (*parents, real))
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            yield name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: no folder; with an image's name it is reported as a bad image
+        return False
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # missing or a dangling link: reported by name when it is loaded
+        return -1
+
+
+def fingerprint_of(lines: Iterable[str]) -> str:
+    """SHA-256 of lines of text; file names that are not valid UTF-8 keep their bytes."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+BUILT_IN = "digits, photos, photos:TILE, photos:TILE:STRIDE"
+
+
+def open_source(spec: str | Path) -> ImageSource:
+    """A source by name.
+
+    "digits" is scikit-learn's 1,797 labelled digits, "photos" scikit-image's bundled photographs, "photos:96" those cut
+    into squares of 96 pixels, "photos:96:48" with a square every 48 pixels. Everything else is a folder
+    (`folder_source`); a folder that is called like a built-in set is given as "./digits".
+
+    Raises:
+        DataError: an empty or missing folder, or an uninstalled package.
+        ConfigError: a tile or stride that is no positive integer.
+    """
+    from mapet.data.builtin import DigitSource, PhotoSource  # these import this file's ImageSource
+
+    name, *sizes = str(spec).split(":")
+    if name == "digits" and not sizes:
+        return DigitSource()
+    if name == "photos" and len(sizes) <= 2:
+        return PhotoSource(*_positive(sizes, spec))
+    return folder_source(spec)
+
+
+def _positive(sizes: Sequence[str], spec: str | Path) -> list[int]:
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(f"image source {str(spec)!r}: tile and stride are positive integers, as in photos:96:48")
+    return [int(size) for size in sizes]
+
+
+def centre_square(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square of side min(W, H), resized to `size` pixels (bicubic, antialiased).
+
+    This is the official pre-training crop. The official transform is torchvision's RandomResizedCrop with scale (1, 1)
+    and ratio (1, 1): it asks for a square of area W x H, which fits in no image that is not square, so after ten tries
+    it falls back to the largest centred crop of that ratio: the square taken here, odd margins rounded down alike.
+    Where W and H differ by so little that sqrt(W x H) rounds to the shorter side, the official crop slides along the
+    longer side by those pixels at random; here it stays in the centre, so that pixels and stored tokens always match.
+
+    Args:
+        image: RGB.
+        size: side of the result in pixels.
+    Returns:
+        (3, size, size) uint8, contiguous.
+    """
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

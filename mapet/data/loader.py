@@ -1,0 +1,141 @@
+"""From the token cache to batches: which images an optimizer step sees is a pure function of seed and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mapet.data.cache import TokenCache
+from mapet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their tokens.
+
+    Attributes:
+        images: uint8 (b, 3, S, S).
+        tokens: int64 (b, P).
+        ids: int64 (b,), positions in the cache.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.images[part], self.tokens[part], self.ids[part])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On a device; the copy from pinned memory does not wait."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.tokens, self.ids)))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory; the DataLoader calls this."""
+        return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.ids.pin_memory())
+
+
+def steps_per_epoch(length: int, global_batch: int) -> int:
+    """Whole batches in `length` images; the rest of an epoch is dropped. ConfigError if there is not even one."""
+    if not 1 <= global_batch <= length:
+        raise ConfigError(f"global batch {global_batch} must be from 1 to the number of images, {length}")
+    return length // global_batch
+
+
+def step_ids(length: int, *, seed: int, step: int, global_batch: int) -> Tensor:
+    """Images of the whole global batch of an optimizer step, counted from 0 over all epochs.
+
+    Every epoch goes through its own permutation of all images, drawn from (seed, epoch).
+
+    Returns:
+        int64 (global_batch,).
+    Raises:
+        ConfigError: global_batch is larger than length, or seed or step is negative.
+    """
+    epoch, within = divmod(step, steps_per_epoch(length, global_batch))
+    if seed < 0 or step < 0:
+        raise ConfigError(f"seed and step must not be negative, got {seed} and {step}")
+    first = within * global_batch
+    return torch.from_numpy(_permutation(length, seed, epoch)[first : first + global_batch].copy())
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    # The raw words of a bit generator never change between versions of numpy or torch; their shuffles may.
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+class _BatchFetcher(Dataset):
+    """A batch of ids to a Batch, by one gather instead of image by image."""
+
+    def __init__(self, cache: TokenCache) -> None:
+        self.cache = cache
+
+    def __getitem__(self, ids: Tensor) -> Batch:
+        return Batch(self.cache.images(ids), self.cache.tokens(ids), ids)
+
+
+@dataclass(frozen=True)
+class _StepShares:
+    """One process's contiguous share of the global batch of each step, in order."""
+
+    length: int
+    seed: int
+    global_batch: int
+    steps: range
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        share = self.global_batch // self.world_size
+        for step in self.steps:
+            ids = step_ids(self.length, seed=self.seed, step=step, global_batch=self.global_batch)
+            yield ids[self.rank * share : (self.rank + 1) * share]
+
+
+def make_loader(
+    cache: TokenCache,
+    *,
+    seed: int,
+    global_batch: int,
+    start_step: int,
+    stop_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterable[Batch]:
+    """Batches of this process for the optimizer steps [start_step, stop_step), one Batch per step, in order.
+
+    Neither the number of workers nor the step it starts from changes what a step gets, and no global random state is
+    read or changed.
+
+    Raises:
+        ConfigError: more images in a batch than in the cache, a batch that the processes cannot share evenly, or a rank
+            outside [0, world_size).
+    """
+    steps_per_epoch(len(cache), global_batch)
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank must be in [0, world size {world_size}), got {rank}")
+    if global_batch % world_size:
+        raise ConfigError(f"global batch {global_batch} is not divisible by the {world_size} processes")
+    return DataLoader(
+        _BatchFetcher(cache),
+        sampler=_StepShares(len(cache), seed, global_batch, range(start_step, stop_step), rank, world_size),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # a DataLoader without one draws from the global state
+    )

@@ -1,0 +1,96 @@
+""".npy files that are written by appending and read by mapping: no pickles, no memory-mapped writes.
+
+A memory-mapped write to a full disk kills the process with SIGBUS; a plain write raises an error that can be handled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from mapet.errors import DataError
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest remembers of a file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """Size and hash of a file as it is on disk."""
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(file.tell(), digest)
+
+
+class NpyAppender:
+    """One .npy file of shape (rows, *row_shape) that grows row by row; `close` completes it."""
+
+    def __init__(self, path: Path, dtype: np.dtype | type, row_shape: tuple[int, ...]) -> None:
+        self.path, self.dtype, self.row_shape, self.rows = path, np.dtype(dtype), row_shape, 0
+        self._file = open_new(path)
+        self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write (b, *row_shape) rows of the file's dtype."""
+        if rows.dtype != self.dtype or rows.shape[1:] != self.row_shape:
+            raise ValueError(f"rows are {rows.dtype} {rows.shape[1:]}, the file holds {self.dtype} {self.row_shape}")
+        self._file.write(memoryview(np.ascontiguousarray(rows)).cast("B") if rows.size else b"")
+        self.rows += len(rows)
+
+    def close(self) -> FileRecord:
+        """Put the final number of rows into the header, and the file safely on disk."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord.of(self.path)
+
+    def _write_header(self) -> None:
+        # numpy pads the header so that a longer first axis does not change its length
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, *self.row_shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def __enter__(self) -> NpyAppender:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        discard(self._file)
+
+
+def open_new(path: Path):
+    """A new file, open for binary writing."""
+    return open(path, "xb")
+
+
+def discard(file) -> None:
+    """Close a file whose content no longer matters; on a full disk flushing it would fail once more."""
+    try:
+        file.close()
+    except OSError:
+        file.raw.close()
+
+
+def map_array(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
+    """Map a .npy file read-only.
+
+    Raises:
+        DataError: naming the file: missing, truncated, no .npy file, of another dtype or shape, or of Python objects.
+    """
+    try:
+        # open_memmap refuses object arrays, which would have to be unpickled
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}; make the cache anew") from error
+    if array.dtype != np.dtype(dtype) or array.shape != shape:
+        raise DataError(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+    return array.view(np.ndarray)

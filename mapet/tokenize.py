@@ -1,0 +1,122 @@
+"""Images to tokens: `tokenize` writes a token cache, `fit_batches` feeds `Tokenizer.fit`.
+
+A tokenizer is anything with the interface of `mapet.tokenizers.base.Tokenizer`: name, grid, vocabulary, prepare, encode
+and fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mapet.data.build import build_cache
+from mapet.data.images import ImageSource
+from mapet.data.manifest import CacheDescription, Skipped
+from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
+from mapet.data.report import TokenizeReport
+from mapet.errors import ConfigError
+
+
+def tokenize(
+    source: ImageSource,
+    tokenizer,
+    output: str | Path,
+    *,
+    image_size: int,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | torch.device = "cpu",
+    max_skipped: float = 0.01,
+    overwrite: bool = False,
+) -> TokenizeReport:
+    """Encode every image of a source and write the token cache; each image is decoded once.
+
+    Args:
+        source: the images.
+        tokenizer: a fitted tokenizer; its batches are handed to it on `device`.
+        output: folder of the cache. A complete cache of the same images, tokenizer and sizes is reused; one that
+            differs is refused by name, or replaced if `overwrite`.
+        image_size: side in pixels of the crops kept for pre-training; a multiple of `tokenizer.grid`.
+        workers: processes that decode.
+        max_skipped: unreadable images are skipped and listed, up to this fraction of all.
+    Raises:
+        ConfigError: sizes that do not fit together.
+        DataError: too many unreadable images, tokens of another shape or out of range, a stale cache, disk full. Then,
+            and on Ctrl-C, nothing is half-written and an earlier cache is untouched.
+    """
+    description = CacheDescription(
+        image_size=image_size,
+        grid=tokenizer.grid,
+        vocabulary=tokenizer.vocabulary,
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        source_fingerprint=source.fingerprint(),
+    )
+
+    @torch.inference_mode()
+    def encode(batch: Prepared) -> Tensor:
+        return tokenizer.encode(batch.inputs.to(device))
+
+    return build_cache(
+        source,
+        output,
+        description,
+        encode,
+        prepare=tokenizer.prepare,
+        batch_size=batch_size,
+        workers=workers,
+        max_skipped=max_skipped,
+        overwrite=overwrite,
+    )
+
+
+class FitBatches:
+    """Tokenizer inputs of a source in a random order, the same each time it is iterated; made by `fit_batches`.
+
+    Attributes:
+        skipped: the unreadable images of the last iteration.
+    """
+
+    def __init__(
+        self, source: ImageSource, tokenizer, order: list[int], batch_size: int, workers: int, max_skipped: float
+    ) -> None:
+        self.source, self.tokenizer, self.workers, self.max_skipped = source, tokenizer, workers, max_skipped
+        self.images = len(order)
+        self.batches = in_batches(order, batch_size)
+        self.skipped: list[Skipped] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        log = SkipLog(self.images, self.max_skipped)
+        self.skipped = log.skipped
+        for batch in prepared_batches(self.source, self.batches, prepare=self.tokenizer.prepare, workers=self.workers):
+            log.add(batch.skipped)
+            if batch.inputs is not None:
+                yield batch.inputs
+
+
+def fit_batches(
+    source: ImageSource,
+    tokenizer,
+    *,
+    batch_size: int = 64,
+    workers: int = 2,
+    seed: int = 0,
+    limit: int = 0,
+    max_skipped: float = 0.01,
+) -> FitBatches:
+    """Batches for `Tokenizer.fit`: uint8 (b, 3, s, s), s = tokenizer.input_size, images in an order drawn from `seed`.
+
+    Args:
+        limit: use so many images at most, drawn at random; 0 for all.
+        max_skipped: unreadable images are left out up to this fraction, then iterating raises DataError.
+    """
+    if limit < 0:
+        raise ConfigError(f"limit must not be negative, got {limit}")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    return FitBatches(source, tokenizer, order[: limit or None], batch_size, workers, max_skipped)
