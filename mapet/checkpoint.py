@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -38,7 +39,7 @@ FORMAT = 1
 FOLDER = "checkpoints"
 REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
 PARTIAL, REMOVED = ".partial_", ".removed_"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 MAY_CHANGE = frozenset(
     {
@@ -165,7 +166,7 @@ class CheckpointStore:
         ema = folder / "ema.safetensors"
         state = CheckpointState(
             model=safetensors.torch.load_file(folder / "model.safetensors"),
-            trainer=torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True),
+            trainer=_load_trainer(folder),
             config=saved,
             ema=safetensors.torch.load_file(ema) if ema.exists() else None,
         )
@@ -312,6 +313,15 @@ def _payloads(state: CheckpointState) -> Iterator[tuple[str, bytes | memoryview]
     torch.save(state.trainer, trainer)
     yield "trainer.pt", trainer.getbuffer()
     yield "config.json", json.dumps(state.config, indent=1).encode()
+
+
+def _load_trainer(folder: Path) -> dict[str, Any]:
+    try:
+        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: trainer.pt holds more than tensors and numbers, and is not read, for it could run code"
+        ) from error
 
 
 def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Protocol, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from mapet.metrics import StepMetrics
 
@@ -45,25 +47,27 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A bar that stays at the bottom of the terminal."""
+    """A bar at the bottom of the terminal, and under it the numbers, wrapped where the terminal is narrow."""
 
     def __init__(self, total: int, start: int, console: Console) -> None:
-        columns = (TextColumn("pre-training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, console=console)
-        self.task = self.progress.add_task("starting", total=total, completed=start)
+        self.console = console
+        self.bar = Progress(TextColumn("pre-training"), BarColumn(None), MofNCompleteColumn(), console=console)
+        self.task = self.bar.add_task("", total=total, completed=start)
+        self.live = Live(Group(self.bar, Text("starting")), console=console, refresh_per_second=4)
 
     def __enter__(self) -> LiveProgress:
-        self.progress.start()
+        self.live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
+        self.live.stop()
 
     def show(self, metrics: StepMetrics) -> None:
-        self.progress.update(self.task, completed=metrics.step, description=describe(metrics))
+        self.bar.update(self.task, completed=metrics.step)
+        self.live.update(Group(self.bar, Text(describe(metrics))))
 
     def note(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False)
 
 
 def make_progress(total: int, start: int, stream: TextIO | None = None) -> ProgressDisplay:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 
 from mapet.checkpoint import FOLDER, CheckpointStore
 from mapet.config import RunConfig, to_dict
@@ -81,6 +82,8 @@ def pretrain(config: RunConfig) -> TrainResult:
             log = MetricsLog(config.train.output, start, config.train.trackers, to_dict(config))
             run.log = stack.enter_context(log)
             run.display = stack.enter_context(make_progress(steps.last, start))
+        if start:
+            run.tell(f"going on from step {start}, {run.store.path(start)}")
         return run.loop(start, stop)
 
 
@@ -140,6 +143,8 @@ class Run:
                 metrics = self.report(done, clock)
             if done == last or signal or done % train.save_every == 0:
                 self.save(done)
+        if signal:
+            self.tell(f"stopped by {Signals(signal).name} after step {done}; the same command goes on from there")
         best = self.log.best_loss if self.log else None
         return TrainResult(
             step=done,
@@ -186,6 +191,11 @@ class Run:
         state = self.learner.state()
         state.trainer["data"] = cache_fingerprint(self.cache)
         self.world.on_main(lambda: self.store.save(done, state))
+
+    def tell(self, text: str) -> None:
+        """A line for the person watching."""
+        if self.display is not None:
+            self.display.note(text)
 
     def check(self) -> None:
         """Raise TrainingError, with step and images, if an update was called off."""
