@@ -320,7 +320,7 @@ def _load_trainer(folder: Path) -> dict[str, Any]:
         return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {folder}: trainer.pt holds more than tensors and numbers, and is not read, for it could run code"
+            f"checkpoint {folder}: trainer.pt holds more than tensors and numbers; it could run code and is not read"
         ) from error
 
 

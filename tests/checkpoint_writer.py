@@ -1,4 +1,4 @@
-"""What a process does that is killed while it saves checkpoints. It lives here so that a fresh process can import it."""
+"""Processes that save checkpoints and do not survive it. They live here so that a fresh process can import them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_and_die_at_sync(folder: Path, first: int, sync: int) -> None:
 
 
 def save_with_limit(folder: Path, step: int, limit: int) -> None:
-    """Save while no file may grow past `limit` bytes; exit with the error's code and leave its text beside the folder."""
+    """Save while no file may grow past `limit` bytes; the error's text goes beside the folder, its code to the exit."""
     import resource
 
     from mapet.errors import CheckpointError
