@@ -75,4 +75,6 @@ def assemble_backward(
     rank_of = perm.argsort(dim=1)
     d_pos = by_rank.gather(1, rank_of.unsqueeze(-1).expand(-1, -1, width)).sum(0)
     d_class = d_content[:, 0].sum(0) if class_token else d_rows.new_empty(0)
-    return d_content[:, int(class_token) : ranks].contiguous(), d_pos, d_masked.sum((0, 1)), d_class
+    # A custom op must return no view of its inputs, and .contiguous() may be one.
+    d_patches = d_content[:, int(class_token) : ranks].clone(memory_format=torch.contiguous_format)
+    return d_patches, d_pos, d_masked.sum((0, 1)), d_class

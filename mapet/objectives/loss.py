@@ -30,7 +30,9 @@ def token_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, targets:
     """
     rows = _chunk_rows(features, weight)
     if HAS_LIBRARY_LOSS and _matmul_dtype(features) != torch.float16:
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        options = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=rows, allow_retain_graph=torch.compiler.is_compiling()
+        )
         return F.linear_cross_entropy(features, weight, targets, linear_bias=bias, options=options)
     total = sum(
         checkpoint(_summed, features[i : i + rows], weight, bias, targets[i : i + rows], use_reentrant=False)

@@ -1,0 +1,247 @@
+"""The network and the objectives: official names and counts, pruning, drop-path, causality of predictions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, model_config_from_dict, to_dict
+from mapet.errors import CheckpointError, ConfigError
+from mapet.model import MaskedTokenViT, load_official, parameter_count
+from mapet.objectives import OBJECTIVES, build_objective
+from mapet.objectives import loss as loss_module
+from mapet.objectives.loss import token_accuracy, token_cross_entropy
+
+TINY = ModelConfig(image_size=24, patch_size=8, width=32, depth=3, heads=2, vocabulary=40)
+
+
+def batch_for(config: ModelConfig, images: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(
+        0, 256, (images, 3, config.image_size, config.image_size), generator=generator, dtype=torch.uint8
+    )
+    return pixels, torch.randint(0, config.vocabulary, (images, config.patches), generator=generator)
+
+
+def objective_for(name: str, config: ModelConfig = TINY, cut: int = 4, seed: int = 0, **options):
+    torch.manual_seed(seed)
+    return build_objective(ObjectiveConfig(name, cut), config, **options)
+
+
+@pytest.mark.parametrize(("preset", "count"), [("tiny", 7_110_272), ("small", 24_829_184), ("base", 92_117_504)])
+def test_parameter_counts_are_the_official_ones(preset: str, count: int) -> None:
+    with torch.device("meta"):
+        model = MaskedTokenViT(ModelConfig.preset(preset))
+    assert parameter_count(model) == count
+    assert len(model.state_dict()) == 201
+
+
+def test_initialisation_follows_the_official_code() -> None:
+    torch.manual_seed(0)
+    model = MaskedTokenViT(ModelConfig.preset("tiny", depth=2))
+    assert model.blocks[0].attn.kv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.decoder.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.patch_embed.proj.weight.abs().max().item() == pytest.approx(1 / math.sqrt(768), rel=0.01)
+    assert model.cls_token.abs().max().item() < 1e-4
+    assert (model.blocks[1].ls2.gamma == 0.1).all() and (model.blocks[1].mlp.fc1.bias == 0).all()
+
+
+def test_drop_path_rates_grow_linearly() -> None:
+    rates = MaskedTokenViT(ModelConfig(image_size=32, drop_path=0.1, vocabulary=8)).drop_path_rates()
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.1) and rates[5] == pytest.approx(0.1 * 5 / 11)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("class_token", [True, False])
+def test_loss_is_near_uniform_and_reaches_every_parameter(name: str, class_token: bool) -> None:
+    config = ModelConfig(**{**to_dict(TINY), "class_token": class_token})
+    objective = objective_for(name, config)
+    plan = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu")
+    loss, accuracy = objective(*batch_for(config), plan.permutation, plan.keep)
+    assert loss.item() == pytest.approx(math.log(40), abs=0.2)
+    assert 0 <= accuracy <= 1 and not accuracy.requires_grad
+    loss.backward()
+    for parameter_name, parameter in objective.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_pruned_last_block_changes_nothing(name: str) -> None:
+    """Predictions equal those of a model that computes every row to the end."""
+    objective = objective_for(name).double()
+    images, _ = batch_for(TINY)
+    plan = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu")
+    layout = objective.layout(4)
+    x = objective.model.embed(images, plan.permutation, layout)
+    for block in objective.model.blocks:
+        x = block(x, layout, None, objective.attention, False)
+    full = objective.model.norm(layout.predicted(x))
+    torch.testing.assert_close(objective.predictions(images, plan.permutation), full)
+
+
+@pytest.mark.parametrize(("name", "sees_later"), [("mapet", False), ("pim", False), ("mim", False)])
+def test_a_prediction_depends_on_earlier_targets_only(name: str, sees_later: bool) -> None:
+    """Changing the pixels of target k alters the predictions of targets after k, for MIM of none."""
+    objective = objective_for(name).double()
+    images, _ = batch_for(TINY, images=1)
+    permutation = objective.sample_plan(1, torch.Generator().manual_seed(3), "cpu").permutation
+    before = objective.predictions(images, permutation)
+    targets = TINY.tokens - 4
+    for k in range(targets):
+        patch = int(permutation[0, 4 + k]) - 1
+        row, column = divmod(patch, TINY.grid)
+        changed = images.clone()
+        changed[:, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] ^= 255
+        moved = (objective.predictions(changed, permutation) - before).abs().amax(dim=1) > 1e-12
+        assert moved.tolist() == [i > k and name != "mim" for i in range(targets)]
+
+
+def test_mapet_knows_the_positions_still_to_come_and_pim_does_not() -> None:
+    """MaPeT's first prediction depends on the position embeddings of all later targets, PIM's on none of them."""
+    first, second = (objective_for(name).double() for name in ("mapet", "pim"))
+    images, _ = batch_for(TINY, images=1)
+    permutation = first.sample_plan(1, torch.Generator().manual_seed(3), "cpu").permutation
+    for objective, has_gradient in ((first, True), (second, False)):
+        objective.zero_grad()
+        objective.predictions(images, permutation).view(1, -1, 32)[0, 0, 0].backward()
+        later = objective.model.pos_embed.grad[0, permutation[0, 5:]].abs().amax(dim=1)
+        assert ((later > 0) == has_gradient).all()
+
+
+def test_drop_path_is_shared_by_the_streams_and_drops_whole_images() -> None:
+    objective = objective_for("mapet").double()
+    images, _ = batch_for(TINY)
+    permutation = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu").permutation
+    keep = torch.ones(3, 2, 4, dtype=torch.float64)
+    keep[:, :, 2] = 0  # every branch of image 2 dropped: its prediction is the embedding, normalised
+    features = objective.predictions(images, permutation, keep).view(4, -1, 32)
+    start = objective.model.embed(images, permutation, objective.layout(4))
+    expected = objective.model.norm(objective.layout(4).predicted(start)).view(4, -1, 32)
+    torch.testing.assert_close(features[2], expected[2])
+    without = objective.predictions(images, permutation).view(4, -1, 32)
+    torch.testing.assert_close(features[[0, 1, 3]], without[[0, 1, 3]])
+
+
+def test_plans_are_permutations_that_keep_the_class_token_first() -> None:
+    objective = objective_for("mapet", ModelConfig(**{**to_dict(TINY), "drop_path": 0.5}))
+    plan = objective.sample_plan(2000, torch.Generator().manual_seed(0), "cpu")
+    assert (plan.permutation[:, 0] == 0).all()
+    assert torch.equal(plan.permutation.sort(dim=1).values, torch.arange(10).expand(2000, -1))
+    second = plan.permutation[:, 1].bincount(minlength=10)[1:] / 2000
+    assert (second - 1 / 9).abs().max() < 0.03  # uniform
+    assert (plan.keep[0] == 1).all() and set(plan.keep[2].unique().tolist()) == {0.0, 2.0}
+    assert plan.keep[2].mean().item() == pytest.approx(1.0, abs=0.05)
+    part = plan[5:9]
+    assert torch.equal(part.permutation, plan.permutation[5:9]) and torch.equal(part.keep, plan.keep[:, :, 5:9])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_activation_checkpointing_changes_no_gradient(name: str) -> None:
+    images, tokens = batch_for(TINY)
+    gradients = []
+    for checkpointing in (False, True):
+        objective = objective_for(name, checkpoint_activations=checkpointing).double()
+        plan = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu")
+        objective(images, tokens, plan.permutation, plan.keep)[0].backward()
+        gradients.append([p.grad for p in objective.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_uint8_and_float_images_agree() -> None:
+    objective = objective_for("mapet")
+    images, tokens = batch_for(TINY)
+    permutation = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu").permutation
+    a, _ = objective(images, tokens, permutation)
+    b, _ = objective(images / 255, tokens, permutation)
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_whole_model_compiles_without_graph_break(name: str) -> None:
+    objective = objective_for(name)
+    images, tokens = batch_for(TINY)
+    plan = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu")
+    eager, _ = objective(images, tokens, plan.permutation, plan.keep)
+    torch._dynamo.reset()
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    traced, _ = compiled(images, tokens, plan.permutation, plan.keep)
+    torch.testing.assert_close(eager, traced)
+    traced.backward()
+
+
+def test_state_dict_loads_official_names_and_says_what_does_not_fit() -> None:
+    source, target = MaskedTokenViT(TINY), MaskedTokenViT(TINY)
+    state = {f"module.{name}": value for name, value in source.state_dict().items()}
+    load_official(target, state)
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
+    state["module.extra"] = torch.zeros(1)
+    del state["module.norm.bias"]
+    state["module.pos_embed"] = torch.zeros(1, 5, 32)
+    with pytest.raises(
+        CheckpointError, match=r"missing \['norm.bias'\], unexpected \['extra'\].*pos_embed: \(1, 5, 32\)"
+    ):
+        load_official(target, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("library", [True, False])
+def test_chunked_loss_equals_cross_entropy(monkeypatch, dtype: torch.dtype, library: bool) -> None:
+    if library and not loss_module.HAS_LIBRARY_LOSS:
+        pytest.skip("this torch has no chunked linear_cross_entropy")
+    monkeypatch.setattr(loss_module, "HAS_LIBRARY_LOSS", library)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 50 * 7)  # 7 rows at a time
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(33, 16, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator, dtype=dtype, requires_grad=True)
+    bias = torch.randn(50, generator=generator, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 50, (33,), generator=generator)
+    logits = F.linear(features, weight, bias)
+    expected = F.cross_entropy(logits, targets)
+    actual = token_cross_entropy(features, weight, bias, targets)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(
+        torch.autograd.grad(3 * actual, (features, weight, bias)),
+        torch.autograd.grad(3 * expected, (features, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    accuracy = token_accuracy(features, weight, bias, targets)
+    assert accuracy.item() == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"image_size": 225}, "image_size 225 is not divisible by model.patch_size 16"),
+        ({"heads": 5}, "heads 5 does not divide model.width 192"),
+        ({"vocabulary": 70000}, "at most 65536"),
+        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
+        ({"depth": 0}, "depth must be at least 1"),
+    ],
+)
+def test_model_configuration_errors(values: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        ModelConfig(**values)
+
+
+@pytest.mark.parametrize("cut", [0, 197, -3])
+def test_cut_must_leave_something_to_predict_and_something_to_see(cut: int) -> None:
+    with pytest.raises(ConfigError, match=rf"cut must be in \[1, N - 1\] = \[1, 196\], got {cut}"):
+        RunConfig(objective=ObjectiveConfig(cut=cut))
+    with pytest.raises(ConfigError, match=r"\[1, 9\]"):
+        objective_for("mim", cut=10)
+
+
+def test_model_configuration_round_trip() -> None:
+    assert model_config_from_dict(to_dict(TINY)) == TINY
+    with pytest.raises(ConfigError, match=r"\['widht'\]"):
+        model_config_from_dict({"widht": 3})
+    with pytest.raises(ConfigError, match="presets are tiny, small, base"):
+        ModelConfig.preset("huge")
