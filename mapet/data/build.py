@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mapet.data.cache import CacheWriter, TokenCache
+from mapet.data.cache import TokenCache
+from mapet.data.cache_writer import CacheWriter
 from mapet.data.images import ImageSource
 from mapet.data.manifest import MANIFEST, CacheDescription
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
@@ -51,7 +53,7 @@ def build_cache(
     if workers < 0:
         raise ConfigError(f"workers must not be negative, got {workers}")
     log = SkipLog(len(source), max_skipped)
-    if (Path(output) / MANIFEST).exists() and not overwrite:
+    if os.path.exists(Path(output) / MANIFEST) and not overwrite:
         return _reused(Path(output), description, log)
     batches = prepared_batches(
         source,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -82,9 +83,12 @@ def folder_source(root: str | Path) -> FileSource:
         DataError: no such folder, no image in it, or a folder that cannot be listed or that links back into itself.
     """
     root = Path(root)
-    if not root.is_dir():
-        found = "is a file" if root.is_file() else "does not exist"
-        raise DataError(f"image folder {root} {found}; give a folder of images, or one of {BUILT_IN}")
+    try:
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except (OSError, ValueError) as error:
+        raise DataError(f"image folder {root}: {error}; give a folder of images, or one of {BUILT_IN}") from error
+    if not is_folder:
+        raise DataError(f"{root} is a file; give a folder of images, or one of {BUILT_IN}")
     names = sorted(_walk(root, "", (os.path.realpath(root),)))
     if not names:
         raise DataError(f"no image in {root} or its sub-folders; looked for {', '.join(sorted(EXTENSIONS))}")

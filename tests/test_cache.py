@@ -1,0 +1,367 @@
+"""The token cache: what goes in comes out, and whatever is damaged, stale or foreign is refused by name."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datafakes import BrightnessTokenizer, NoiseSource, description, entries, random_rows, without_root, write_cache
+
+from mapet.config import ModelConfig
+from mapet.data import cache_writer, npyfile
+from mapet.data.cache import TokenCache
+from mapet.data.cache_writer import CacheWriter
+from mapet.data.manifest import Skipped
+from mapet.errors import DataError
+
+needs_full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+
+
+@pytest.fixture
+def made(tmp_path):
+    return write_cache(tmp_path / "cache")
+
+
+class TestRoundTrip:
+    def test_rows_come_back_from_all_shards_in_any_order(self, made):
+        cache, images, tokens = made
+        assert cache.manifest.shards == [4, 4, 2] and len(cache) == 10
+        for ids in ([9, 0, 4, 4, 3, 8], torch.arange(10), np.array([5]), [6, 5], []):
+            where = torch.as_tensor(ids, dtype=torch.int64)
+            found = cache.images(ids)
+            assert found.dtype == torch.uint8 and torch.equal(found, images[where])
+            assert cache.tokens(ids).dtype == torch.int64 and torch.equal(cache.tokens(ids), tokens[where])
+
+    def test_names_labels_and_numbers(self, made, tmp_path):
+        cache, _, _ = made
+        assert (cache.image_size, cache.grid, cache.vocabulary, cache.tokenizer) == (8, 2, 32, "brightness")
+        assert cache.names[3] == "im/3.png" and cache.classes == ["even", "odd"]
+        assert cache.labels.tolist() == [0, 1] * 5 and cache.labels.dtype == np.int64
+        unlabelled, _, _ = write_cache(tmp_path / "unlabelled", labelled=False)
+        assert unlabelled.labels is None and unlabelled.classes is None
+
+    def test_tokens_up_to_65535_survive(self, tmp_path):
+        images, _ = random_rows(2)
+        tokens = torch.tensor([[0, 32767, 32768, 65535], [8191, 8192, 1, 2]])
+        with CacheWriter(tmp_path / "cache", description(vocabulary=65536), capacity=2) as writer:
+            writer.append(images, tokens)
+            writer.finish(["a", "b"])
+        assert torch.equal(TokenCache.open(tmp_path / "cache").tokens([0, 1]), tokens)
+
+    def test_files_are_plain_npy(self, made):
+        cache, images, tokens = made
+        shards = [np.load(cache.path / f"images_{i:05d}.npy", allow_pickle=False) for i in range(3)]
+        assert np.array_equal(np.concatenate(shards), images.numpy())
+        stored = np.load(cache.path / "tokens.npy", allow_pickle=False)
+        assert stored.dtype == np.uint16 and np.array_equal(stored, tokens.numpy())
+
+    def test_shards_stay_few_for_many_images(self, tmp_path):
+        with CacheWriter(tmp_path / "cache", description(), capacity=100_000, shard_bytes=1) as writer:
+            images, tokens = random_rows(400)
+            writer.append(images, tokens)
+            writer.finish([str(i) for i in range(400)])
+        assert TokenCache.open(tmp_path / "cache").manifest.shards == [391, 9]  # 100,000 / 256, rounded up
+
+    @pytest.mark.parametrize("ids", [[10], [-1], [0, 3, 99]])
+    def test_ids_outside_are_an_index_error(self, made, ids):
+        with pytest.raises(IndexError, match="holds 0 to 9"):
+            made[0].images(ids)
+        with pytest.raises(IndexError, match="holds 0 to 9"):
+            made[0].tokens(ids)
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_workers_read_the_same(self, made, method):
+        cache, images, _ = made
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            assert torch.equal(torch.from_numpy(pool.apply(read_rows, (cache,))), images[[1, 9]])
+
+    def test_pickle_holds_no_pixels(self, tmp_path):
+        images, tokens = random_rows(200)
+        with CacheWriter(tmp_path / "cache", description(), capacity=200) as writer:
+            writer.append(images, tokens)
+            writer.finish([str(i) for i in range(200)])
+        frozen = pickle.dumps(TokenCache.open(tmp_path / "cache"))
+        assert len(frozen) < 2000
+        assert torch.equal(pickle.loads(frozen).images([7]), images[[7]])
+
+
+def read_rows(cache):
+    return cache.images([1, 9]).numpy()
+
+
+class TestDamage:
+    @pytest.mark.parametrize("name", ["tokens.npy", "labels.npy", "names.json"])
+    def test_a_flipped_bit_is_seen_when_opening(self, made, name):
+        flip(made[0].path / name)
+        with pytest.raises(DataError, match=rf"{name} is damaged"):
+            TokenCache.open(made[0].path)
+
+    def test_a_flipped_pixel_is_seen_by_verify(self, made):
+        made[0].verify()
+        flip(made[0].path / "images_00001.npy")
+        with pytest.raises(DataError, match=r"images_00001\.npy is damaged"):
+            TokenCache.open(made[0].path).verify()
+
+    @pytest.mark.parametrize("name", ["tokens.npy", "labels.npy", "names.json", "images_00002.npy"])
+    def test_truncated_or_missing_files(self, made, name):
+        path = made[0].path / name
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(DataError, match=rf"{name} has \d+ bytes, expected \d+"):
+            TokenCache.open(made[0].path)
+        path.unlink()
+        with pytest.raises(DataError, match=rf"{name} .*cannot be read: No such file"):
+            TokenCache.open(made[0].path)
+
+    def test_object_array_is_refused_and_not_unpickled(self, made, tmp_path):
+        array = np.array([Bomb(tmp_path / "ran")], dtype=object)
+        np.save(made[0].path / "tokens.npy", array, allow_pickle=True)
+        approve(made[0].path, "tokens.npy")
+        with pytest.raises(DataError, match=r"tokens\.npy.*Python objects"):
+            TokenCache.open(made[0].path)
+        assert not (tmp_path / "ran").exists()
+
+    def test_bare_pickle_is_refused_and_not_unpickled(self, made, tmp_path):
+        (made[0].path / "images_00000.npy").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+        approve(made[0].path, "images_00000.npy")
+        with pytest.raises(DataError, match=r"images_00000\.npy"):
+            TokenCache.open(made[0].path)
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize(
+        ("array", "found"),
+        [
+            (np.zeros((10, 4), np.int16), "int16"),
+            (np.zeros((9, 4), np.uint16), r"\(9, 4\)"),
+            (np.zeros((10, 9), np.uint16), r"\(10, 9\)"),
+        ],
+    )
+    def test_tokens_of_another_type_length_or_grid(self, made, array, found):
+        np.save(made[0].path / "tokens.npy", array)
+        approve(made[0].path, "tokens.npy")
+        with pytest.raises(DataError, match=rf"tokens\.npy holds .*{found}.*expected uint16 \(10, 4\)"):
+            TokenCache.open(made[0].path)
+
+    def test_token_out_of_range(self, made):
+        np.save(made[0].path / "tokens.npy", np.full((10, 4), 32, np.uint16))
+        approve(made[0].path, "tokens.npy")
+        with pytest.raises(DataError, match=r"tokens\.npy holds token 32, allowed are 0 to 31"):
+            TokenCache.open(made[0].path)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda values: values.update(format=2), "has format 2, this version of mapet reads 1"),
+            (lambda values: values.update(images=11), "shards hold 10 images, its count is 11"),
+            (lambda values: values.pop("files"), "damaged: KeyError"),
+            (lambda values: values.update(extra=1), "damaged: TypeError"),
+            (lambda values: values["description"].update(grid="2"), "grid is a positive integer, got '2'"),
+            (lambda values: values["files"].update({"../evil.npy": {"bytes": 1, "sha256": ""}}), "lists files"),
+        ],
+    )
+    def test_damaged_manifest(self, made, change, message):
+        path = made[0].path / "manifest.json"
+        values = json.loads(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values))
+        with pytest.raises(DataError, match=message):
+            TokenCache.open(made[0].path)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000])
+    def test_manifest_that_is_none(self, made, text):
+        (made[0].path / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=r"manifest\.json"):
+            TokenCache.open(made[0].path)
+
+    def test_folder_that_is_no_cache(self, tmp_path):
+        with pytest.raises(DataError, match=r"is no token cache.*mapet tokenize"):
+            TokenCache.open(tmp_path)
+
+
+class TestMismatch:
+    def test_model(self, made):
+        model = {"image_size": 8, "patch_size": 4, "vocabulary": 32}
+        made[0].check_model(ModelConfig(**model))
+        for change, message in (
+            ({"image_size": 16, "patch_size": 8}, "image_size is 8, expected 16"),
+            ({"patch_size": 2}, "grid is 2, expected 4"),
+            ({"vocabulary": 64}, "vocabulary is 32, expected 64"),
+        ):
+            with pytest.raises(DataError, match=rf"manifest\.json: {message}"):
+                made[0].check_model(ModelConfig(**{**model, **change}))
+
+    def test_source_and_tokenizer(self, tmp_path):
+        source, tokenizer = NoiseSource(3), BrightnessTokenizer(grid=2, input_size=8)
+        made_from = description(tokenizer_fingerprint=tokenizer.fingerprint(), source_fingerprint=source.fingerprint())
+        with CacheWriter(tmp_path / "cache", made_from, capacity=3) as writer:
+            writer.append(*random_rows(3))
+            writer.finish(source.names)
+        cache = TokenCache.open(tmp_path / "cache")
+        cache.check_source(source)
+        cache.check_tokenizer(tokenizer)
+        with pytest.raises(DataError, match="image list hash is"):
+            cache.check_source(NoiseSource(4))
+        with pytest.raises(DataError, match="tokenizer hash is"):
+            cache.check_tokenizer(BrightnessTokenizer(grid=2, input_size=16))
+        tokenizer.name = "kclip"
+        with pytest.raises(DataError, match="tokenizer is brightness, expected kclip"):
+            cache.check_tokenizer(tokenizer)
+
+
+class TestWriter:
+    def test_an_error_inside_leaves_nothing(self, tmp_path):
+        for error in (RuntimeError, KeyboardInterrupt):
+            with pytest.raises(error), CacheWriter(tmp_path / "cache", description(), capacity=10) as writer:
+                writer.append(*random_rows(5))
+                raise error
+            assert list(tmp_path.iterdir()) == []
+
+    def test_an_error_inside_leaves_the_old_cache(self, made, tmp_path):
+        before = entries(tmp_path)
+        new = CacheWriter(made[0].path, description(), capacity=10, overwrite=True)
+        with pytest.raises(RuntimeError), new as writer:
+            writer.append(*random_rows(5, seed=1))
+            raise RuntimeError
+        assert entries(tmp_path) == before
+
+    @needs_full_disk
+    def test_disk_full_while_writing_pixels(self, made, tmp_path, monkeypatch):
+        before = entries(tmp_path)
+        with pytest.raises(DataError, match=r"disk is full.*nothing was kept"):
+            monkeypatch.setattr(npyfile, "open_new", full_disk)
+            write_cache(made[0].path, 40, overwrite=True, seed=1)
+        assert entries(tmp_path) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+    @needs_full_disk
+    def test_disk_full_at_the_manifest(self, made, tmp_path, monkeypatch):
+        before = entries(tmp_path)
+        monkeypatch.setattr(cache_writer, "open_new", full_disk)
+        with pytest.raises(DataError, match="disk is full"):
+            write_cache(made[0].path, overwrite=True, seed=1)
+        assert entries(tmp_path) == before
+
+    def test_overwrite_replaces_and_cleans_up(self, made, tmp_path):
+        with pytest.raises(DataError, match="holds a token cache already"):
+            write_cache(made[0].path, seed=1)
+        cache, images, _ = write_cache(made[0].path, 5, overwrite=True, seed=1)
+        assert len(cache) == 5 and torch.equal(cache.images([4]), images[[4]])
+        assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+        assert len(list(cache.path.glob("images_*"))) == 2
+
+    def test_old_cache_comes_back_when_the_move_fails(self, made, tmp_path, monkeypatch):
+        before, rename = entries(tmp_path), os.rename
+
+        def failing(old, new):
+            if ".partial-" in str(old):
+                raise OSError(5, "Input/output error")
+            rename(old, new)
+
+        monkeypatch.setattr(cache_writer.os, "rename", failing)
+        with pytest.raises(DataError, match="Input/output error"):
+            write_cache(made[0].path, overwrite=True, seed=1)
+        assert entries(tmp_path) == before
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_folder_of_other_things_is_never_replaced(self, tmp_path, overwrite):
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home/thesis.tex").write_text("years of work")
+        for path in (tmp_path / "home", tmp_path / "home/thesis.tex"):
+            with pytest.raises(DataError, match="is no token cache; it is left as it is"):
+                write_cache(path, overwrite=overwrite)
+        assert (tmp_path / "home/thesis.tex").read_text() == "years of work"
+
+    def test_empty_folder_and_link_are_fine(self, tmp_path):
+        (tmp_path / "disk/empty").mkdir(parents=True)
+        (tmp_path / "link").symlink_to(tmp_path / "disk/empty")
+        write_cache(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and len(TokenCache.open(tmp_path / "disk/empty")) == 10
+
+    def test_a_folder_that_may_not_be_written(self, tmp_path):
+        (tmp_path / "mine").mkdir(mode=0o500)
+        with without_root(), pytest.raises(DataError, match=r"cannot write the token cache .*Permission denied"):
+            write_cache(tmp_path / "mine/cache")
+
+    def test_a_parent_that_is_a_file(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(DataError, match="cannot write the token cache"):
+            write_cache(tmp_path / "file/cache")
+
+    @pytest.mark.parametrize(
+        ("images", "tokens", "message"),
+        [
+            (torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.int64), "images are float32"),
+            (torch.zeros(1, 3, 9, 8, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.int64), r"\(3, 9, 8\)"),
+            (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 4), "tokens are float32"),
+            (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 9, dtype=torch.int64), r"\(1, 9\)"),
+            (
+                torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+                torch.full((1, 4), 32),
+                "tokens 32 to 32, allowed are 0 to 31",
+            ),
+            (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.full((1, 4), -1), "allowed are 0 to 31"),
+        ],
+    )
+    def test_rows_that_do_not_belong(self, tmp_path, images, tokens, message):
+        with pytest.raises(DataError, match=message), CacheWriter(tmp_path / "c", description(), capacity=1) as writer:
+            writer.append(images, tokens)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_nothing_at_all(self, tmp_path):
+        with (
+            pytest.raises(DataError, match="no image"),
+            CacheWriter(tmp_path / "c", description(), capacity=1) as writer,
+        ):
+            writer.finish([])
+
+    def test_skipped_images_are_in_the_manifest(self, tmp_path):
+        with CacheWriter(tmp_path / "c", description(), capacity=2) as writer:
+            writer.append(*random_rows(1))
+            writer.finish(["a"], skipped=[Skipped("b", "cannot read image b: broken")])
+        assert TokenCache.open(tmp_path / "c").manifest.skipped == [Skipped("b", "cannot read image b: broken")]
+
+    @pytest.mark.parametrize("change", [{"grid": 0}, {"vocabulary": 65537}, {"image_size": 8.0}])
+    def test_impossible_description(self, change):
+        with pytest.raises(DataError, match=next(iter(change))):
+            description(**change)
+
+
+def full_disk(path):
+    """A file on which every write fails with the system's own "no space left"."""
+    return Path("/dev/full").open("wb")
+
+
+class Bomb:
+    """A pickle of this leaves a file behind when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_the_bomb_of_these_tests_is_live(tmp_path):
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer)"
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(Bomb(tmp_path / "ran")), check=True)
+    assert (tmp_path / "ran").exists()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def approve(folder, name):
+    """Enter a file's present size and hash into the manifest, as an attacker would."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    record = npyfile.FileRecord.of(folder / name)
+    values["files"][name] = {"bytes": record.bytes, "sha256": record.sha256}
+    path.write_text(json.dumps(values))
