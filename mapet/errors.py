@@ -23,3 +23,7 @@ class CheckpointError(MapetError):
 
 class WeightsMissingError(MapetError, FileNotFoundError):
     """Weights of a tokenizer network that are neither given, cached nor downloadable."""
+
+
+class TrainingError(MapetError):
+    """Training that cannot go on: a loss or gradient that is not finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,6 +107,12 @@ class _StepShares:
             yield ids[self.rank * share : (self.rank + 1) * share]
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the run still needs batches to end its step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(
     cache: TokenCache,
     *,
@@ -137,5 +144,6 @@ def make_loader(
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator().manual_seed(seed),  # a DataLoader without one draws from the global state
     )

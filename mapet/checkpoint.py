@@ -1,0 +1,356 @@
+"""Checkpoints that survive kills, full disks and damaged bytes.
+
+    <run>/checkpoints/step_000000123/
+        model.safetensors   weights under the official names
+        ema.safetensors     their moving average, where the run keeps one
+        trainer.pt          optimizer, loss scale and random states; read with weights_only=True
+        config.json         the RunConfig
+        manifest.json       step, and bytes and SHA-256 of every other file; written last
+
+A save fills a hidden folder beside the target, flushes it to the disk and renames it, so that a folder under its final
+name is always complete. A load checks the SHA-256 of every file before it reads one, and goes back to the previous
+checkpoint with a warning when something is damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, model_config_from_dict, to_dict
+from mapet.errors import CheckpointError
+
+FORMAT = 1
+FOLDER = "checkpoints"
+REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
+PARTIAL, REMOVED = ".partial_", ".removed_"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+MAY_CHANGE = frozenset(
+    {
+        # The cache may move; its content may not, and the run checks that against the fingerprint in trainer.pt.
+        "data.cache",
+        "data.workers",
+        "train.output",
+        "train.device",
+        "train.micro_batch",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.backend",
+        "train.save_every",
+        "train.keep",
+        "train.resume",
+        "train.max_steps",
+        "train.log_every",
+        "train.trackers",
+        "train.deterministic",
+    }
+)
+"""Fields of RunConfig that a resumed run may set differently. Any other field changes what is learned."""
+
+
+@dataclass
+class CheckpointState:
+    """What a checkpoint holds. `trainer` consists of tensors, numbers, text, lists and dicts only."""
+
+    model: dict[str, Tensor]
+    trainer: dict[str, Any]
+    config: dict[str, Any]
+    ema: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint as read: `step` optimizer steps were done when it was saved."""
+
+    step: int
+    folder: Path
+    state: CheckpointState
+
+
+class DamagedCheckpoint(CheckpointError):
+    """One checkpoint folder that does not match its manifest."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `folder`; the newest `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, complete or damaged, in rising order of the number."""
+        if not self.folder.is_dir():
+            return []
+        matches = (re.fullmatch(r"step_(\d+)", entry.name) for entry in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        """The folder of a step: the existing one, whatever its zero padding, or the one a save would make."""
+        if self.folder.is_dir():
+            for entry in self.folder.iterdir():
+                if (match := re.fullmatch(r"step_(\d+)", entry.name)) and int(match[1]) == step:
+                    return entry
+        return self.folder / f"step_{step:09d}"
+
+    def save(self, step: int, state: CheckpointState) -> Path:
+        """Write the checkpoint of `step`; then remove those older than the newest `keep`, and those of later steps.
+
+        Later steps exist only where the run went back past a damaged checkpoint; they are no longer its future.
+        Raises CheckpointError when it cannot be written (disk full, no permission); the partial folder is then gone
+        and the earlier checkpoints are as they were.
+        """
+        target = self.path(step)
+        partial = self.folder / f"{PARTIAL}{target.name}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            partial.mkdir()
+            _write_files(partial, step, state)
+            _rename_over(partial, target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(self._save_failure(target, error)) from error
+        current = [existing for existing in self.steps() if existing <= step][-self.keep :]
+        for other in set(self.steps()) - set(current):
+            _remove(self.path(other))
+        return target
+
+    def newest_valid(self) -> int | None:
+        """The newest step whose files match their manifest; None where there is no checkpoint at all.
+
+        A damaged checkpoint is passed over with a warning that names its folder and file. CheckpointError when every
+        checkpoint is damaged.
+        """
+        damages = []
+        for step in reversed(self.steps()):
+            try:
+                self._verify_step(step)
+            except DamagedCheckpoint as damage:
+                damages.append(str(damage))
+                warnings.warn(f"{damage}; going back to the checkpoint before it", stacklevel=2)
+            else:
+                return step
+        if damages:
+            raise CheckpointError(
+                f"no valid checkpoint is left in {self.folder}: " + "; ".join(damages) + ". "
+                "To start afresh, remove that folder or pass train.resume = False"
+            )
+        return None
+
+    def load(self, step: int, config: RunConfig | None = None) -> LoadedCheckpoint:
+        """Read the verified checkpoint of `step`; CheckpointError if it belongs to a run configured unlike `config`."""
+        folder = self.path(step)
+        saved = json.loads((folder / "config.json").read_text())
+        if config is not None and (differences := config_differences(saved, to_dict(config))):
+            raise CheckpointError(
+                f"checkpoint {folder} belongs to another configuration: " + "; ".join(differences) + ". Give the run "
+                "another train.output, restore these values, or pass train.resume = False to start afresh"
+            )
+        ema = folder / "ema.safetensors"
+        state = CheckpointState(
+            model=safetensors.torch.load_file(folder / "model.safetensors"),
+            trainer=_load_trainer(folder),
+            config=saved,
+            ema=safetensors.torch.load_file(ema) if ema.exists() else None,
+        )
+        return LoadedCheckpoint(step, folder, state)
+
+    def load_latest(self, config: RunConfig | None = None) -> LoadedCheckpoint | None:
+        """Read the newest valid checkpoint, None where there is none; errors as `newest_valid` and `load`."""
+        step = self.newest_valid()
+        return None if step is None else self.load(step, config)
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, so that a fresh run never falls back to an earlier run; the new name, if there was one."""
+        if not self.steps():
+            return None
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}_before_{number}")).exists():
+            number += 1
+        return self.folder.rename(aside)
+
+    def _verify_step(self, step: int) -> None:
+        folder = self.path(step)
+        if (written := verify(folder)) != step:
+            raise _damaged(folder, f"its manifest.json is that of step {written}")
+
+    def _remove_leftovers(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.name.startswith((PARTIAL, REMOVED)):
+                shutil.rmtree(entry)
+
+    def _save_failure(self, target: Path, error: OSError) -> str:
+        reason = f"{error.strerror or error}"
+        if error.errno in NO_SPACE:
+            free = shutil.disk_usage(self.folder).free
+            reason = f"the disk is full ({reason}; {free / 2**20:.1f} MiB free); make room, or lower train.keep"
+        complete = [self.path(step).name for step in self.steps()]
+        kept = (
+            f"the earlier checkpoints are untouched ({', '.join(complete)})" if complete else "there is no earlier one"
+        )
+        return f"could not write checkpoint {target}: {reason}. The partial files were removed; {kept}"
+
+
+def verify(folder: Path) -> int:
+    """The step of the checkpoint in `folder`; DamagedCheckpoint names the first file that differs from the manifest."""
+    manifest = _read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        try:
+            with (folder / name).open("rb") as file:
+                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _damaged(folder, f"{name} cannot be read ({error.strerror})") from error
+        if size != expected["bytes"]:
+            raise _damaged(folder, f"{name} has {size} bytes, {expected['bytes']} were written")
+        if digest != expected["sha256"]:
+            raise _damaged(folder, f"{name} does not match its SHA-256")
+    return manifest["step"]
+
+
+def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Fields that differ and are not in MAY_CHANGE, each as "section.field was A, is B"."""
+    before, now = _flatten(saved), _flatten(current)
+    fields = [name for name in sorted(before | now) if name not in MAY_CHANGE]
+    return [
+        f"{name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        for name in fields
+        if before.get(name) != now.get(name)
+    ]
+
+
+def load_weights(
+    path: Path | str, *, ema: bool = False
+) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
+    """Model configuration, objective and weights (official names, CPU) from a run folder or one checkpoint folder.
+
+    A run folder gives its newest valid checkpoint. `ema` takes the moving average instead of the weights.
+    CheckpointError when the path holds no checkpoint, the checkpoint is damaged, or it has no average.
+    """
+    folder = _checkpoint_folder(Path(path))
+    verify(folder)
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / ("ema.safetensors" if ema else "model.safetensors")
+    if not weights.exists():
+        raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
+    objective = ObjectiveConfig(**config["objective"]) if config.get("objective") else None
+    return model_config_from_dict(config["model"]), objective, safetensors.torch.load_file(weights)
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    if (path / "manifest.json").exists():
+        return path
+    store = CheckpointStore(path / FOLDER)
+    step = store.newest_valid()
+    if step is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
+        )
+    return store.path(step)
+
+
+def _damaged(folder: Path, what: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"checkpoint {folder} is damaged: {what}")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        version, files = manifest["format"], manifest["files"]
+        sizes = [(entry["bytes"], entry["sha256"]) for entry in files.values()]
+        complete = isinstance(manifest["step"], int) and len(sizes) == len(files) and set(REQUIRED) <= set(files)
+    except FileNotFoundError as error:
+        raise _damaged(folder, "manifest.json is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, "manifest.json cannot be read") from error
+    if not complete or any(Path(name).name != name for name in files):
+        raise _damaged(folder, "manifest.json does not list the files of a checkpoint")
+    if version != FORMAT:
+        raise _damaged(folder, f"manifest.json says format {version}, and this mapet reads format {FORMAT}")
+    return manifest
+
+
+def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+
+
+def _write_files(folder: Path, step: int, state: CheckpointState) -> None:
+    files = {}
+    for name, payload in _payloads(state):
+        _write(folder / name, payload)
+        files[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    _sync_folder(folder)
+
+
+def _payloads(state: CheckpointState) -> Iterator[tuple[str, bytes | memoryview]]:
+    """Name and content of each file, made one at a time.
+
+    The bytes are made in memory because torch.save and safetensors hide the errno of a failed write, and so that the
+    hash is that of the intended bytes, not of what came back from the disk.
+    """
+    yield "model.safetensors", _tensor_bytes(state.model)
+    if state.ema is not None:
+        yield "ema.safetensors", _tensor_bytes(state.ema)
+    trainer = io.BytesIO()
+    torch.save(state.trainer, trainer)
+    yield "trainer.pt", trainer.getbuffer()
+    yield "config.json", json.dumps(state.config, indent=1).encode()
+
+
+def _load_trainer(folder: Path) -> dict[str, Any]:
+    try:
+        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: trainer.pt holds more than tensors and numbers; it could run code and is not read"
+        ) from error
+
+
+def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.detach().contiguous() for name, value in tensors.items()})
+
+
+def _write(path: Path, payload: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename_over(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`. A folder in the way is a damaged checkpoint of the same step, and goes."""
+    if target.exists():
+        _remove(target)
+    partial.rename(target)
+    _sync_folder(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; a kill halfway leaves a hidden folder for the next save to remove, not half a checkpoint."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{REMOVED}{folder.name}")))

@@ -1,0 +1,168 @@
+"""Processes of one run: device, averages and stop signals. A single process needs nothing; torchrun sets the rest.
+
+NCCL carries gradients on GPUs and gloo on the CPU. Stop signals always travel by gloo, on the CPU, so that agreeing on
+them never waits for a device.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mapet.errors import ConfigError, MapetError
+
+T = TypeVar("T")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. `control` is the gloo group for host values, None in a single process."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and the output."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module`, which averages its gradients over the processes when there are several."""
+        if self.size == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a device tensor over the processes, in place; the host does not wait for a GPU."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def on_main(self, task: Callable[[], T]) -> T:
+        """Run `task` in the main process, while the others wait, and give its result to all.
+
+        Its MapetError is raised in the main process, and one that points there in the others.
+        """
+        if self.size == 1:
+            return task()
+        answer, error = [None, False], None
+        if self.is_main:
+            try:
+                answer[0] = task()
+            except MapetError as caught:
+                answer[1], error = True, caught
+        dist.broadcast_object_list(answer, src=0, group=self.control)
+        if error is not None:
+            raise error
+        if answer[1]:
+            raise MapetError("the main process could not go on; its message says why")
+        return answer[0]
+
+
+@contextmanager
+def connect(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
+
+    `device` is auto, cpu, cuda or cuda:N; with several processes cuda means one GPU each, by LOCAL_RANK.
+    ConfigError when the device is absent or the environment is incomplete.
+    """
+    size = _environment("WORLD_SIZE", 1)
+    if size == 1:
+        yield World(pick_device(device, None))
+        return
+    chosen = pick_device(device, _environment("LOCAL_RANK"))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(chosen, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int | None) -> torch.device:
+    """The torch device for `name`; `local_rank` is None in a single process. ConfigError when it cannot be had."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    if name in ("auto", "cuda"):
+        index = local_rank or 0
+    elif name.startswith("cuda:") and name[5:].isdigit():
+        if local_rank is not None:
+            raise ConfigError(f"train.device {name} names one GPU, but torchrun gives each process its own: use cuda")
+        index = int(name[5:])
+    else:
+        raise ConfigError(f"train.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if index >= gpus:
+        raise ConfigError(
+            f"train.device {name}: GPU {index} is asked for and torch sees {gpus}; use cpu, or fewer GPUs"
+        )
+    return torch.device("cuda", index)
+
+
+def _environment(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {text!r} in a run of several processes; start them with torchrun") from None
+
+
+class StopRequest:
+    """SIGTERM and SIGINT as a request to stop after the current step, agreed on by all processes.
+
+    Within the `with` block the first signal is only noted. In a single process a second Ctrl-C interrupts at once;
+    under torchrun it does not, since Ctrl-C reaches a process there twice, from the terminal and from torchrun.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.received = 0
+        self._shared = torch.zeros(1, dtype=torch.int64)
+        self._pending: dist.Work | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Python sets signal handlers in the main thread only; a run in another thread is stopped by its caller.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = max(self.received, int(number))
+        if number == signal.SIGINT and self.world.size == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def post(self) -> None:
+        """Begin to share what this process received; the answer is ready by the end of the step."""
+        if self.world.size > 1:
+            self._shared.fill_(self.received)
+            self._pending = dist.all_reduce(self._shared, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+
+    def agreed(self) -> int:
+        """The signal that some process had received at `post` (now, in a single process), the same everywhere; or 0."""
+        if self._pending is None:
+            return self.received
+        self._pending.wait()
+        self._pending = None
+        return int(self._shared)

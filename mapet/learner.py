@@ -1,0 +1,179 @@
+"""What a run learns, and one optimizer step of it.
+
+Nothing in a step makes the host wait for the device: losses add up on the device until `read`. In fp32 and bf16 a loss
+or gradient that is not finite calls off, on the device, its own update and all later ones, so that the weights stay as
+they were before it until the host reads of it. In fp16 the step is skipped and the loss scale halved.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mapet.checkpoint import CheckpointState
+from mapet.config import RunConfig, to_dict
+from mapet.data.augment import JitterDraws, color_jitter, sample_color_jitter
+from mapet.data.loader import Batch
+from mapet.distributed import World
+from mapet.errors import ConfigError
+from mapet.model import load_official
+from mapet.objectives import Plan, build_objective
+from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
+from mapet.rng import global_rng_state, seed_global_generators, set_global_rng_state, step_generator
+from mapet.schedule import StepPlan, learning_rate
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first step whose update was called off."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What happened since the last reading, over all processes; accuracy and norm are those of the last step."""
+
+    steps: int
+    loss: float
+    accuracy: float
+    gradient_norm: float
+    loss_scale: float
+
+
+class Learner:
+    """An objective with its network, optimizer, loss scale and weight average: all that a checkpoint holds.
+
+    The weights are drawn from config.train.seed. ConfigError when the device lacks the precision asked for.
+    """
+
+    def __init__(self, config: RunConfig, world: World, steps: StepPlan) -> None:
+        check_precision(config.train.precision, world.device)
+        train = config.train
+        self.config, self.world, self.steps = config, world, steps
+        seed_global_generators(train.seed)
+        self.objective = build_objective(
+            config.objective,
+            config.model,
+            backend=train.backend,
+            checkpoint_activations=train.activation_checkpointing,
+        ).to(world.device)
+        self.model = self.objective.model
+        self.optimizer = make_optimizer(self.objective, config.optim)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
+        self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
+        self.failure = torch.zeros(4, dtype=torch.float64, device=world.device)  # whether, step, loss, gradient norm
+        self.last = torch.zeros(2, device=world.device)  # accuracy, gradient norm
+        self.loss_sum, self.unread = torch.zeros((), device=world.device), 0
+        if train.compile:
+            self.objective.compile(dynamic=False)
+        self.network = world.wrap(self.objective)
+
+    def step(self, step: int, batch: Batch, *, with_accuracy: bool) -> None:
+        """One optimizer step on this process's share of the global batch."""
+        batch = batch.to(self.world.device)
+        plan, jitter = self._draw(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, device=self.world.device)  # loss, accuracy
+        for first in range(0, self.steps.share, self.steps.micro):
+            part = slice(first, first + self.steps.micro)
+            ends = part.stop == self.steps.share
+            with nullcontext() if ends or self.world.size == 1 else self.network.no_sync():
+                loss, accuracy = self._forward(batch[part], plan[part], jitter and jitter[part], with_accuracy)
+                self.scaler.scale(loss / self.steps.accumulation).backward()
+            sums += torch.stack([loss.detach(), accuracy])
+        loss, accuracy = self.world.mean(sums / self.steps.accumulation)
+        norm = self._update(step, loss)
+        self.loss_sum, self.last, self.unread = self.loss_sum + loss, torch.stack([accuracy, norm]), self.unread + 1
+
+    def read(self) -> Numbers:
+        """The numbers since the last reading; the host waits for the device."""
+        loss_sum, accuracy, norm = torch.cat([self.loss_sum[None], self.last]).tolist()
+        steps, self.unread = self.unread, 0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        scale = self.scaler.get_scale()
+        return Numbers(steps, loss_sum / steps if steps else math.nan, accuracy, norm, scale)
+
+    def failed(self) -> Failure | None:
+        """The first step whose update was called off in fp32 or bf16, if any; the host waits for the device."""
+        happened, step, loss, norm = self.failure.tolist()
+        return Failure(int(step), loss, norm) if happened else None
+
+    def state(self) -> CheckpointState:
+        """Everything needed to go on exactly; tensors are not copied."""
+        extra = {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")}
+        trainer = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": global_rng_state(self.world.device),
+            "objective": extra,
+        }
+        average = self.average.weights if self.average else None
+        return CheckpointState(self.model.state_dict(), trainer, to_dict(self.config), average)
+
+    def load(self, state: CheckpointState) -> None:
+        """The inverse of `state`, for the same configuration."""
+        load_official(self.model, state.model)
+        self.objective.load_state_dict(state.trainer["objective"], strict=False)
+        self.optimizer.load_state_dict(state.trainer["optimizer"])
+        self.scaler.load_state_dict(state.trainer["scaler"])
+        set_global_rng_state(state.trainer["random"], self.world.device)
+        if self.average:
+            self.average.load(state.ema)
+
+    def _draw(self, step: int) -> tuple[Plan, JitterDraws | None]:
+        """This process's part of what is random in a step, drawn for the whole global batch."""
+        seed, device, batch = self.config.train.seed, self.world.device, self.config.optim.global_batch
+        first = self.world.rank * self.steps.share
+        mine = slice(first, first + self.steps.share)
+        plan = self.objective.sample_plan(batch, step_generator(seed, step, "plan", device), device)[mine]
+        strength = self.config.data.color_jitter
+        if not strength:
+            return plan, None
+        generator = step_generator(seed, step, "color_jitter", device)
+        return plan, sample_color_jitter(batch, strength, generator, device)[mine]
+
+    def _forward(
+        self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool
+    ) -> tuple[Tensor, Tensor]:
+        images = batch.images if jitter is None else color_jitter(batch.images, jitter)
+        keep = plan.keep if self.config.model.drop_path else None
+        dtype = AUTOCAST.get(self.config.train.precision)
+        with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
+            return self.network(images, batch.tokens, plan.permutation, keep, with_accuracy)
+
+    def _update(self, step: int, loss: Tensor) -> Tensor:
+        """Clip, then update weights and their average unless something is not finite; the gradient norm."""
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.objective.parameters(), self.config.optim.clip)
+        broken = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, self.steps.per_epoch, step)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            skip = broken.float()
+        else:
+            values = torch.stack([torch.ones_like(loss), torch.full_like(loss, step), loss, norm]).double()
+            self.failure = torch.where(broken & (self.failure[0] == 0), values, self.failure)
+            skip = self.failure[0].float()
+            gated_step(self.optimizer, skip)
+        if self.average:
+            self.average.update(self.model, skip)
+        return norm
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """ConfigError when a GPU has no bf16 of its own."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"
+        )

@@ -1,0 +1,138 @@
+"""Where the numbers of a run go: metrics.jsonl and TensorBoard always, W&B or trackio on request."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mapet.errors import ConfigError
+
+FILE_NAME = "metrics.jsonl"
+PROJECT = "mapet"
+NO_CURVE = ("step", "eta_seconds")
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of the log."""
+
+    step: int
+    """Optimizer steps done."""
+    epoch: float
+    """Epochs done."""
+    loss: float
+    """Mean over the global batches since the line before."""
+    accuracy: float
+    """Share of predicted tokens that are right, 0 to 1, over the last global batch."""
+    lr: float
+    """Learning rate of the last step."""
+    gradient_norm: float
+    """Of the last step, before clipping."""
+    images_per_second: float
+    """Over all processes, waiting for data included."""
+    data_wait: float
+    """Share of the time spent waiting for data, 0 to 1."""
+    eta_seconds: float
+    """Time left at this rate."""
+    loss_scale: float = 1.0
+    """Factor on the loss, fp16 only."""
+
+
+class Best:
+    """The smallest value seen, with its step. A value that is not finite is never the best."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.value: float | None = None
+
+    def consider(self, step: int, value: float | None) -> bool:
+        """Take `value` if it is finite and smaller than all before it; whether it was taken. None counts as NaN."""
+        if value is None or not math.isfinite(value) or (self.value is not None and value >= self.value):
+            return False
+        self.step, self.value = step, value
+        return True
+
+
+class MetricsLog:
+    """Writes StepMetrics to every place. Lines of a resumed run that lie after its checkpoint are dropped first.
+
+    `start` is the step the run resumes from, 0 for a fresh one. ConfigError when a tracker is not installed.
+    """
+
+    def __init__(self, folder: Path, start: int, trackers: tuple[str, ...] = (), config: dict | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main process logs
+
+        modules = [import_tracker(name) for name in trackers]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.best_loss = Best()
+        for line in keep_until(folder / FILE_NAME, start):
+            self.best_loss.consider(line["step"], line["loss"])
+        self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._trackers = [_start(module, folder, config or {}) for module in modules]
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._board.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one line and flush it; values that are not finite become null, for JSON has no NaN."""
+        values = {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(metrics).items()}
+        self.best_loss.consider(metrics.step, metrics.loss)
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        curves = {name: value for name, value in values.items() if name not in NO_CURVE and value is not None}
+        for name, value in curves.items():
+            self._board.add_scalar(name, value, metrics.step)
+        for tracker in self._trackers:
+            tracker.log(curves, step=metrics.step)
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop from a metrics file the lines after `step`, and a last line cut short by a kill; the lines that stay."""
+    if not path.exists():
+        return []
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["step"] <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
+
+
+def import_tracker(name: str) -> ModuleType:
+    """The module of an experiment tracker; ConfigError says how to install one that is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"train.trackers names {name}, which cannot be imported ({error}): run `pip install {name}`, or leave it "
+            f"out; {FILE_NAME} and TensorBoard are written in any case"
+        ) from error
+
+
+def _start(module: ModuleType, folder: Path, config: dict[str, Any]) -> Any:
+    """Begin, or go on with, the tracker's run of this output folder. Both packages have the same few functions."""
+    place = folder.resolve()
+    name = f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    identity = {"id": name, "dir": str(folder)} if module.__name__ == "wandb" else {}
+    return module.init(project=PROJECT, name=name, config=config, resume="allow", **identity)

@@ -1,0 +1,71 @@
+"""AdamW with the official weight-decay groups, an update that can be called off on the device, and a weight average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mapet.config import OptimConfig
+
+NEVER_DECAYED = ("pos_embed", "cls_token")
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """No decay on vectors (norms, layer scale), biases, position and class token; the mask token is decayed."""
+    own_name = name.rpartition(".")[2]
+    return parameter.ndim > 1 and own_name != "bias" and own_name not in NEVER_DECAYED
+
+
+def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `module` (a model or an objective around it).
+
+    The fused form runs on CPU and CUDA alike and takes a tensor that calls the update off, see `gated_step`.
+    """
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trainable if is_decayed(name, p)]
+    others = [p for name, p in trainable if not is_decayed(name, p)]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def gated_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
+    """One update, or none at all where `skip` (scalar float32 on the device) is 1; the host never waits for `skip`.
+
+    These two attributes are how GradScaler tells a fused optimizer of an overflow.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, skip
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """The global gradient norm (scalar tensor); gradients are then scaled to norm `limit` at most, 0 for no limit."""
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+class WeightAverage:
+    """Exponential moving average of the weights, in float32: average += (1 - decay) (weights - average)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, skip: Tensor) -> None:
+        """Move towards the weights of `model`, unless `skip` (scalar float32 tensor) is 1."""
+        current = model.state_dict()
+        averages = list(self.weights.values())
+        change = torch._foreach_sub([current[name].float() for name in self.weights], averages)
+        torch._foreach_mul_(change, (1 - self.decay) * (1 - skip))
+        torch._foreach_add_(averages, change)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over the averages of a checkpoint."""
+        for name, value in self.weights.items():
+            value.copy_(weights[name])

@@ -1,0 +1,96 @@
+"""Progress of a run for the person watching: a live bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from mapet.metrics import StepMetrics
+
+
+class ProgressDisplay(Protocol):
+    """Shows StepMetrics as they come."""
+
+    def __enter__(self) -> ProgressDisplay: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def show(self, metrics: StepMetrics) -> None:
+        """Bring the display up to date."""
+
+    def note(self, text: str) -> None:
+        """Print one line that stays."""
+
+
+class PlainProgress:
+    """One line per report."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self.total, self.stream = total, stream
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stream.flush()
+
+    def show(self, metrics: StepMetrics) -> None:
+        print(f"step {metrics.step}/{self.total} · {describe(metrics)}", file=self.stream, flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class LiveProgress:
+    """A bar at the bottom of the terminal, and under it the numbers, wrapped where the terminal is narrow."""
+
+    def __init__(self, total: int, start: int, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(TextColumn("pre-training"), BarColumn(None), MofNCompleteColumn(), console=console)
+        self.task = self.bar.add_task("", total=total, completed=start)
+        self.live = Live(Group(self.bar, Text("starting")), console=console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveProgress:
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.live.stop()
+
+    def show(self, metrics: StepMetrics) -> None:
+        self.bar.update(self.task, completed=metrics.step)
+        self.live.update(Group(self.bar, Text(describe(metrics))))
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+
+def make_progress(total: int, start: int, stream: TextIO | None = None) -> ProgressDisplay:
+    """The display for `stream` (standard output by default) of a run of `total` steps that begins at step `start`."""
+    console = Console(file=stream or sys.stdout)
+    return LiveProgress(total, start, console) if console.is_terminal else PlainProgress(total, console.file)
+
+
+def describe(metrics: StepMetrics) -> str:
+    """The numbers of a report in one line."""
+    parts = [
+        f"epoch {metrics.epoch:.2f}",
+        f"loss {metrics.loss:.4f}",
+        f"accuracy {100 * metrics.accuracy:.1f} %",
+        f"lr {metrics.lr:.2e}",
+        f"{metrics.images_per_second:.0f} images/s",
+        f"data wait {100 * metrics.data_wait:.0f} %",
+        f"ETA {duration(metrics.eta_seconds)}",
+    ]
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

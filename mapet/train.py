@@ -1,0 +1,244 @@
+"""The pre-training loop. `pretrain(config)` is a run; mapet/learner.py is one optimizer step.
+
+A run is a function of its configuration: what step t does depends on (seed, t) and on the weights before it, not on the
+number of processes, micro-batches or loader workers, nor on stops and resumes in between (up to the rounding of sums
+that are taken in another order).
+
+The host reads from the device every `log_every` steps and before a checkpoint, and there it learns of a loss or
+gradient that was not finite: so a run stops up to `log_every` steps late, but with the weights from before the failure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+
+from mapet.checkpoint import FOLDER, CheckpointStore
+from mapet.config import RunConfig, to_dict
+from mapet.data.cache import TokenCache
+from mapet.data.loader import make_loader, step_ids
+from mapet.distributed import StopRequest, World, connect
+from mapet.errors import CheckpointError, TrainingError
+from mapet.learner import Learner
+from mapet.metrics import MetricsLog, StepMetrics
+from mapet.progress import ProgressDisplay, make_progress
+from mapet.rng import deterministic_algorithms
+from mapet.schedule import StepPlan, learning_rate, plan_steps
+
+SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
+IDS_SHOWN = 32
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. Losses are None where nothing was logged."""
+
+    step: int
+    """Optimizer steps done, earlier parts of the run included."""
+    last_step: int
+    """Optimizer steps that the configuration asks for."""
+    checkpoint: Path
+    """The newest one."""
+    loss: float | None
+    """Of the last report, as is the accuracy."""
+    accuracy: float | None
+    best_loss: float | None
+    """The smallest loss reported in the whole run, and its step; in the main process."""
+    best_step: int | None
+    signal: int
+    """The signal that ended the run early, or 0."""
+
+    @property
+    def exit_code(self) -> int:
+        """For the process: 0, or 143 after SIGTERM and 130 after Ctrl-C."""
+        return 128 + self.signal if self.signal else 0
+
+
+def pretrain(config: RunConfig) -> TrainResult:
+    """Run pre-training, or go on with it; in every process of torchrun alike.
+
+    Raises:
+        ConfigError: options that cannot work, here, together or with this data.
+        DataError: the cache is damaged, or not for this model.
+        CheckpointError: every checkpoint is damaged, one is of another configuration, or one cannot be written.
+        TrainingError: a loss or gradient norm is not finite; the text names step and images.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(connect(config.train.device))
+        stop = stack.enter_context(StopRequest(world))
+        stack.enter_context(deterministic_algorithms(config.train.deterministic))
+        cache = TokenCache.open(config.data.cache)
+        cache.check_model(config.model)
+        steps = plan_steps(config, len(cache), world.size)
+        run = Run(config, world, cache, steps)
+        start = run.resume()
+        if world.is_main:
+            log = MetricsLog(config.train.output, start, config.train.trackers, to_dict(config))
+            run.log = stack.enter_context(log)
+            run.display = stack.enter_context(make_progress(steps.last, start))
+        if start:
+            run.tell(f"going on from step {start}, {run.store.path(start)}")
+        return run.loop(start, stop)
+
+
+class Run:
+    """The loop around a learner: data in, numbers and checkpoints out. The main process has `log` and `display`."""
+
+    def __init__(self, config: RunConfig, world: World, cache: TokenCache, steps: StepPlan) -> None:
+        self.config, self.world, self.cache, self.steps = config, world, cache, steps
+        self.learner = Learner(config, world, steps)
+        self.store = CheckpointStore(config.train.output / FOLDER, config.train.keep)
+        self.log: MetricsLog | None = None
+        self.display: ProgressDisplay | None = None
+
+    def resume(self) -> int:
+        """Load the newest valid checkpoint where there is one and it is wanted; the steps done."""
+        if not self.config.train.resume:
+            self.world.on_main(self.store.set_aside)
+            return 0
+        newest = self.world.on_main(self.store.newest_valid)
+        if newest is None:
+            return 0
+        loaded = self.store.load(newest, self.config)
+        if loaded.state.trainer["data"] != cache_fingerprint(self.cache):
+            raise CheckpointError(
+                f"checkpoint {loaded.folder} learned from other images or tokens than {self.config.data.cache} holds; "
+                "give the cache it began with, another train.output, or train.resume = False to start afresh"
+            )
+        self.learner.load(loaded.state)
+        return newest
+
+    def loop(self, start: int, stop: StopRequest) -> TrainResult:
+        """Steps `start` to the last one, or until a stop signal."""
+        train, last = self.config.train, self.steps.last
+        batches = iter(
+            make_loader(
+                self.cache,
+                seed=train.seed,
+                global_batch=self.config.optim.global_batch,
+                start_step=start,
+                stop_step=last,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                workers=self.config.data.workers,
+            )
+        )
+        clock = Clock()
+        done, signal, metrics = start, 0, None
+        while done < last and not signal:
+            with clock.waiting():
+                batch = next(batches)
+            stop.post()
+            reporting = done + 1 == last or (done + 1) % train.log_every == 0
+            self.learner.step(done, batch, with_accuracy=reporting)
+            done += 1
+            signal = stop.agreed()
+            if reporting:
+                metrics = self.report(done, clock)
+            if done == last or signal or done % train.save_every == 0:
+                self.save(done)
+        if signal:
+            self.tell(f"stopped by {Signals(signal).name} after step {done}; the same command goes on from there")
+        best = self.log.best_loss if self.log else None
+        return TrainResult(
+            step=done,
+            last_step=last,
+            checkpoint=self.store.path(done),
+            loss=metrics and metrics.loss,
+            accuracy=metrics and metrics.accuracy,
+            best_loss=best and best.value,
+            best_step=best and best.step,
+            signal=signal,
+        )
+
+    def report(self, done: int, clock: Clock) -> StepMetrics:
+        """Read the numbers since the last report, and show them; TrainingError if one was not finite."""
+        numbers = self.learner.read()
+        self.check()
+        seconds, waited = clock.lap()
+        optim = self.config.optim
+        metrics = StepMetrics(
+            step=done,
+            epoch=done / self.steps.per_epoch,
+            loss=numbers.loss,
+            accuracy=numbers.accuracy,
+            lr=learning_rate(optim, self.steps.per_epoch, done - 1),
+            gradient_norm=numbers.gradient_norm,
+            images_per_second=numbers.steps * optim.global_batch / seconds,
+            data_wait=waited / seconds,
+            eta_seconds=(self.steps.last - done) * seconds / numbers.steps,
+            loss_scale=numbers.loss_scale,
+        )
+        if self.log is not None:
+            self.log.write(metrics)
+            self.display.show(metrics)
+        if numbers.loss_scale < SMALLEST_SCALE:
+            raise TrainingError(
+                f"fp16: gradients still overflow at a loss scale of {numbers.loss_scale:g}; train in bf16 or fp32, or "
+                "lower optim.lr"
+            )
+        return metrics
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint; TrainingError instead if an update was called off before it."""
+        self.check()
+        state = self.learner.state()
+        state.trainer["data"] = cache_fingerprint(self.cache)
+        self.world.on_main(lambda: self.store.save(done, state))
+
+    def tell(self, text: str) -> None:
+        """A line for the person watching."""
+        if self.display is not None:
+            self.display.note(text)
+
+    def check(self) -> None:
+        """Raise TrainingError, with step and images, if an update was called off."""
+        failure = self.learner.failed()
+        if failure is None:
+            return
+        batch = self.config.optim.global_batch
+        ids = step_ids(len(self.cache), seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
+        images = ", ".join(map(str, ids[:IDS_SHOWN]))
+        if len(ids) > IDS_SHOWN:
+            path = self.config.train.output / f"failed_step_{failure.step}.json"
+            if self.world.is_main:
+                path.write_text(json.dumps({"step": failure.step, "ids": ids}))
+            images += f", ... (all {len(ids)} in {path})"
+        raise TrainingError(
+            f"step {failure.step} (counted from 0): loss {failure.loss:g}, gradient norm {failure.gradient_norm:g}. "
+            f"The run stopped before the weights changed. Images of its batch: {images}. Lower optim.lr or set "
+            f"optim.clip; the checkpoints in {self.store.folder} are from before the failure"
+        )
+
+
+class Clock:
+    """Time of the steps since the last lap, and the part of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.began, self.waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting."""
+        since = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - since
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and those of them spent waiting; starts the next lap."""
+        now = time.perf_counter()
+        seconds, waited = now - self.began, self.waited
+        self.began, self.waited = now, 0.0
+        return seconds, waited
+
+
+def cache_fingerprint(cache: TokenCache) -> str:
+    """SHA-256 over the hashes of a cache's files: its images, tokens, labels and names, in their order."""
+    hashes = {name: record.sha256 for name, record in sorted(cache.manifest.files.items())}
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

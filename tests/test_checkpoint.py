@@ -1,0 +1,397 @@
+"""Checkpoints: kills, damage, full disks, order by number, and other configurations. Assertions 2, 3, 4 and 7."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_writer import make_state, save_and_die_at_sync, save_for_ever, save_with_limit
+
+from mapet.checkpoint import (
+    MAY_CHANGE,
+    CheckpointState,
+    CheckpointStore,
+    DamagedCheckpoint,
+    config_differences,
+    load_weights,
+    verify,
+)
+from mapet.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
+from mapet.errors import CheckpointError
+
+FILES = ("model.safetensors", "ema.safetensors", "trainer.pt", "config.json", "manifest.json")
+
+
+def assert_equal(state: CheckpointState, expected: CheckpointState) -> None:
+    assert state.config == expected.config
+    for name, value in expected.model.items():
+        assert torch.equal(state.model[name], value)
+        assert torch.equal(state.ema[name], expected.ema[name])
+    assert torch.equal(state.trainer["optimizer"]["moment"], expected.trainer["optimizer"]["moment"])
+    assert state.trainer["optimizer"]["lr"] == expected.trainer["optimizer"]["lr"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts real processes quickly: one clean server imports torch once and forks for each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mapet.checkpoint"])
+    return context
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    folder = store.save(7, make_state(7))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    loaded = store.load_latest()
+    assert (loaded.step, loaded.folder) == (7, folder)
+    assert_equal(loaded.state, make_state(7))
+
+
+def test_no_checkpoint_and_no_average_are_no_errors(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    assert store.load_latest() is None
+    store.save(1, dataclasses.replace(make_state(1), ema=None))
+    assert store.load_latest().state.ema is None
+
+
+def test_only_the_newest_stay(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    for step in (5, 10, 15, 20):
+        store.save(step, make_state(step))
+        assert store.steps() == [s for s in (5, 10, 15, 20) if step - 5 <= s <= step]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step_000000015", "step_000000020"]
+
+
+def test_assertion_07_checkpoints_are_picked_by_number(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=10)
+    for step in (9, 10):
+        store.save(step, make_state(step)).rename(store.folder / f"step_{step}")
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step_10", "step_9"], "as text, 9 would be newer"
+    assert store.load_latest().step == 10
+    store.save(100, make_state(100))
+    assert store.steps() == [9, 10, 100]
+    store.keep = 2
+    store.save(101, make_state(101))
+    assert store.steps() == [100, 101]
+
+
+@pytest.mark.parametrize("sync", range(1, 22))
+def test_assertion_02_killed_at_every_point_of_a_save(sync, tmp_path, processes):
+    """Seven flushes make a save (five files, the folder, the one above), so 21 kills cover three saves with pruning."""
+    folder = tmp_path / "checkpoints"
+    writer = processes.Process(target=save_and_die_at_sync, args=(folder, 1, sync))
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == -signal.SIGKILL
+    store = CheckpointStore(folder, keep=2)
+    loaded = store.load_latest()
+    renamed = sync // 7  # the seventh flush comes after the rename
+    assert (loaded.step if loaded else 0) == renamed
+    if loaded:
+        assert_equal(loaded.state, make_state(renamed))
+    store.save(renamed + 1, make_state(renamed + 1))
+    assert store.steps() == [step for step in (renamed, renamed + 1) if step]
+    assert not list(folder.glob(".*")), "what the killed process left is cleaned up"
+
+
+def test_assertion_02_twenty_kills_at_any_time(tmp_path, processes):
+    folder, moment = tmp_path / "checkpoints", random.Random(0)
+    store, newest = CheckpointStore(folder, keep=2), 0
+    for _ in range(20):
+        writer = processes.Process(target=save_for_ever, args=(folder, newest + 1))
+        writer.start()
+        deadline = time.monotonic() + 60
+        while max(store.steps(), default=0) <= newest and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(moment.random() * 0.02)
+        writer.kill()
+        writer.join(60)
+        assert writer.exitcode == -signal.SIGKILL
+        loaded = store.load_latest()
+        assert loaded.step > newest, "the run must get on between two kills"
+        assert_equal(loaded.state, make_state(loaded.step))
+        newest = loaded.step
+
+
+def flip_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def zero_page(data: bytes) -> bytes:
+    page = min(4096, len(data) // 2)
+    return data[: -page - 1] + bytes(page) + data[-1:]
+
+
+DAMAGES = {"bit flip": flip_bit, "zeroed page": zero_page, "truncation": lambda d: d[:-1], "empty": lambda d: b""}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "trainer.pt", "config.json"])
+def test_assertion_03_damage_falls_back_with_a_warning(name, damage, tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for step in (1, 2):
+        store.save(step, make_state(step, numbers=5000))
+    broken = store.path(2) / name
+    broken.write_bytes(DAMAGES[damage](broken.read_bytes()))
+    with pytest.warns(UserWarning, match=rf"step_000000002 is damaged: {name} .*going back"):
+        loaded = store.load_latest()
+    assert loaded.step == 1
+    assert_equal(loaded.state, make_state(1, numbers=5000))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "manifest.json is missing"),
+        (b"", "manifest.json cannot be read"),
+        (b"[1]", "manifest.json cannot be read"),
+        (b'{"format": 1, "step": 2, "files": {}}', "does not list the files"),
+        (b"\xff\xfe{", "manifest.json cannot be read"),
+    ],
+)
+def test_assertion_03_a_damaged_manifest_is_damage(text, message, tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for step in (1, 2):
+        store.save(step, make_state(step))
+    manifest = store.path(2) / "manifest.json"
+    manifest.unlink()
+    if text is not None:
+        manifest.write_bytes(text)
+    with pytest.warns(UserWarning, match=message):
+        assert store.load_latest().step == 1
+
+
+def test_assertion_03_every_bit_of_a_manifest_may_flip(tmp_path):
+    """A flip is found, or changes nothing that is read (white space, say): the state is never a wrong one."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    manifest = store.save(2, make_state(2, numbers=4)) / "manifest.json"
+    good, found = manifest.read_bytes(), 0
+    for position in range(len(good)):
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << position % 8
+        manifest.write_bytes(flipped)
+        try:
+            with pytest.warns(UserWarning, match="damaged"):
+                store.newest_valid()
+        except CheckpointError:
+            found += 1
+        except pytest.fail.Exception:
+            assert store.newest_valid() == 2
+            assert_equal(store.load(2).state, make_state(2, numbers=4))
+    assert found > len(good) * 0.8
+
+
+def test_assertion_03_none_left_is_an_error_that_names_them(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for step in (1, 2):
+        (store.save(step, make_state(step)) / "trainer.pt").write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no valid checkpoint is left") as caught:
+        store.load_latest()
+    assert "step_000000001" in str(caught.value) and "step_000000002" in str(caught.value)
+    assert "trainer.pt" in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_the_run_that_went_back_does_not_prune_its_only_valid_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    store.save(10, make_state(10))
+    store.keep = 2
+    (store.save(20, make_state(20)) / "trainer.pt").write_bytes(b"")
+    store.keep = 1
+    with pytest.warns(UserWarning, match="step_000000020"):
+        assert store.load_latest().step == 10
+    store.save(15, make_state(15))
+    assert store.steps() == [15] and store.load_latest().step == 15
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    (store.save(3, make_state(3)) / "trainer.pt").write_bytes(b"")
+    store.save(3, make_state(3))
+    assert_equal(store.load_latest().state, make_state(3))
+
+
+def test_a_copied_folder_is_not_another_step(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    shutil.copytree(store.save(3, make_state(3)), store.folder / "step_000000008")
+    with pytest.warns(UserWarning, match="is that of step 3"):
+        assert store.load_latest().step == 3
+
+
+def test_assertion_04_a_file_that_cannot_grow(tmp_path, processes):
+    folder = tmp_path / "checkpoints"
+    CheckpointStore(folder).save(1, make_state(1))
+    before = contents(folder)
+    writer = processes.Process(target=save_with_limit, args=(folder, 2, 6000))
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 1
+    message = (tmp_path / "error.txt").read_text()
+    for part in ("step_000000002", "File too large", "step_000000001", "untouched"):
+        assert part in message
+    assert contents(folder) == before
+    assert CheckpointStore(folder).load_latest().step == 1
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=256k tmpfs "$1"
+shift
+exec "$@"
+"""
+SAVE_TWICE = """
+import sys, pathlib
+sys.path[:0] = sys.argv[2:]
+from checkpoint_writer import make_state
+from test_checkpoint import contents
+from mapet.checkpoint import CheckpointStore
+from mapet.errors import CheckpointError
+store = CheckpointStore(pathlib.Path(sys.argv[1]) / "checkpoints", keep=1)
+store.save(1, make_state(1, numbers=5000))
+before = contents(store.folder)
+try:
+    store.save(2, make_state(2, numbers=30000))
+except CheckpointError as error:
+    print(error)
+assert contents(store.folder) == before
+assert [path.name for path in store.folder.iterdir()] == ["step_000000001"]
+store.save(3, make_state(3, numbers=5000))
+"""
+
+
+def test_assertion_04_a_disk_that_is_full(tmp_path):
+    mounting = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", str(tmp_path)]
+    try:
+        allowed = subprocess.run([*mounting, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        pytest.skip("this machine lets no user mount a small file system; the size limit above stands in for it")
+    script = [sys.executable, "-c", SAVE_TWICE, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run([*mounting, *script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stdout and "the disk is full" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.ENOSPC, r"the disk is full \(said the system; .* MiB free\)"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EIO, "said the system"),
+    ],
+)
+def test_assertion_04_write_errors_name_their_reason(code, text, tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(1, make_state(1))
+    before = contents(store.folder)
+
+    def refuse(descriptor):
+        raise OSError(code, "said the system")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(CheckpointError, match=rf"step_000000002: {text}.*untouched"):
+        store.save(2, make_state(2))
+    assert contents(store.folder) == before
+
+
+def test_fields_that_may_change_exist_and_the_others_are_refused(tmp_path):
+    config = to_dict(RunConfig())
+    fields = {f"{section}.{name}" for section, values in config.items() for name in values}
+    assert fields >= MAY_CHANGE
+    learned = {field for field in fields if field.split(".")[0] in ("model", "objective", "optim")}
+    assert not MAY_CHANGE & (learned | {"train.seed", "train.precision", "train.ema_decay", "data.color_jitter"})
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_field_by_field(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(1, make_state(1))
+    same = RunConfig(train=TrainConfig(output=tmp_path, micro_batch=4, max_steps=9, log_every=3))
+    assert store.load_latest(same).step == 1
+    other = RunConfig(model=ModelConfig(width=384, heads=6), optim=OptimConfig(lr=1.0), train=TrainConfig(seed=3))
+    with pytest.raises(CheckpointError) as caught:
+        store.load_latest(other)
+    for part in ("model.width was 192, is 384", "model.heads", "optim.lr was 0.0015, is 1.0", "train.seed was 0, is 3"):
+        assert part in str(caught.value)
+    assert "micro_batch" not in str(caught.value)
+
+
+def test_a_field_that_one_of_two_configurations_lacks_is_a_difference():
+    now = to_dict(RunConfig())
+    before = json.loads(json.dumps(now))
+    del before["optim"]["clip"]
+    assert config_differences(before, now) == ["optim.clip was absent, is 3.0"]
+
+
+def test_fresh_runs_set_earlier_checkpoints_aside(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    assert store.set_aside() is None
+    for expected in ("checkpoints_before_1", "checkpoints_before_2"):
+        store.save(1, make_state(1))
+        assert store.set_aside() == tmp_path / expected
+        assert store.load_latest() is None
+        assert CheckpointStore(tmp_path / expected).load_latest().step == 1
+
+
+def test_load_weights_takes_a_run_folder_or_a_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    folders = [store.save(step, make_state(step)) for step in (1, 2)]
+    model, objective, weights = load_weights(tmp_path)
+    assert model == ModelConfig() and objective.name == "mapet"
+    assert torch.equal(weights["weight"], make_state(2).model["weight"])
+    assert torch.equal(load_weights(folders[0])[2]["weight"], make_state(1).model["weight"])
+    assert torch.equal(load_weights(str(tmp_path), ema=True)[2]["weight"], make_state(2).ema["weight"])
+
+
+def test_load_weights_refuses_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint; give a run folder"):
+        load_weights(tmp_path)
+    folder = CheckpointStore(tmp_path / "checkpoints").save(1, dataclasses.replace(make_state(1), ema=None))
+    with pytest.raises(CheckpointError, match="no moving average"):
+        load_weights(tmp_path, ema=True)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model.safetensors has 0 bytes"):
+        load_weights(folder)
+
+
+class Opened:
+    """A pickle of this touches a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    """Even under a manifest that fits: whoever writes the file can write its hash."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    state = make_state(1)
+    state.trainer["optimizer"] = Opened(tmp_path / "code ran")
+    store.save(1, state)
+    assert verify(store.path(1)) == 1
+    with pytest.raises(CheckpointError, match=r"trainer.pt"):
+        store.load_latest()
+    assert not (tmp_path / "code ran").exists()
+
+
+def test_damaged_is_a_checkpoint_error():
+    assert issubclass(DamagedCheckpoint, CheckpointError)

@@ -1,0 +1,204 @@
+"""One optimizer step: overflow, failures, clipping, accumulation, precisions. Assertions 8, 9 and 18."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import make_cache, make_config
+from torch import nn
+
+from mapet.config import RunConfig
+from mapet.data.cache import TokenCache
+from mapet.data.loader import Batch, make_loader
+from mapet.distributed import World
+from mapet.learner import Learner
+from mapet.schedule import plan_steps
+
+CPU = World(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> TokenCache:
+    return TokenCache.open(make_cache(tmp_path_factory.mktemp("data") / "cache"))
+
+
+def make_learner(cache: TokenCache, **changes) -> Learner:
+    config = make_config(cache.path, Path("unused"), **changes)
+    return Learner(config, CPU, plan_steps(config, len(cache), 1))
+
+
+def batches(cache: TokenCache, config: RunConfig, steps: int = 20) -> Iterator[Batch]:
+    batch = config.optim.global_batch
+    return iter(make_loader(cache, seed=config.train.seed, global_batch=batch, start_step=0, stop_step=steps))
+
+
+def run(learner: Learner, cache: TokenCache, first: int, last: int) -> None:
+    """Steps first to last - 1."""
+    for step, batch in enumerate(batches(cache, learner.config)):
+        if first <= step < last:
+            learner.step(step, batch, with_accuracy=True)
+
+
+def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
+    state = learner.state()
+    moments = {f"{i}.{k}": v for i, s in state.trainer["optimizer"]["state"].items() for k, v in s.items()}
+    averages = {f"ema.{name}": value for name, value in (state.ema or {}).items()}
+    return {name: value.clone() for name, value in {**state.model, **moments, **averages}.items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def break_gradient(learner: Learner, value: float) -> torch.utils.hooks.RemovableHandle:
+    """Every gradient of one weight becomes `value` until the handle is removed; the loss stays as it is."""
+    return learner.model.norm.weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+
+
+def test_assertion_08_an_infinite_fp16_gradient_skips_the_step_and_halves_the_scale(cache):
+    learner = make_learner(cache, **{"train.precision": "fp16", "train.ema_decay": 0.9})
+    run(learner, cache, 0, 2)
+    before, scale = snapshot(learner), learner.read().loss_scale
+    handle = break_gradient(learner, float("inf"))
+    run(learner, cache, 2, 3)
+    handle.remove()
+    assert_same(snapshot(learner), before)
+    assert learner.read().loss_scale == scale / 2 == 32768.0
+    assert learner.failed() is None, "an overflow in fp16 is part of the method, not a failure"
+    run(learner, cache, 3, 4)
+    after = snapshot(learner)
+    assert all(not torch.equal(after[name], before[name]) for name in ("decoder.weight", "ema.decoder.weight"))
+
+
+def test_assertion_08_clipping_happens_after_unscale(cache):
+    clip = 0.01
+    norms = {}
+    for precision in ("fp32", "fp16"):
+        learner = make_learner(cache, **{"train.precision": precision, "optim.clip": clip})
+        run(learner, cache, 0, 1)
+        norms[precision] = learner.read().gradient_norm
+        clipped = torch.cat([p.grad.flatten() for p in learner.model.parameters()]).norm()
+        assert clipped.item() == pytest.approx(clip, rel=1e-3), "the gradients that the optimizer saw"
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=2e-2), "reported without the loss scale"
+    assert norms["fp32"] > 10 * clip
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_assertion_09_a_broken_gradient_calls_off_its_step_and_all_later_ones(precision, value, cache):
+    learner = make_learner(cache, **{"train.precision": precision, "train.ema_decay": 0.9})
+    run(learner, cache, 0, 3)
+    before = snapshot(learner)
+    handle = break_gradient(learner, value)
+    run(learner, cache, 3, 4)
+    handle.remove()
+    run(learner, cache, 4, 7)  # these are finite again, and the host has not looked yet
+    assert_same(snapshot(learner), before)
+    failure = learner.failed()
+    assert failure.step == 3
+    assert not torch.isfinite(torch.tensor(failure.gradient_norm))
+    assert 0 < failure.loss < 10
+
+
+def test_assertion_09_a_broken_loss_is_enough(cache, monkeypatch):
+    learner = make_learner(cache)
+    run(learner, cache, 0, 1)
+    before, forward = snapshot(learner), learner._forward
+    # The constant adds infinity to the loss and nothing to any gradient.
+    monkeypatch.setattr(learner, "_forward", lambda *a: (forward(*a)[0] + float("inf"), forward(*a)[1]))
+    run(learner, cache, 1, 2)
+    assert_same(snapshot(learner), before)
+    assert learner.failed().step == 1 and learner.failed().loss == float("inf")
+
+
+def test_a_step_gives_finite_gradients_to_every_parameter(cache):
+    learner = make_learner(cache, **{"model.drop_path": 0.0})
+    run(learner, cache, 0, 1)
+    missing = [name for name, p in learner.objective.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("changes", [{"train.micro_batch": 4}, {"train.micro_batch": 1}])
+def test_accumulation_is_the_same_step(changes, cache):
+    whole, parts = make_learner(cache, **{"optim.eps": 1e-3}), make_learner(cache, **changes, **{"optim.eps": 1e-3})
+    for learner in (whole, parts):
+        run(learner, cache, 0, 3)
+    torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-4, atol=1e-6)
+    ours, theirs = parts.read(), whole.read()
+    assert (ours.loss, ours.accuracy) == pytest.approx((theirs.loss, theirs.accuracy), rel=1e-5)
+
+
+def test_activation_checkpointing_is_the_same_step(cache):
+    plain, recomputed = make_learner(cache), make_learner(cache, **{"train.activation_checkpointing": True})
+    for learner in (plain, recomputed):
+        run(learner, cache, 0, 2)
+    assert_same(snapshot(recomputed), snapshot(plain))
+
+
+@pytest.mark.parametrize("objective", ["mapet", "pim", "mim"])
+def test_every_objective_learns(objective, cache):
+    learner = make_learner(cache, **{"objective.name": objective, "optim.lr": 3e-3, "optim.warmup_epochs": 0})
+    run(learner, cache, 0, 1)
+    first = learner.read().loss
+    run(learner, cache, 1, 19)
+    learner.read()
+    run(learner, cache, 19, 20)
+    assert learner.read().loss < first - 0.1
+
+
+def test_precisions_compute_in_their_type(cache):
+    seen = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        learner = make_learner(cache, **{"train.precision": precision})
+        learner.model.blocks[0].mlp.fc1.register_forward_hook(
+            lambda module, inputs, output, key=precision: seen.update({key: output.dtype})
+        )
+        run(learner, cache, 0, 1)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in learner.model.parameters())
+    assert seen == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def test_jitter_and_plan_depend_on_seed_and_step_only(cache):
+    learner, other = make_learner(cache), make_learner(cache)
+    torch.rand(7)
+    plan, jitter = learner._draw(5)
+    again, again_jitter = other._draw(5)
+    assert torch.equal(plan.permutation, again.permutation) and torch.equal(plan.keep, again.keep)
+    assert torch.equal(jitter.factors, again_jitter.factors)
+    assert not torch.equal(plan.permutation, learner._draw(6)[0].permutation)
+    assert not torch.equal(plan.permutation, make_learner(cache, **{"train.seed": 1})._draw(5)[0].permutation)
+    assert make_learner(cache, **{"data.color_jitter": 0.0})._draw(5)[1] is None
+
+
+def test_reading_starts_a_new_mean(cache):
+    learner = make_learner(cache)
+    losses = []
+    for step, batch in enumerate(batches(cache, learner.config, 4)):
+        learner.step(step, batch, with_accuracy=step == 3)
+        losses.append(learner.read().loss)
+    twin = make_learner(cache)
+    run(twin, cache, 0, 4)
+    numbers = twin.read()
+    assert numbers.steps == 4 and numbers.loss == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_assertion_18_no_recompilation_after_warm_up(cache, monkeypatch):
+    """Recompilation is decided by the tracer's guards, so the test runs its graphs without generating code for them."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
+    torch._dynamo.reset()
+    learner = make_learner(cache, **{"train.compile": True, "train.micro_batch": 4, "train.ema_decay": 0.9})
+    plain = make_learner(cache, **{"train.micro_batch": 4, "train.ema_decay": 0.9})
+    steps = list(batches(cache, learner.config, 8))
+    for step, batch in enumerate(steps):
+        with torch._dynamo.config.patch(error_on_recompile=step >= 2):
+            learner.step(step, batch, with_accuracy=step % 2 == 1)
+        plain.step(step, batch, with_accuracy=step % 2 == 1)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0, "nothing was compiled"
+    torch.testing.assert_close(learner.model.state_dict(), plain.model.state_dict())
+    torch._dynamo.reset()

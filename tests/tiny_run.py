@@ -1,0 +1,73 @@
+"""A pre-training run small enough for tests: 40 images of 16 pixels, 16 tokens of a vocabulary of 32.
+
+As a script it runs one configuration as the command line would: `tiny_run.py CACHE OUTPUT {"optim.clip": 1, ...}`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.data.cache import CacheWriter
+from mapet.data.manifest import CacheDescription
+from mapet.errors import MapetError
+
+IMAGES = 40
+
+
+def make_cache(path: Path, *, images: int = IMAGES, seed: int = 0, vocabulary: int = 32) -> Path:
+    """A cache of random pictures, whose tokens follow from the pixels so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (images, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    pixels = coarse.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    tokens = (coarse.long().sum(dim=1) * vocabulary // 766).flatten(1)
+    description = CacheDescription(
+        image_size=16,
+        grid=4,
+        vocabulary=vocabulary,
+        tokenizer="test",
+        tokenizer_fingerprint="0" * 64,
+        source_fingerprint="0" * 64,
+    )
+    with CacheWriter(path, description, capacity=images) as writer:
+        writer.append(pixels, tokens)
+        writer.finish([f"{i}.png" for i in range(images)])
+    return path
+
+
+def make_config(cache: Path, output: Path, **changes: Any) -> RunConfig:
+    """The tiny run, 5 steps an epoch; `changes` are fields by dotted name, such as **{"optim.clip": 1.0}."""
+    config = RunConfig(
+        model=ModelConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, vocabulary=32, drop_path=0.3),
+        objective=ObjectiveConfig(cut=5),
+        data=DataConfig(cache=cache, workers=0),
+        optim=OptimConfig(epochs=4, global_batch=8, warmup_epochs=1),
+        train=TrainConfig(output=output, device="cpu", save_every=1000, log_every=1),
+    )
+    for name, value in changes.items():
+        section, field = name.split(".")
+        changed = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def main(cache: str, output: str, changes: str = "{}") -> int:
+    """Run it; the exit code that the command line gives."""
+    from mapet.train import pretrain
+
+    torch.set_num_threads(1)
+    try:
+        return pretrain(make_config(Path(cache), Path(output), **json.loads(changes))).exit_code
+    except MapetError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
