@@ -167,6 +167,7 @@ def test_assertion_05_a_signal_to_a_process_and_its_workers(number, code, cache,
     assert f"stopped by {signal.Signals(number).name}" in output and errors == ""
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_assertion_06_resumed_sample_ids(workers, cache, tmp_path, before_step):
     seen = []
