@@ -57,6 +57,7 @@ def test_assertion_17_two_ranks_are_one_process(cache, tmp_path):
         [sys.executable, *command, *arguments], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
     ranks = [safetensors.torch.load_file(tmp_path / f"two/rank_{rank}.safetensors") for rank in range(2)]
     assert [name for name in ranks[0] if not torch.equal(ranks[0][name], ranks[1][name])] == []
     single = pretrain(make_config(cache, tmp_path / "one", **CHANGES))
