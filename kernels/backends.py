@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 ATTENTION_BACKENDS = ("reference", "sdpa")
@@ -27,4 +29,17 @@ def choose_backend(requested: str, device: torch.device | str) -> str:
         raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(available)}")
     if (reason := available[requested]) is not None:
         raise ValueError(f"backend {requested!r} cannot run here: {reason}")
+    return requested
+
+
+def choose_listed_backend(requested: str, listed: Mapping[str, object]) -> str:
+    """The backend for a request, of an op whose backends run on every device: "auto" takes the first.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if requested == "auto":
+        return next(iter(listed))
+    if requested not in listed:
+        raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(listed)}")
     return requested

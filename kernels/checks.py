@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,22 @@ def check_tensors(**tensors: Tensor) -> None:
 def is_integer(x: Tensor) -> bool:
     """Whether x holds integers (bool is not one)."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def check_floating(name: str, values: Tensor) -> None:
+    """Raise TypeError unless the tensor is float16, bfloat16, float32 or float64."""
+    if values.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {values.dtype}")
+
+
+def check_finite_rows(name: str, values: Tensor) -> None:
+    """Raise ValueError that names the first rows holding NaN or infinity. Waits for the device."""
+    # The largest magnitude of all takes no memory; row by row is only for the message.
+    if values.numel() == 0 or torch.linalg.vector_norm(values, ord=math.inf).isfinite():
+        return
+    bad = (~torch.linalg.vector_norm(values, ord=math.inf, dim=-1).isfinite()).nonzero().tolist()
+    first = ", ".join(str(row[0] if len(row) == 1 else tuple(row)) for row in bad[:5])
+    raise ValueError(
+        f"{name} must be finite, but {len(bad)} of its rows hold NaN or infinity; the first are {first}; "
+        "drop or repair them"
+    )

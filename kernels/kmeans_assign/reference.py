@@ -1,0 +1,126 @@
+"""Nearest centroid in plain torch: chunked matrix products, and a float64 decision where fp32 cannot tell."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mapet_kernels.precision import full_fp32
+
+CHUNK_BYTES = 64 * 2**20
+"""Largest buffer of scores, differences or converted rows. Index lists of near ties may take up to four times that."""
+
+
+def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bool) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of every row, for checked inputs.
+
+    x is ([G,] n, D) and centroids ([G,] K, D), floating point and finite. Returns ids ([G,] n) int64 and squared
+    distances ([G,] n), an empty tensor if not wanted; they are float64 if either input is, else fp32.
+
+    Scores. With x' = x - m and c' = c - m for any fixed m (here the mean centroid, so that a common offset costs no
+    digits), the nearest centroid minimises S_k = |c'_k|^2 - 2 x'.c'_k; |x'|^2 is the same for every k and is left out.
+    Before that, everything is multiplied by one power of two, which is exact, so that nothing overflows.
+
+    Why the exact mode is exact. Let u be the unit round-off of the working dtype (2^-24 in fp32) and E = D + 8, or
+    2 (D + 8) for float64 work. Within a term of S_k, subtracting m puts one factor (1 + d), |d| <= u, on the entry of
+    x' and one on that of c', the product puts a third, and adding D + 1 numbers at most D + 1 more, in any order,
+    blocked or fused. |c'_k|^2 is summed in float64 and then rounded (in float64 work that sum costs D + 8 factors of
+    its own). So no term carries more than E factors, and by Cauchy-Schwarz over the terms the computed score s_k obeys
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., lemma 3.1)
+
+        |s_k - S_k| <= e := g (C^2 + 2 |x'| C) + 2^9 E t,    g = E u / (1 - E u),    C = max_k |c'_k|,
+
+    where t is the smallest normal number: underflow, flushed to zero or not, adds less than 2^9 t per term because
+    entries of x' and c' are below 16 after scaling. The nearest centroid k* thus has s_k* <= S_k* + e <= S_b + e
+    <= s_b + 2e, where s_b is the best score. A third e covers the rounding of the threshold: |s_b| <= e/g + e, and
+    u/g <= 1/9. So **every centroid scored above s_b + 3e is farther than the best one**, and a row with no second
+    centroid below it is decided. The others are decided by sum((x - c)^2) in float64 from the original values, over
+    the centroids below it only, ties to the lowest id. The norms in e are float64, widened by 0.1 % and by what squares
+    lose to underflow.
+
+    The cost: one matrix product, one top-2, and the near ties. Those are few unless the data is far wider than the gaps
+    between centroids (say two clouds 10^5 times farther apart than they are wide); it is then right, but slow.
+    """
+    dtype = torch.float64 if torch.float64 in (x.dtype, centroids.dtype) else torch.float32
+    ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    distances = x.new_empty(x.shape[:-1] if return_distance else (0,), dtype=dtype)
+    if ids.numel() == 0:
+        return ids, distances
+    with full_fp32(x.device.type) if exact else torch.autocast(x.device.type, enabled=False):
+        for group in range(x.shape[0] if x.dim() == 3 else 1):
+            here = group if x.dim() == 3 else ...
+            _nearest(x[here], centroids[here], dtype, exact, out=ids[here])
+            if return_distance:
+                _squared_distances(x[here], centroids[here], ids[here], out=distances[here])
+    return ids, distances
+
+
+def _nearest(x: Tensor, centroids: Tensor, dtype: torch.dtype, exact: bool, out: Tensor) -> None:
+    """Write into out (n,) the id of the nearest centroid (K, D) of every row of x (n, D)."""
+    scale = _power_of_two(x, centroids, dtype)
+    centred = centroids.to(dtype) * scale
+    mean = centred.mean(0)
+    centred -= mean
+    norms = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
+    squares = norms.square().to(dtype)
+    rows = _rows_of_a_chunk(max(centroids.shape), dtype)
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows]
+        shifted = part.to(dtype) * scale - mean
+        # (n, D) @ (D, K) -> (n, K)
+        scores = torch.addmm(squares, shifted, centred.T, alpha=-2)
+        ids = scores.argmin(1)
+        if exact and len(centroids) > 1:
+            margin = 3 * _score_error(shifted, norms.max())
+            _decide_near_ties(ids, scores, margin, part, centroids, scale)
+        out[start : start + rows] = ids
+
+
+def _power_of_two(x: Tensor, centroids: Tensor, dtype: torch.dtype) -> float:
+    """A normal power of two that brings the largest magnitude below 8."""
+    largest = max(torch.linalg.vector_norm(values, ord=math.inf).item() for values in (x, centroids))
+    limit = -math.frexp(torch.finfo(dtype).tiny)[1]
+    return math.ldexp(1.0, -min(max(math.frexp(largest)[1], -limit), limit))
+
+
+def _score_error(shifted: Tensor, largest_norm: Tensor) -> Tensor:
+    """e of `kmeans_assign` for every row, (n,) float64."""
+    features, limits = shifted.shape[1], torch.finfo(shifted.dtype)
+    factors = (features + 8) * (2 if shifted.dtype == torch.float64 else 1)
+    roundings = factors * limits.eps / 2
+    relative = roundings / (1 - roundings) if roundings < 0.5 else math.inf
+    lost_squares = math.sqrt(features * torch.finfo(torch.float64).tiny)
+    row_norm = 1.001 * torch.linalg.vector_norm(shifted, dim=1, dtype=torch.float64) + lost_squares
+    largest_norm = 1.001 * largest_norm + lost_squares
+    return relative * largest_norm * (largest_norm + 2 * row_norm) + 2**9 * factors * limits.tiny
+
+
+def _decide_near_ties(ids: Tensor, scores: Tensor, margin: Tensor, x: Tensor, centroids: Tensor, scale: float) -> None:
+    """Overwrite the ids (n,) of rows with a second score within the margin of the best, by float64 distances."""
+    best_two = scores.topk(2, dim=1, largest=False).values
+    threshold = best_two[:, 0] + margin.to(scores.dtype)
+    tied = (best_two[:, 1] <= threshold).nonzero().squeeze(1)
+    if len(tied) == 0:
+        return
+    i_tied, i_centroid = (scores[tied] <= threshold[tied, None]).nonzero().unbind(1)
+    distances = torch.empty(len(i_tied), dtype=torch.float64, device=x.device)
+    step = _rows_of_a_chunk(x.shape[1], torch.float64)
+    for start in range(0, len(i_tied), step):
+        few = slice(start, start + step)
+        difference = x[tied[i_tied[few]]].double().mul_(scale) - centroids[i_centroid[few]].double().mul_(scale)
+        distances[few] = difference.square_().sum(1)
+    smallest = torch.full_like(tied, math.inf, dtype=torch.float64).scatter_reduce_(0, i_tied, distances, "amin")
+    nearest = torch.where(distances <= smallest[i_tied], i_centroid, len(centroids))
+    ids[tied] = torch.full_like(tied, len(centroids)).scatter_reduce_(0, i_tied, nearest, "amin")
+
+
+def _squared_distances(x: Tensor, centroids: Tensor, ids: Tensor, out: Tensor) -> None:
+    """Write |x - centroids[ids]|^2 into out (n,), from the differences: never negative, and 0 for equal rows."""
+    rows = _rows_of_a_chunk(x.shape[1], out.dtype)
+    for start in range(0, x.shape[0], rows):
+        few = slice(start, start + rows)
+        out[few] = (x[few].to(out.dtype) - centroids[ids[few]].to(out.dtype)).square_().sum(1)
+
+
+def _rows_of_a_chunk(columns: int, dtype: torch.dtype) -> int:
+    return max(1, CHUNK_BYTES // (columns * dtype.itemsize))

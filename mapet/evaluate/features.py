@@ -1,0 +1,231 @@
+"""Frozen features of every block, as the linear probe of the paper reads them, kept on disk where asked.
+
+The feature of block i is concat(class token, mean of the patch tokens) of its output, without the final norm; without a
+class token it is the mean alone (the paper follows BEiT's linear evaluation).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mapet.errors import CheckpointError, DataError
+from mapet.evaluate.images import Images, as_tensor
+
+Layers = Literal["all", "last"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of n images from L layers."""
+
+    values: np.ndarray
+    """(n, L, F) float32, in memory or mapped from a file."""
+    layers: tuple[str, ...]
+    """Names of the L layers, first to last."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def layer(self, i: int) -> np.ndarray:
+        """(n, F) of one layer; -1 is the last."""
+        return self.values[:, i]
+
+    def take(self, ids: np.ndarray) -> Features:
+        """The features of some of the images."""
+        return Features(self.values[ids], self.layers)
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """Everything that cached features depend on."""
+
+    weights: str
+    images: str
+    layers: Layers
+    count: int
+    format: int = FORMAT
+
+    def digest(self) -> str:
+        """Short name for a file."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+
+
+def extract_features(
+    model: VisionTransformer, images: Images, *, layers: Layers = "all", batch_size: int = 256
+) -> Features:
+    """Features of a timm vision transformer, on the device it is on, in float32, eval mode, without gradients.
+
+    Args:
+        images: uint8 (n, 3, S, S) with S the model's image size; see `mapet.evaluate.images`.
+        layers: every block, or the last one only.
+
+    Raises DataError when there are no images or they have another size, CheckpointError when a feature is not finite.
+    """
+    values = np.empty(_shape(model, len(images), layers), np.float32)
+    start = 0
+    for batch in _feature_batches(model, images, layers, batch_size):
+        values[start : start + len(batch)] = batch
+        start += len(batch)
+    return Features(values, _layer_names(model, layers))
+
+
+def pixel_features(images: Images, *, batch_size: int = 1024) -> Features:
+    """The pixels themselves as features, in [0, 1]: the baseline that has learned nothing. (n, 1, 3*S*S)."""
+    if not len(images):
+        raise DataError("there are no images to evaluate on")
+    values = [as_tensor(images[i : i + batch_size]).flatten(1).cpu().numpy() for i in range(0, len(images), batch_size)]
+    return Features(np.concatenate(values)[:, None].astype(np.float32) / 255, ("pixels",))
+
+
+def cached_features(
+    folder: str | Path,
+    model: VisionTransformer,
+    images: Images,
+    *,
+    data_fingerprint: str | None = None,
+    layers: Layers = "all",
+    batch_size: int = 256,
+) -> Features:
+    """As `extract_features`, computed once per (weights, images, layers) and then read from `folder`, memory-mapped.
+
+    Args:
+        data_fingerprint: text that changes when the images do; without it the pixels are hashed.
+
+    Raises DataError, naming the file and what differs, when a cached file is damaged or is not what its name says.
+    """
+    fingerprint = data_fingerprint or images_fingerprint(images, batch_size)
+    key = FeatureKey(weights_fingerprint(model), fingerprint, layers, len(images))
+    path = Path(folder) / f"features_{key.digest()}.npy"
+    if not path.exists():
+        _write_cache(path, key, model, images, batch_size)
+    return load_features(path, key, model)
+
+
+def load_features(path: Path, key: FeatureKey, model: VisionTransformer) -> Features:
+    """Map a file that `cached_features` wrote. Raises DataError when it is damaged or belongs to another key."""
+    advice = f"delete {path.name} and {path.with_suffix('.json').name} in {path.parent} to compute them again"
+    try:
+        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cached features {path} cannot be read ({error}); {advice}") from error
+    wanted = dataclasses.asdict(key)
+    if stale := [name for name in wanted if not isinstance(manifest, dict) or manifest.get(name) != wanted[name]]:
+        raise DataError(f"cached features {path} were made from other {', '.join(stale)}; {advice}")
+    shape = _shape(model, key.count, key.layers)
+    if values.shape != shape or values.dtype != np.float32:
+        raise DataError(f"cached features {path} are {values.dtype} {values.shape}, must be float32 {shape}; {advice}")
+    return Features(values, _layer_names(model, key.layers))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and bytes of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def images_fingerprint(images: Images, batch_size: int = 256) -> str:
+    """SHA-256 of the number, size and pixels of images."""
+    digest = hashlib.sha256(str(len(images)).encode())
+    for start in range(0, len(images), batch_size):
+        batch = as_tensor(images[start : start + batch_size]).cpu().contiguous()
+        digest.update(f"{batch.shape[-1]}".encode())
+        digest.update(batch.numpy().data)
+    return digest.hexdigest()
+
+
+def _feature_batches(model: VisionTransformer, images: Images, layers: Layers, batch_size: int) -> Iterator[np.ndarray]:
+    """(b, L, F) of one batch of images after the other."""
+    count = len(_layer_names(model, layers))
+    with _eval_mode(model):
+        for start, pixels in _pixels(model, images, batch_size):
+            features = _block_features(model, pixels, count)
+            if not bool(torch.isfinite(features).all()):
+                raise CheckpointError(
+                    f"features of images {start} to {start + len(pixels) - 1} are not finite: the weights have diverged"
+                )
+            yield features.cpu().numpy()
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _pixels(model: VisionTransformer, images: Images, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    """(first id, normalised float32 (b, 3, S, S)) for every batch."""
+    device = next(model.parameters()).device
+    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(3, 1, 1)
+    for start in range(0, len(images), batch_size):
+        batch = as_tensor(images[start : start + batch_size])
+        if tuple(batch.shape[2:]) != tuple(model.patch_embed.img_size):
+            size, wanted = batch.shape[-1], model.patch_embed.img_size[0]
+            raise DataError(f"images are {size} x {size} pixels, the model takes {wanted} x {wanted}")
+        yield start, (batch.to(device).float() / 255 - mean) / std
+
+
+@torch.inference_mode()
+def _block_features(model: VisionTransformer, pixels: Tensor, count: int) -> Tensor:
+    """(b, 3, S, S) -> (b, count, F): features of the last `count` blocks."""
+    outputs = model.forward_intermediates(
+        pixels, indices=count, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+    )
+    if model.cls_token is None:
+        return torch.stack([patches.mean(dim=1) for patches in outputs], dim=1)
+    return torch.stack([torch.cat([prefix[:, 0], patches.mean(dim=1)], dim=-1) for patches, prefix in outputs], dim=1)
+
+
+def _shape(model: VisionTransformer, count: int, layers: Layers) -> tuple[int, int, int]:
+    if not count:
+        raise DataError("there are no images to evaluate on")
+    width = model.embed_dim * (1 if model.cls_token is None else 2)
+    return count, len(_layer_names(model, layers)), width
+
+
+def _layer_names(model: VisionTransformer, layers: Layers) -> tuple[str, ...]:
+    names = tuple(f"block {i + 1}" for i in range(len(model.blocks)))
+    return names if layers == "all" else names[-1:]
+
+
+def _write_cache(path: Path, key: FeatureKey, model: VisionTransformer, images: Images, batch_size: int) -> None:
+    """Stream the features into a file beside `path` and rename it when it is whole."""
+    manifest, staging = path.with_suffix(".json"), path.with_name(f".{path.name}.{os.getpid()}")
+    header = {"descr": "<f4", "fortran_order": False, "shape": _shape(model, len(images), key.layers)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Written, not mapped: a full disk is an error when it is written to, and a crash when it is mapped.
+            with staging.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for batch in _feature_batches(model, images, key.layers, batch_size):
+                    file.write(np.ascontiguousarray(batch, dtype="<f4").data)
+            manifest.write_text(json.dumps(dataclasses.asdict(key), indent=2) + "\n", encoding="utf-8")
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"could not write cached features {path}: {error}") from error

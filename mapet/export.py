@@ -1,0 +1,300 @@
+"""Pre-trained weights as a plain timm vision transformer, in memory or as a folder that `timm.create_model` loads.
+
+The content stream without a mask is an ordinary vision transformer, so nothing is lost but the mask token and the
+decoder. The final norm stays `norm`, applied to every token before pooling.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from mapet.config import ModelConfig
+from mapet.errors import CheckpointError, ConfigError, MapetError
+from mapet.official import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
+
+Pool = Literal["avg", "token"]
+
+TIMM_NORM_EPS = 1e-6
+"""timm's ViT norm; its config.json cannot carry another value."""
+TOLERANCE = 1e-5
+"""Largest difference between timm's forward and ours, relative to the largest value, in float32."""
+EXPORT_FILES = {"config.json", "model.safetensors"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far timm's forward is from the one written from the paper."""
+
+    folder: Path
+    architecture: str
+    parameters: int
+    largest_difference: float
+    """Relative to the largest feature; below `TOLERANCE`."""
+    dropped: tuple[str, ...]
+    """Tensors that only pre-training needs."""
+
+    @property
+    def load_line(self) -> str:
+        """The line of Python that loads the folder."""
+        return f'timm.create_model("local-dir:{self.folder}", pretrained=True)'
+
+
+def to_timm(model: ModelConfig, state_dict: StateDict, *, global_pool: Pool = "avg") -> VisionTransformer:
+    """A timm vision transformer with these weights, float32, on the CPU, in eval mode.
+
+    Args:
+        model: configuration of the weights.
+        state_dict: official names; a pre-training state dict or a fine-tuned classifier (`fc_norm`, `head`).
+        global_pool: what `forward` returns: the mean of the patch tokens, or the class token.
+
+    Raises CheckpointError naming tensors that are missing, unused, misshapen or not finite; ConfigError when the model
+    cannot be said in timm's terms.
+    """
+    weights = backbone(model, state_dict)
+    vit = VisionTransformer(**_timm_arguments(model, weights, global_pool))
+    vit.load_state_dict(fuse_qkv(weights), strict=True)
+    return vit.eval()
+
+
+def from_timm(vit: VisionTransformer) -> tuple[ModelConfig, StateDict]:
+    """Configuration and weights under the official names; the inverse of `to_timm`, without mask token and decoder.
+
+    A timm model with parts that MaPeT's transformer lacks (registers, rotary positions, ...) is a CheckpointError that
+    names them.
+    """
+    (height, width), (patch, _) = vit.patch_embed.img_size, vit.patch_embed.patch_size
+    if height != width:
+        raise ConfigError(f"the model takes images of {height} x {width} pixels; mapet's models take squares")
+    first = vit.blocks[0]
+    model = ModelConfig(
+        image_size=height,
+        patch_size=patch,
+        width=vit.embed_dim,
+        depth=len(vit.blocks),
+        heads=first.attn.num_heads,
+        mlp_ratio=first.mlp.fc1.out_features / vit.embed_dim,
+        class_token=vit.cls_token is not None,
+        layer_scale=ModelConfig.layer_scale if hasattr(first.ls1, "gamma") else 0.0,
+        norm_eps=first.norm1.eps,
+    )
+    return model, backbone(model, split_qkv(vit.state_dict()))
+
+
+def export(
+    model: ModelConfig, state_dict: StateDict, folder: str | Path, *, name: str = "mapet", global_pool: Pool = "avg"
+) -> ExportReport:
+    """Write `folder` for `timm.create_model("local-dir:<folder>", pretrained=True)`, and prove that it works.
+
+    Everything is written beside `folder`, read back by timm, compared tensor by tensor and on random images with a
+    forward pass written from the paper, and only then moved into place; an earlier export in `folder` is replaced.
+
+    Args:
+        name: what the weights are called in config.json (timm's pretrained tag).
+
+    Raises MapetError (CheckpointError, ConfigError) and leaves `folder` as it was when anything does not fit.
+    """
+    folder = Path(folder)
+    _check_replaceable(folder)
+    weights = backbone(model, state_dict)
+    config = _timm_config(model, weights, name, global_pool)
+    try:
+        difference = _publish(folder, model, weights, config)
+    except (OSError, SafetensorError) as error:
+        raise MapetError(f"could not write the export {folder}: {error}; nothing was changed there") from error
+    return ExportReport(
+        folder=folder,
+        architecture=config["architecture"],
+        parameters=sum(t.numel() for t in weights.values()),
+        largest_difference=difference,
+        dropped=tuple(n for n in state_dict if n not in weights),
+    )
+
+
+def check_export(folder: Path, model: ModelConfig, weights: StateDict, *, images: int = 2) -> float:
+    """Load `folder` as a user would and return the largest difference of its features, relative to the largest one.
+
+    Raises CheckpointError naming the tensors that timm did not take as they are, or giving the difference where it is
+    above `TOLERANCE`.
+    """
+    try:
+        vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except RuntimeError as error:
+        raise CheckpointError(f"timm cannot load the export: {error}") from error
+    loaded, wanted = split_qkv(vit.state_dict()), weights
+    if wrong := sorted(n for n in loaded.keys() | wanted.keys() if not _same(loaded.get(n), wanted.get(n))):
+        raise CheckpointError(f"timm did not load these tensors as they were exported: {', '.join(wrong)}")
+    pixels = torch.randn(images, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        pairs = [
+            (vit.forward_features(pixels), content_features(model, weights, pixels)),
+            (vit(pixels), _head(model, weights, content_features(model, weights, pixels), vit.global_pool)),
+        ]
+    difference = max(((ours - theirs).abs().max() / ours.abs().max()).item() for theirs, ours in pairs)
+    # Written so that NaN fails too.
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"timm's features differ from the model's by {difference:.2e}, at most {TOLERANCE:.0e} is allowed"
+        )
+    return difference
+
+
+def content_features(model: ModelConfig, weights: StateDict, pixels: Tensor) -> Tensor:
+    """Features of the content stream with nothing masked, in plain torch: (B, 3, S, S) -> (B, N, D).
+
+    Written from the description of the official forward, blocks and final norm, to check exports against; not fast.
+    """
+    patch, width = model.patch_size, model.width
+    # (B, 3*p*p, P) -> (B, P, 3*p*p) @ (3*p*p, D) -> (B, P, D)
+    x = F.unfold(pixels, patch, stride=patch).mT @ weights["patch_embed.proj.weight"].reshape(width, -1).T
+    x = x + weights["patch_embed.proj.bias"]
+    if model.class_token:
+        x = torch.cat([weights["cls_token"].expand(len(x), 1, width), x], dim=1)
+    x = x + weights["pos_embed"]
+    for i in range(model.depth):
+        block = {n.removeprefix(f"blocks.{i}."): t for n, t in weights.items() if n.startswith(f"blocks.{i}.")}
+        x = x + _attention(model, block, _norm(x, block, "norm1", model)) * block.get("ls1.gamma", 1.0)
+        hidden = F.gelu(F.linear(_norm(x, block, "norm2", model), block["mlp.fc1.weight"], block["mlp.fc1.bias"]))
+        x = x + F.linear(hidden, block["mlp.fc2.weight"], block["mlp.fc2.bias"]) * block.get("ls2.gamma", 1.0)
+    return _norm(x, weights, "norm", model) if "norm.weight" in weights else x
+
+
+def _attention(model: ModelConfig, block: StateDict, x: Tensor) -> Tensor:
+    images, tokens, width = x.shape
+    q = F.linear(x, block["attn.q.weight"], block["attn.q.bias"])
+    k, v = F.linear(x, block["attn.kv.weight"], block["attn.kv.bias"]).split(width, dim=-1)
+    q, k, v = (t.reshape(images, tokens, model.heads, model.head_size).transpose(1, 2) for t in (q, k, v))
+    # (B, H, N, d) @ (B, H, d, N) -> (B, H, N, N)
+    scores = (q @ k.mT) * model.head_size**-0.5
+    mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(images, tokens, width)
+    return F.linear(mixed, block["attn.proj.weight"], block["attn.proj.bias"])
+
+
+def _norm(x: Tensor, weights: StateDict, name: str, model: ModelConfig) -> Tensor:
+    return F.layer_norm(x, (model.width,), weights[f"{name}.weight"], weights[f"{name}.bias"], model.norm_eps)
+
+
+def _head(model: ModelConfig, weights: StateDict, features: Tensor, global_pool: str) -> Tensor:
+    pooled = features[:, 0] if global_pool == "token" else features[:, int(model.class_token) :].mean(dim=1)
+    if "fc_norm.weight" in weights:
+        pooled = _norm(pooled, weights, "fc_norm", model)
+    return F.linear(pooled, weights["head.weight"], weights["head.bias"]) if "head.weight" in weights else pooled
+
+
+def _timm_arguments(model: ModelConfig, weights: StateDict, global_pool: Pool) -> dict[str, Any]:
+    """Arguments of timm's VisionTransformer that rebuild this model; plain JSON values."""
+    if global_pool not in ("avg", "token"):
+        raise ConfigError(f'global_pool is "avg" (mean of the patches) or "token" (class token), got {global_pool!r}')
+    if global_pool == "token" and not model.class_token:
+        raise ConfigError('global_pool "token" needs a class token and this model has none; use "avg"')
+    if global_pool == "token" and "fc_norm.weight" in weights:
+        raise ConfigError('these weights have fc_norm, which follows average pooling; use global_pool "avg"')
+    if model.norm_eps != TIMM_NORM_EPS:
+        raise ConfigError(f"a timm ViT has norm eps {TIMM_NORM_EPS}, this model has {model.norm_eps}: no export")
+    return {
+        "img_size": model.image_size,
+        "patch_size": model.patch_size,
+        "embed_dim": model.width,
+        "depth": model.depth,
+        "num_heads": model.heads,
+        "mlp_ratio": model.mlp_ratio,
+        # The gammas are loaded over this value; it only says that they exist.
+        "init_values": (model.layer_scale or ModelConfig.layer_scale) if has_layer_scale(weights) else None,
+        "class_token": model.class_token,
+        "global_pool": global_pool,
+        "fc_norm": "fc_norm.weight" in weights,
+        "num_classes": _classes(weights),
+    }
+
+
+def _classes(weights: StateDict) -> int:
+    return weights["head.weight"].shape[0] if "head.weight" in weights else 0
+
+
+def _timm_config(model: ModelConfig, weights: StateDict, name: str, global_pool: Pool) -> dict[str, Any]:
+    size = {192: "tiny", 384: "small"}.get(model.width, "base")
+    return {
+        # Any ViT name of timm's registry will do, for model_args say everything; the nearest reads best.
+        "architecture": f"vit_{size}_patch16_224",
+        "num_classes": _classes(weights),
+        "num_features": model.width,
+        "global_pool": global_pool,
+        "model_args": _timm_arguments(model, weights, global_pool),
+        "pretrained_cfg": {
+            "tag": name,
+            "input_size": [3, model.image_size, model.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "crop_mode": "center",
+            "mean": list(IMAGENET_DEFAULT_MEAN),
+            "std": list(IMAGENET_DEFAULT_STD),
+            "num_classes": _classes(weights),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"cannot export to {folder}: it is a file")
+    if foreign := sorted({entry.name for entry in folder.iterdir()} - EXPORT_FILES):
+        raise ConfigError(
+            f"cannot export to {folder}: it holds other things ({', '.join(foreign[:5])}); name a new folder"
+        )
+
+
+def _publish(folder: Path, model: ModelConfig, weights: StateDict, config: dict[str, Any]) -> float:
+    """Write the export beside `folder`, check it and move it into place; the difference that the check found."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write(staging, config, fuse_qkv(weights))
+        difference = check_export(staging, model, weights)
+        _move_into_place(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return difference
+
+
+def _write(folder: Path, config: dict[str, Any], weights: StateDict) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    # Both were made private to this user; an export is to be shared.
+    folder.chmod(0o755)
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def _move_into_place(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    earlier = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder.rename(earlier)
+    try:
+        staging.rename(folder)
+    except OSError:
+        earlier.rename(folder)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)

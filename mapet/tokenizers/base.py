@@ -1,0 +1,257 @@
+"""What every visual tokenizer is: features of the patches of an image, and the nearest entry of a codebook."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mapet.errors import ConfigError, DataError
+from mapet.tokenizers import store
+from mapet.tokenizers.codebook import FitReport, measure_usage, warn_of_collapse
+from mapet.tokenizers.sampling import Reservoir
+from mapet_kernels import kmeans, kmeans_assign
+from mapet_kernels.checks import check_finite_rows
+
+ROWS_PER_ENTRY = 512
+"""Patches per codebook entry that the k-means uses at most (k-CLIP's max_points_per_centroid)."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The frozen network that makes the features: `sha256` identifies its weights, `source` says where they came from."""
+
+    architecture: str
+    sha256: str
+    source: str
+
+
+class Tokenizer(ABC):
+    """Maps the centre square of an image, cut into grid x grid patches, to one codebook id per patch.
+
+    Args of every tokenizer:
+        image_size, patch_size: of the images the model is trained on; they fix the grid.
+        vocabulary: codebook entries, K, at most 65536.
+        device: where features and codebook are.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, image_size: int, patch_size: int, vocabulary: int, device: str | torch.device = "cpu") -> None:
+        if patch_size < 1 or image_size < patch_size or image_size % patch_size:
+            raise ConfigError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
+        if not 2 <= vocabulary <= 65536:
+            raise ConfigError(f"vocabulary must be in [2, 65536] (uint16 tokens), got {vocabulary}")
+        self.image_size, self.patch_size, self.vocabulary = image_size, patch_size, vocabulary
+        self.grid = image_size // patch_size
+        self.device = torch.device(device)
+        self.report: FitReport | None = None
+        self.codebook_source = ""
+        self._codebook: Tensor | None = None
+        self._codebook_sha256 = ""
+
+    @property
+    @abstractmethod
+    def input_size(self) -> int:
+        """Side in pixels of the images that `features` and `encode` take."""
+
+    @property
+    @abstractmethod
+    def feature_size(self) -> int:
+        """Numbers in a feature, F."""
+
+    @property
+    def network(self) -> Network | None:
+        """The network behind the features, where there is one."""
+        return None
+
+    @abstractmethod
+    def prepare(self, image: Image.Image) -> Tensor:
+        """The RGB image's centre square as uint8 (3, input_size, input_size)."""
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (b, 3, input_size, input_size) -> floating point (b, P, F), patches in raster order."""
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make this tokenizer again, device and weights aside."""
+        return {"image_size": self.image_size, "patch_size": self.patch_size, "vocabulary": self.vocabulary}
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, F) float32. DataError before there is one."""
+        if self._codebook is None:
+            raise DataError(f"tokenizer {self.name} has no codebook yet: fit one, or load a saved tokenizer")
+        return self._codebook
+
+    def set_codebook(self, codebook: Tensor, source: str) -> None:
+        """Use a codebook (K, F). DataError, naming the source, unless it fits and is finite."""
+        expected = (self.vocabulary, self.feature_size)
+        if tuple(codebook.shape) != expected:
+            raise DataError(
+                f"{source} is a codebook of shape {tuple(codebook.shape)}, tokenizer {self.name} needs {expected}"
+            )
+        if not codebook.isfinite().all():
+            raise DataError(f"{source} is a codebook with NaN or infinity")
+        self._codebook = codebook.detach().to(self.device, torch.float32).contiguous()
+        self._codebook_sha256 = hashlib.sha256(self._codebook.cpu().numpy()).hexdigest()
+        self.codebook_source, self.report = source, None
+
+    def fit(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        seed: int = 1234,
+        iterations: int = 20,
+        redos: int = 5,
+        init: str = "random",
+        max_rows: int | None = None,
+        on_iteration: Callable[[int, int, float], None] | None = None,
+    ) -> FitReport:
+        """Make the codebook: k-means over a uniform sample of the patches of prepared images.
+
+        Args:
+            batches: uint8 (b, 3, input_size, input_size) tensors, each as `prepare` makes them.
+            max_rows: patches to sample; 512 per codebook entry when not given.
+            seed, iterations, redos, init, on_iteration: as in `mapet_kernels.kmeans.fit`.
+
+        Returns:
+            The report, also kept as `report`. A collapsed codebook is reported there and as a CollapseWarning.
+
+        Raises:
+            DataError: fewer patches than codebook entries, or features that are not finite.
+            ConfigError: settings of the k-means out of range.
+        """
+        capacity = ROWS_PER_ENTRY * self.vocabulary if max_rows is None else max_rows
+        if capacity < self.vocabulary:
+            raise ConfigError(f"max_rows {max_rows} is less than the vocabulary {self.vocabulary}")
+        sample, images = Reservoir(capacity, seed), 0
+        for batch in batches:
+            sample.add(self._features(batch).flatten(0, 1))
+            images += len(batch)
+        rows = sample.rows.to(self.device)
+        if len(rows) < self.vocabulary:
+            raise DataError(
+                f"{images} images have {sample.seen} patches, too few for a vocabulary of {self.vocabulary}: "
+                "give more images or lower the vocabulary"
+            )
+        self._check_finite(rows)
+        try:
+            result = kmeans.fit(
+                rows,
+                self.vocabulary,
+                iterations=iterations,
+                redos=redos,
+                init=init,
+                seed=seed,
+                max_points_per_centroid=None,
+                on_iteration=on_iteration,
+            )
+        except ValueError as error:
+            raise ConfigError(f"cannot fit tokenizer {self.name}: {error}") from error
+        self.set_codebook(result.centroids, f"k-means of {len(rows)} patches of {images} images, seed {seed}")
+        self.report = FitReport(
+            tokenizer=self.name,
+            features=self.feature_size,
+            images=images,
+            patches=sample.seen,
+            rows=len(rows),
+            seed=seed,
+            init=init,
+            iterations=iterations,
+            objectives=result.objectives,
+            redo=result.redo,
+            splits=result.splits,
+            usage=measure_usage(kmeans_assign(rows, self.codebook), self.vocabulary, self.codebook),
+        )
+        warn_of_collapse(self.report.usage, self.name)
+        return self.report
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (b, 3, input_size, input_size) -> ids int64 (b, P), raster order, of the nearest entries by squared L2."""
+        features = self._features(images)
+        try:
+            ids = kmeans_assign(features.flatten(0, 1), self.codebook)
+        except ValueError as error:
+            raise DataError(f"tokenizer {self.name} cannot encode: {error}") from error
+        return ids.view(features.shape[:2])
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hexadecimal text, of all that decides the tokens: settings, network weights and codebook."""
+        _ = self.codebook
+        parts = {
+            "name": self.name,
+            "settings": self.settings(),
+            "network": self.network and [self.network.architecture, self.network.sha256],
+            "codebook": self._codebook_sha256,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write codebook.safetensors and tokenizer.json into the folder. DataError if that fails, with nothing changed."""
+        stored = store.StoredTokenizer(
+            name=self.name,
+            settings=self.settings(),
+            input_size=self.input_size,
+            grid=self.grid,
+            features=self.feature_size,
+            network=self.network and vars(self.network),
+            fingerprint=self.fingerprint(),
+            codebook_source=self.codebook_source,
+        )
+        store.write(Path(folder), stored, self.codebook, self.report)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> Self:
+        """The tokenizer saved in the folder; `options` go to the constructor (k-CLIP takes weights).
+
+        DataError names what is missing, damaged or different from what was saved.
+        """
+        folder = Path(folder)
+        stored, codebook, report = store.read(folder)
+        if stored.name != cls.name:
+            raise DataError(f"{folder} holds a tokenizer {stored.name}, not {cls.name}")
+        try:
+            tokenizer = cls(**stored.settings, device=device, **options)
+        except TypeError as error:
+            raise DataError(f"{folder / store.MANIFEST} has settings {cls.name} does not take: {error}") from error
+        tokenizer._check_network(stored, folder)
+        tokenizer.set_codebook(codebook, str(folder / store.CODEBOOK))
+        if tokenizer.fingerprint() != stored.fingerprint:
+            raise DataError(f"{folder / store.MANIFEST} does not describe {store.CODEBOOK}: the fingerprints differ")
+        tokenizer.codebook_source, tokenizer.report = stored.codebook_source, report
+        return tokenizer
+
+    def _check_network(self, stored: store.StoredTokenizer, folder: Path) -> None:
+        if self.network is None or stored.network is None:
+            return
+        for what in ("architecture", "sha256"):
+            saved, given = stored.network.get(what), getattr(self.network, what)
+            if saved != given:
+                raise DataError(
+                    f"the codebook in {folder} was made with another network than {self.network.source}: its {what} is "
+                    f"{saved}, not {given}"
+                )
+
+    def _features(self, images: Tensor) -> Tensor:
+        expected = (3, self.input_size, self.input_size)
+        if images.dtype != torch.uint8 or images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise DataError(
+                f"tokenizer {self.name} takes uint8 images (b, {', '.join(map(str, expected))}), "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
+        return self.features(images.to(self.device))
+
+    def _check_finite(self, rows: Tensor) -> None:
+        try:
+            check_finite_rows("features", rows)
+        except ValueError as error:
+            raise DataError(f"tokenizer {self.name} cannot be fitted: {error}") from error

@@ -1,0 +1,143 @@
+"""How a codebook is used: histogram, perplexity, dead and repeated entries, and what counts as a collapse."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEAD_LIMIT = 0.1
+"""A codebook has collapsed when a larger part of its entries is never used, or repeats another entry,"""
+PERPLEXITY_LIMIT = 0.1
+"""or when its perplexity is a smaller part of the vocabulary,"""
+SHARE_LIMIT = 0.5
+"""or when one entry takes a larger part of all tokens."""
+
+
+class CollapseWarning(UserWarning):
+    """A codebook whose tokens say little about the image."""
+
+
+@dataclass(frozen=True)
+class CodebookUsage:
+    """How often each entry is used.
+
+    Attributes:
+        counts: (K,) int64.
+        repeated: entries equal to an earlier one; they can never be used.
+    """
+
+    counts: np.ndarray
+    repeated: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries, K."""
+        return len(self.counts)
+
+    @property
+    def total(self) -> int:
+        """Tokens counted."""
+        return int(self.counts.sum())
+
+    @property
+    def dead(self) -> np.ndarray:
+        """Ids of entries that are never used, ascending."""
+        return np.flatnonzero(self.counts == 0)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the token frequencies: the number of equally used entries that would be as varied."""
+        shares = self.counts[self.counts > 0] / max(self.total, 1)
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    @property
+    def largest_share(self) -> float:
+        """Part of all tokens that the most used entry takes."""
+        return float(self.counts.max() / max(self.total, 1))
+
+    def collapse(self) -> tuple[str, ...]:
+        """Why this is a collapsed codebook; empty where it is not."""
+        reasons = []
+        if len(self.dead) > DEAD_LIMIT * self.vocabulary:
+            reasons.append(f"{len(self.dead)} of {self.vocabulary} entries are never used")
+        if self.repeated > DEAD_LIMIT * self.vocabulary:
+            reasons.append(f"{self.repeated} of {self.vocabulary} entries repeat another")
+        if self.perplexity < PERPLEXITY_LIMIT * self.vocabulary:
+            reasons.append(f"perplexity is {self.perplexity:.1f} with {self.vocabulary} entries")
+        if self.vocabulary > 1 and self.largest_share > SHARE_LIMIT:
+            reasons.append(f"entry {self.counts.argmax()} takes {self.largest_share:.0%} of all tokens")
+        return tuple(reasons)
+
+
+def measure_usage(tokens: Tensor | np.ndarray, vocabulary: int, codebook: Tensor | None = None) -> CodebookUsage:
+    """Usage of the entries by tokens of any shape and integer type, repeats counted where the codebook is given.
+
+    ValueError for a token outside [0, vocabulary).
+    """
+    flat = np.asarray(tokens.cpu() if isinstance(tokens, Tensor) else tokens).reshape(-1).astype(np.int64)
+    if flat.size and not 0 <= flat.min() <= flat.max() < vocabulary:
+        raise ValueError(f"tokens must be in [0, {vocabulary}), got values from {flat.min()} to {flat.max()}")
+    repeated = 0 if codebook is None else len(codebook) - len(torch.unique(codebook, dim=0))
+    return CodebookUsage(np.bincount(flat, minlength=vocabulary), repeated)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What fitting a codebook did, and how the patches it was fitted on use it.
+
+    Attributes:
+        tokenizer: its name.
+        images, patches: seen; `rows` of the patches were drawn for the k-means.
+        seed, init, iterations: settings of the k-means.
+        objectives: sum of squared distances for every redo and iteration; `redo` is the one kept.
+        splits: empty clusters refilled in the redo kept.
+        usage: of the final codebook, by the rows.
+    """
+
+    tokenizer: str
+    features: int
+    images: int
+    patches: int
+    rows: int
+    seed: int
+    init: str
+    iterations: int
+    objectives: tuple[tuple[float, ...], ...]
+    redo: int
+    splits: int
+    usage: CodebookUsage
+
+    @property
+    def objective(self) -> float:
+        """Sum of squared distances of the redo kept, in its last iteration."""
+        return self.objectives[self.redo][-1]
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        usage, curve = self.usage, self.objectives[self.redo]
+        lines = [
+            f"codebook {self.tokenizer}: {usage.vocabulary} entries of {self.features} numbers, "
+            f"from {self.rows} of {self.patches} patches of {self.images} images",
+            f"k-means: {self.init} start, seed {self.seed}, best of {len(self.objectives)} redos is {self.redo}; "
+            f"objective {curve[0]:.6g} to {curve[-1]:.6g} in {len(curve)} iterations, {self.splits} splits",
+            f"usage: perplexity {usage.perplexity:.1f} of {usage.vocabulary}, {len(usage.dead)} dead, "
+            f"{usage.repeated} repeated, most used entry {usage.largest_share:.1%}",
+        ]
+        if reasons := usage.collapse():
+            lines.append(f"COLLAPSED: {'; '.join(reasons)}")
+        return "\n".join(lines)
+
+
+def warn_of_collapse(usage: CodebookUsage, tokenizer: str) -> None:
+    """Warn, as CollapseWarning, where the usage is that of a collapsed codebook."""
+    if reasons := usage.collapse():
+        warnings.warn(
+            f"the codebook of tokenizer {tokenizer} has COLLAPSED: {'; '.join(reasons)}. A model cannot learn much from "
+            "such tokens: lower the vocabulary, give more varied images, or check the features",
+            CollapseWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,96 @@
+"""k-CLIP (MaPeT, section 3.4): k-means over the features of CLIP RN50x64 before its attention pooling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+
+from mapet.config import Precision
+from mapet.errors import ConfigError
+from mapet.tokenizers.base import Network, Tokenizer
+from mapet.tokenizers.clip_trunk import MEAN, STD, STRIDE, hash_of_trunk, trunk_from_weights
+from mapet.tokenizers.clip_weights import find_clip_weights, read_weights
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class KClipTokenizer(Tokenizer):
+    """A patch is the feature of the trunk's last stage at its place: 4096 non-negative numbers for RN50x64.
+
+    The image is seen at 32 pixels per patch (448 for the paper's 14 x 14 patches), in CLIP's own preparation: shorter
+    side to that size, bicubic, centre crop.
+
+    Args:
+        precision: of the convolutions; batch norm, k-means and codebook are fp32. The official code runs fp16 on a GPU.
+        weights: file with CLIP RN50x64 (or a smaller ModifiedResNet); caches and hub when not given.
+
+    Raises:
+        WeightsMissingError: no weights given, cached or downloadable; the text says how to get them.
+        DataError: the weights file is damaged or of another network.
+    """
+
+    name = "kclip"
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch_size: int = 16,
+        vocabulary: int = 8192,
+        device: str | torch.device = "cpu",
+        *,
+        precision: Precision = "fp32",
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__(image_size, patch_size, vocabulary, device)
+        if precision not in DTYPES:
+            raise ConfigError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+        self.precision = precision
+        path = find_clip_weights(weights)
+        self.trunk_config, trunk = trunk_from_weights(read_weights(path), str(path))
+        self._network = Network(
+            architecture=f"CLIP ModifiedResNet, width {self.trunk_config.width}, layers {self.trunk_config.layers}",
+            sha256=hash_of_trunk(trunk),
+            source=str(path),
+        )
+        self.trunk = _with_convolutions_in(trunk, DTYPES[precision]).to(self.device)
+        self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(STD, device=self.device).view(3, 1, 1)
+
+    @property
+    def input_size(self) -> int:
+        return STRIDE * self.grid
+
+    @property
+    def feature_size(self) -> int:
+        return self.trunk_config.features
+
+    @property
+    def network(self) -> Network:
+        return self._network
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "precision": self.precision}
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        resized = TF.resize(image.convert("RGB"), self.input_size, InterpolationMode.BICUBIC)
+        return TF.pil_to_tensor(TF.center_crop(resized, self.input_size))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        inputs = (images.float() / 255 - self._mean) / self._std
+        maps = self.trunk.forward_features(inputs.to(DTYPES[self.precision]))
+        return maps.flatten(2).transpose(1, 2)
+
+
+def _with_convolutions_in(trunk: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Only the convolutions change precision: fp16 is too narrow for the statistics of batch norm."""
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)
+    return trunk

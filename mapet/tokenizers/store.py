@@ -1,0 +1,152 @@
+"""A tokenizer on disk: codebook.safetensors with the numbers, tokenizer.json with what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mapet import __version__
+from mapet.errors import DataError
+from mapet.tokenizers.codebook import CodebookUsage, FitReport
+
+CODEBOOK = "codebook.safetensors"
+MANIFEST = "tokenizer.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoredTokenizer:
+    """tokenizer.json: what makes the tokenizer again, what it is, and where its codebook came from."""
+
+    name: str
+    settings: dict[str, Any]
+    input_size: int
+    grid: int
+    features: int
+    network: dict[str, str] | None
+    fingerprint: str
+    codebook_source: str
+    codebook_sha256: str = ""
+    """Of the file codebook.safetensors."""
+    fit: dict[str, Any] | None = None
+    """FitReport, its counts aside: those are in codebook.safetensors."""
+    versions: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {"mapet": __version__, "torch": torch.__version__}
+    )
+    format: int = FORMAT
+
+
+def write(folder: Path, stored: StoredTokenizer, codebook: Tensor, report: FitReport | None) -> None:
+    """Write both files, each whole or not at all, the manifest last. DataError where the disk does not take them."""
+    tensors = {"codebook": codebook.cpu()}
+    if report is not None:
+        tensors["usage_counts"] = torch.from_numpy(report.usage.counts)
+    payload = safetensors.torch.save(tensors)
+    stored = dataclasses.replace(
+        stored, codebook_sha256=hashlib.sha256(payload).hexdigest(), fit=report and _fit_to_json(report)
+    )
+    text = json.dumps(dataclasses.asdict(stored), indent=2) + "\n"
+    partial = {folder / f".{name}.partial": folder / name for name in (CODEBOOK, MANIFEST)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(partial, (payload, text.encode()), strict=True):
+            _write_through(path, content)
+        # Both are safely on the disk before either replaces what was there; a crash between the two renames leaves a
+        # manifest with the hash of another codebook, which `read` refuses.
+        for path, target in partial.items():
+            os.replace(path, target)
+    except OSError as error:
+        raise DataError(f"cannot save the tokenizer in {folder}: {error.strerror or error}") from error
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> StoredTokenizer:
+    """tokenizer.json of the folder. DataError where it is missing, malformed or of another format."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    fields = {field.name for field in dataclasses.fields(StoredTokenizer)}
+    if different := fields ^ set(values):
+        raise DataError(f"{path} is damaged: it lacks, or does not know, {', '.join(sorted(different))}")
+    return StoredTokenizer(**values)
+
+
+def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
+    """Manifest, codebook (K, F) and fit report of the folder. DataError names the file that is missing or damaged."""
+    stored = read_manifest(folder)
+    path = folder / CODEBOOK
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the codebook {path}: {error.strerror or error}") from error
+    if (digest := hashlib.sha256(payload).hexdigest()) != stored.codebook_sha256:
+        raise DataError(f"{path} is damaged, or not the one of {MANIFEST}: its sha256 is {digest}")
+    try:
+        tensors = safetensors.torch.load(payload)
+        codebook = tensors["codebook"]
+        report = _fit_from_json(stored.fit, tensors["usage_counts"]) if stored.fit is not None else None
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no codebook of a tokenizer: {error}") from error
+    return stored, codebook, report
+
+
+def read_official_codebook(path: str | Path) -> Tensor:
+    """The (K, F) float32 centroids in a .npy file, as the official k-CLIP code writes them. DataError names a file unfit.
+
+    That code also writes a search index of the faiss library under a name that ends in .npy; it is told apart.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start[:2] in (b"Ix", b"IV", b"IB"):
+            raise DataError(
+                f"{path} is an index of the faiss library ({start.decode('latin-1')}), not an array, whatever its name: "
+                "give the file of centroids that was written beside it (codebook_centroids_*.npy)"
+            )
+        centroids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read the codebook {path}: {error}") from error
+    if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype != np.float32:
+        shape = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "no single array"
+        raise DataError(f"{path} must hold float32 centroids (entries, features), it holds {shape}")
+    return torch.from_numpy(centroids)
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fit_to_json(report: FitReport) -> dict[str, Any]:
+    values = {field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "usage"}
+    usage = report.usage
+    return {**values, "repeated": usage.repeated, "perplexity": usage.perplexity, "dead": len(usage.dead)}
+
+
+def _fit_from_json(values: dict[str, Any], counts: Tensor) -> FitReport:
+    usage = CodebookUsage(counts.numpy(), values["repeated"])
+    kept = {name: value for name, value in values.items() if name not in ("repeated", "perplexity", "dead")}
+    return FitReport(**{**kept, "objectives": tuple(map(tuple, values["objectives"])), "usage": usage})
