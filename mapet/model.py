@@ -138,6 +138,7 @@ class MaskedTokenViT(nn.Module):
         self.decoder = nn.Linear(config.width, config.vocabulary)
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD), persistent=False)
+        self.register_buffer("drop_path_rates", drop_path_rates(config), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -150,11 +151,6 @@ class MaskedTokenViT(nn.Module):
         nn.init.trunc_normal_(self.mask_positional_token, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
-
-    def drop_path_rates(self) -> list[float]:
-        """Probability of dropping each block's branches: linear from 0 to config.drop_path."""
-        depth = self.config.depth
-        return [self.config.drop_path * i / max(1, depth - 1) for i in range(depth)]
 
     def embed(self, images: Tensor, permutation: Tensor, layout: StreamLayout, *, normalise: bool = True) -> Tensor:
         """Flat buffer (R, D) of images (B, 3, S, S), uint8 or floating point in [0, 1], and permutations (B, N)."""
@@ -186,6 +182,11 @@ class MaskedTokenViT(nn.Module):
             else:
                 x = block(*arguments)
         return self.norm(x)
+
+
+def drop_path_rates(config: ModelConfig) -> Tensor:
+    """Probability of dropping the branches of each block, float32 (depth,): linear from 0 to config.drop_path."""
+    return torch.linspace(0.0, config.drop_path, config.depth)
 
 
 def load_official(model: MaskedTokenViT, state: dict[str, Tensor]) -> None:
