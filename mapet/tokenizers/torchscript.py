@@ -94,7 +94,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """The member, refused if compressed: TorchScript stores weights as they are, and only a trap would unpack to more."""
+    """The member, refused if compressed: TorchScript stores weights as they are; only a trap would unpack to more."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"member {name} is compressed")
