@@ -193,7 +193,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write codebook.safetensors and tokenizer.json into the folder. DataError where the disk does not take them."""
+        """Write codebook.safetensors and tokenizer.json into the folder. DataError where they cannot be written."""
         stored = store.StoredTokenizer(
             name=self.name,
             settings=self.settings(),
