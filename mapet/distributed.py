@@ -108,14 +108,12 @@ def pick_device(name: str, local_rank: int | None) -> torch.device:
         index = local_rank or 0
     elif name.startswith("cuda:") and name[5:].isdigit():
         if local_rank is not None:
-            raise ConfigError(f"train.device {name} names one GPU, but torchrun gives each process its own: use cuda")
+            raise ConfigError(f"device {name} names one GPU, but torchrun gives each process its own: use cuda")
         index = int(name[5:])
     else:
-        raise ConfigError(f"train.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if index >= gpus:
-        raise ConfigError(
-            f"train.device {name}: GPU {index} is asked for and torch sees {gpus}; use cpu, or fewer GPUs"
-        )
+        raise ConfigError(f"device {name}: GPU {index} is asked for and torch sees {gpus}; use cpu, or fewer GPUs")
     return torch.device("cuda", index)
 
 
