@@ -6,6 +6,7 @@ them never waits for a device.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
@@ -43,9 +44,11 @@ class World:
         if self.size == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        parallel = nn.parallel.DistributedDataParallel
+        # Buffers are constants and need no broadcast in every forward pass; newer versions of torch renamed the option.
+        renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters
+        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return parallel(module, device_ids=devices, gradient_as_bucket_view=True, **buffers)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a device tensor over the processes, in place; the host does not wait for a GPU."""
