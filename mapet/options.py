@@ -20,6 +20,7 @@ FIELD_OF = {
     "objective": "objective.name",
     "cut": "objective.cut",
     "epochs": "optim.epochs",
+    "warmup_epochs": "optim.warmup_epochs",
     "batch": "optim.global_batch",
     "lr": "optim.lr",
     "precision": "train.precision",
@@ -112,6 +113,8 @@ class Pretrain:
     """Tokens that are not predicted."""
     epochs: Annotated[int | None, _short_for("epochs")] = None
     """Passes over the images."""
+    warmup_epochs: Annotated[int | None, _short_for("warmup_epochs")] = None
+    """Of them, with a rising learning rate."""
     batch: Annotated[int | None, _short_for("batch")] = None
     """Images of a step, over all processes."""
     lr: Annotated[float | None, _short_for("lr")] = None

@@ -110,7 +110,7 @@ class Run:
         if loaded.state.trainer["data"] != cache_fingerprint(self.cache):
             raise CheckpointError(
                 f"checkpoint {loaded.folder} learned from other images or tokens than {self.config.data.cache} holds; "
-                "give the cache it began with, another train.output, or train.resume = False to start afresh"
+                "give the cache it began with, another train.output, or start afresh with `mapet pretrain --fresh`"
             )
         self.learner.load(loaded.state)
         return newest

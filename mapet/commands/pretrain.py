@@ -33,7 +33,7 @@ def run(options: Pretrain) -> int:
 
 
 def run_config(options: Pretrain) -> RunConfig:
-    """The recipe, or the defaults, with the model's preset and then every option given. ConfigError if they cannot work."""
+    """The recipe, or the defaults, the model's preset, then every option given. ConfigError if they cannot work."""
     config = recipe(options.recipe) if options.recipe else RunConfig()
     values = parse_assignments(options.set)
     if options.fresh:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def run(options: Probe) -> int:
         features["random initialisation"] = frozen(options, random_like(model, options.seed).to(device), images, test)
         features["raw pixels"] = pixel_features
     results = {name: score(options, extract, images, test, device) for name, extract in features.items()}
-    Console().print(as_table(results))
+    Console(width=None if sys.stdout.isatty() else 120).print(as_table(results))
     write_scores(options, results)
     print(f"scores: {options.output / SCORES}; frozen features: {features_folder(options)}")
     return 0

@@ -111,7 +111,7 @@ def evaluate(
     classes: Sequence[str] | None = None,
     device: str | torch.device | None = None,
 ) -> EvaluationResult:
-    """Score features by kNN (k and 1), linear probe (best of layers, last layer) and logistic regression, or some of them.
+    """Score features by kNN (k and 1), linear probe (best and last layer), logistic regression, or some of them.
 
     Args:
         features: a timm vision transformer, or a function from images to `Features` (`pixel_features` for the raw
