@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mapet.codebook import CodebookUsage, warn_of_collapse
 from mapet.errors import DataError
 from mapet.tokenizers import CollapseWarning, load_tokenizer, make_tokenizer, measure_usage, read_official_codebook
-from mapet.tokenizers.codebook import CodebookUsage, warn_of_collapse
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.tokenizers.sampling import Reservoir
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mapet.codebook import FitReport, measure_usage, warn_of_collapse
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
-from mapet.tokenizers.codebook import FitReport, measure_usage, warn_of_collapse
 from mapet.tokenizers.sampling import Reservoir
 from mapet_kernels import kmeans, kmeans_assign
 from mapet_kernels.checks import check_finite_rows

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet import __version__
+from mapet.codebook import CodebookUsage, FitReport
 from mapet.errors import DataError
-from mapet.tokenizers.codebook import CodebookUsage, FitReport
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
