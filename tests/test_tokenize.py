@@ -98,7 +98,8 @@ class TestTokenize:
         before = entries(tmp_path)
         source = NoiseSource(5, bad=range(5))  # would fail if any image were read
         again = tokenize(source, TOKENIZER, tmp_path / "cache", image_size=8, workers=0)
-        assert again.reused and again.usage == first.usage and again.images == 5
+        assert again.reused and again.images == 5
+        assert again.usage.counts.tolist() == first.usage.counts.tolist()
         assert "reused" in again.summary()
         assert entries(tmp_path) == before
 
