@@ -17,6 +17,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
+# On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest tests -m gpu
+
+bench-gpu:
+	for dtype in fp32 bf16 fp16; do $(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype || exit 1; done
+
 lint:
 	ruff check . && ruff format --check .
 

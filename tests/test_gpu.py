@@ -1,0 +1,119 @@
+"""What only a CUDA device can show; skipped by name elsewhere. `make test-gpu` runs these alone.
+
+The error budget with bf16 (reliability, assertion 13), bitwise repeats (15), no recompilation (18), memory (20), and that
+a training run is the same with every backend.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
+from test_ops import CASES, DIFFERENTIABLE, outputs_and_gradients, tensors, with_inputs
+
+from mapet.config import ModelConfig, ObjectiveConfig
+from mapet.objectives import build_objective
+from mapet_kernels.backends import available_backends
+from mapet_kernels.registry import REGISTRY, Case, OpSpec, TwoStreamShape
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TINY = ModelConfig(image_size=64, patch_size=8, width=64, depth=3, heads=2, vocabulary=256)
+
+
+def backends(spec: OpSpec) -> list[str]:
+    """The op's backends that run on this device."""
+    reasons = available_backends("cuda")
+    return [name for name in spec.backends if reasons.get(name) is None]
+
+
+def moved(case: Case, device: str) -> Case:
+    """The case with all tensors on a device."""
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
+    return Case({name: x.to(device) for name, x in case.inputs.items()}, options, case.fixed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "shape", "backend"), DIFFERENTIABLE)
+def test_assertion_13_error_budget(spec: OpSpec, shape: str, backend: str, dtype: torch.dtype) -> None:
+    if backend not in backends(spec):
+        pytest.skip(f"backend {backend} does not run here: {available_backends('cuda')[backend]}")
+    case = moved(spec.make_case(spec.shapes[shape], dtype), "cuda")
+    exact, exact_gradients = outputs_and_gradients(spec.plain, with_inputs(case, torch.float64), case.options)
+    plain, plain_gradients = outputs_and_gradients(spec.plain, with_inputs(case, dtype), case.options)
+    actual, gradients = outputs_and_gradients(spec.function, with_inputs(case, dtype), case.options, backend=backend)
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_within_budget(a, p, e, factor=FORWARD_FACTOR, what=f"output {i}")
+    for name, gradient in gradients.items():
+        assert_within_budget(
+            gradient, plain_gradients[name], exact_gradients[name], factor=GRADIENT_FACTOR, what=f"gradient of {name}"
+        )
+
+
+@pytest.mark.parametrize(("spec", "shape", "backend"), [c for c in CASES if not c.values[0].differentiable])
+def test_ops_without_gradient(spec: OpSpec, shape: str, backend: str) -> None:
+    case = moved(spec.make_case(spec.shapes[shape], torch.float32), "cuda")
+    exact = tensors(spec.plain(**{name: x.double() for name, x in case.inputs.items()}, **case.options))
+    actual = tensors(spec.function(**case.inputs, **case.options, backend=backend))
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.to(e.dtype), e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends(REGISTRY["two_stream_attention"]))
+def test_assertion_15_repeats_are_bitwise_equal(backend: str) -> None:
+    spec = REGISTRY["two_stream_attention"]
+    case = moved(spec.make_case(TwoStreamShape(197, 50, batch=64, heads=3, size=64), torch.bfloat16), "cuda")
+    first = None
+    for _ in range(250):
+        out, gradients = outputs_and_gradients(
+            spec.function, with_inputs(case, torch.bfloat16), case.options, backend=backend
+        )
+        result = [*out, *gradients.values()]
+        first = first or result
+        assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
+
+
+def losses(backend: str, steps: int, *, compile: bool = False) -> list[float]:
+    """Losses of a small MaPeT run in fp32 on fixed random images."""
+    torch.manual_seed(0)
+    objective = build_objective(ObjectiveConfig("mapet", 20), TINY, backend=backend).cuda()
+    forward = torch.compile(objective, fullgraph=True) if compile else objective
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3)
+    generator = torch.Generator("cuda").manual_seed(0)
+    images = torch.randint(0, 256, (16, 3, 64, 64), generator=generator, device="cuda", dtype=torch.uint8)
+    tokens = torch.randint(0, 256, (16, 64), generator=generator, device="cuda")
+    curve = []
+    for _ in range(steps):
+        plan = objective.sample_plan(16, generator, "cuda")
+        loss, _ = forward(images, tokens, plan.permutation, plan.keep, with_accuracy=False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.detach())
+    return torch.stack(curve).tolist()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends(REGISTRY["two_stream_attention"]) if b != "reference"])
+def test_fifty_steps_have_the_loss_curve_of_the_reference_backend(backend: str) -> None:
+    assert losses(backend, 50) == pytest.approx(losses("reference", 50), rel=2e-3)
+
+
+@pytest.mark.parametrize("backend", backends(REGISTRY["two_stream_attention"]))
+def test_assertion_18_compiled_model_does_not_recompile(backend: str) -> None:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = losses(backend, 5, compile=True)
+    assert compiled == pytest.approx(losses(backend, 5), rel=2e-3)
+
+
+@pytest.mark.parametrize("backend", backends(REGISTRY["two_stream_attention"]))
+def test_assertion_20_allocated_memory_does_not_grow(backend: str) -> None:
+    losses(backend, 100)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    losses(backend, 1000)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
