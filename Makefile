@@ -24,7 +24,7 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest tests -m gpu
 
 bench-gpu:
-	for dtype in fp32 bf16 fp16; do $(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype || exit 1; done
+	for dtype in fp32 bf16; do $(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype || exit 1; done
 
 lint:
 	ruff check . && ruff format --check .

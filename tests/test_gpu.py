@@ -1,7 +1,7 @@
 """What only a CUDA device can show; skipped by name elsewhere. `make test-gpu` runs these alone.
 
-The error budget with bf16 (reliability, assertion 13), bitwise repeats (15), no recompilation (18), memory (20), and that
-a training run is the same with every backend.
+The error budget with bf16 (reliability, assertion 13), bitwise repeats (15), no recompilation (18), memory (20), and
+that a training run is the same with every backend.
 """
 
 from __future__ import annotations
