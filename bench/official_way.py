@@ -88,11 +88,15 @@ class OfficialWay(nn.Module):
 def _block(block: Block, content, query, content_mask, query_mask, keep1, keep2) -> tuple[Tensor, Tensor]:
     h, g = block.norm1(content), block.norm1(query)
     attended = [_attention(block.attn, rows, h, mask) for rows, mask in ((h, content_mask), (g, query_mask))]
-    content = content + keep1 * block.ls1(attended[0])
-    query = query + keep1 * block.ls1(attended[1])
-    content = content + keep2 * block.ls2(block.mlp(block.norm2(content)))
-    query = query + keep2 * block.ls2(block.mlp(block.norm2(query)))
+    content = content + keep1 * (block.ls1.gamma * attended[0])
+    query = query + keep1 * (block.ls1.gamma * attended[1])
+    content = content + keep2 * (block.ls2.gamma * _mlp(block, content))
+    query = query + keep2 * (block.ls2.gamma * _mlp(block, query))
     return content, query
+
+
+def _mlp(block: Block, x: Tensor) -> Tensor:
+    return block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
 
 
 def _attention(attn, rows: Tensor, content: Tensor, mask: Tensor) -> Tensor:

@@ -55,11 +55,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 def attend_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of `attend` from the gradient of its output and from what it returned."""
+    """Gradients (dq, dk, dv) of `attend` from those of its output and what it returned; on a CPU at least in fp32."""
     kind = _fused_kernel(q)
     if kind == "cpu":
+        # The CPU kernel's backward pass takes twice as long in fp16 and bf16 as in fp32.
+        tensors = (_at_least_fp32(x) for x in (d_out, q, k, v, out))
+        bias = None if bias is None else _at_least_fp32(bias)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
+            *tensors, lse, 0.0, False, attn_mask=bias, scale=scale
         )
     if kind == "cuda":
         rows = q.shape[2]
@@ -87,6 +90,10 @@ def attend_backward(
     delta = (d_out.to(p.dtype) * out.to(p.dtype)).sum(-1, keepdim=True)
     ds = (p * (dp - delta) * scale).to(q.dtype)
     return ds @ k, ds.transpose(-1, -2) @ q, dv
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _fused_kernel(q: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Matrix products in full fp32, whatever the caller has switched on."""
+"""Matrix products and convolutions in full fp32, whatever the caller has switched on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,12 @@ import torch
 
 @contextmanager
 def full_fp32(device_type: str) -> Iterator[None]:
-    """Inside, fp32 matrix products are IEEE fp32: no TF32, no bf16 passes, no autocast. Settings are put back after."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    """Inside, fp32 matrix products and convolutions are IEEE fp32: no TF32, no bf16 passes, no autocast.
+
+    The process-wide settings are put back after.
+    """
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    settings = (cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mapet_kernels import visibility
 from mapet_kernels.backends import ATTENTION_BACKENDS
+from mapet_kernels.kmeans_assign import kmeans_assign
+from mapet_kernels.kmeans_update import kmeans_update
 from mapet_kernels.permuted_embed import permuted_embed
 from mapet_kernels.prefix_suffix_attention import prefix_suffix_attention
 from mapet_kernels.two_stream_attention import two_stream_attention
@@ -263,6 +265,53 @@ def _permuted_embed_cost(shape: PermutedEmbedShape, dtype: torch.dtype) -> tuple
     return flop, pixels + (shape.batch * rows + columns + shape.tokens) * shape.width * dtype.itemsize
 
 
+@dataclass(frozen=True)
+class KMeansShape:
+    """n rows of D features, K clusters; groups > 0 is that many problems at once."""
+
+    rows: int
+    clusters: int
+    features: int
+    groups: int = 0
+
+
+def _kmeans_assign_case(shape: KMeansShape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    lead = (shape.groups,) if shape.groups else ()
+    x = _normal(generator, dtype, device, *lead, shape.rows, shape.features).relu()  # like CLIP's features
+    centroids = _normal(generator, dtype, device, *lead, shape.clusters, shape.features).relu()
+    return Case({"x": x, "centroids": centroids}, {"return_distance": True}, fixed=("x", "centroids"))
+
+
+def _plain_kmeans_assign(x, centroids, return_distance):
+    distances = (x.unsqueeze(-2) - centroids.unsqueeze(-3)).square().sum(-1)
+    smallest, ids = distances.min(-1)
+    return ids, smallest
+
+
+def _kmeans_assign_cost(shape: KMeansShape, dtype: torch.dtype) -> tuple[int, int]:
+    groups = max(1, shape.groups)
+    read = groups * (shape.rows + shape.clusters) * shape.features * dtype.itemsize
+    return 2 * groups * shape.rows * shape.clusters * shape.features, read + 8 * groups * shape.rows
+
+
+def _kmeans_update_case(shape: KMeansShape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    x = _normal(generator, dtype, device, shape.rows, shape.features)
+    ids = torch.randint(0, shape.clusters, (shape.rows,), generator=generator).to(device)
+    return Case({"x": x}, {"ids": ids, "clusters": shape.clusters}, fixed=("x",))
+
+
+def _plain_kmeans_update(x, ids, clusters):
+    sums = torch.zeros(clusters, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return sums.index_add(0, ids, x.to(sums.dtype)), ids.bincount(minlength=clusters)
+
+
+def _kmeans_update_cost(shape: KMeansShape, dtype: torch.dtype) -> tuple[int, int]:
+    read = shape.rows * (shape.features * dtype.itemsize + 8)
+    return shape.rows * shape.features, read + shape.clusters * (shape.features * 4 + 8)
+
+
 REGISTRY: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
@@ -324,6 +373,35 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_permuted_embed_cost,
             backends=("reference",),
+        ),
+        OpSpec(
+            name="kmeans_assign",
+            function=kmeans_assign,
+            plain=_plain_kmeans_assign,
+            make_case=_kmeans_assign_case,
+            shapes={
+                "one_row": KMeansShape(1, 1, 1),
+                "prime": KMeansShape(97, 41, 13),
+                "wide": KMeansShape(31, 19, 1024),
+                "batched": KMeansShape(23, 7, 5, groups=3),
+            },
+            cost=_kmeans_assign_cost,
+            backends=("reference",),
+            differentiable=False,
+        ),
+        OpSpec(
+            name="kmeans_update",
+            function=kmeans_update,
+            plain=_plain_kmeans_update,
+            make_case=_kmeans_update_case,
+            shapes={
+                "one_row": KMeansShape(1, 1, 1),
+                "prime": KMeansShape(97, 41, 13),
+                "empty_clusters": KMeansShape(11, 64, 33),
+            },
+            cost=_kmeans_update_cost,
+            backends=("reference",),
+            differentiable=False,
         ),
     )
 }

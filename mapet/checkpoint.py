@@ -150,7 +150,7 @@ class CheckpointStore:
         if damages:
             raise CheckpointError(
                 f"no valid checkpoint is left in {self.folder}: " + "; ".join(damages) + ". "
-                "To start afresh, remove that folder or pass train.resume = False"
+                "To start afresh, remove that folder or run `mapet pretrain --fresh`"
             )
         return None
 
@@ -161,7 +161,7 @@ class CheckpointStore:
         if config is not None and (differences := config_differences(saved, to_dict(config))):
             raise CheckpointError(
                 f"checkpoint {folder} belongs to another configuration: " + "; ".join(differences) + ". Give the run "
-                "another train.output, restore these values, or pass train.resume = False to start afresh"
+                "another train.output, restore these values, or start afresh with `mapet pretrain --fresh`"
             )
         ema = folder / "ema.safetensors"
         state = CheckpointState(

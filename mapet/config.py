@@ -27,16 +27,27 @@ class ModelConfig:
     """Vision transformer and prediction head (paper, Table 8). The defaults are ViT-T/16 at 224 pixels."""
 
     image_size: int = 224
+    """Side of the images in pixels."""
     patch_size: int = 16
+    """Side of a patch in pixels; a token is a patch."""
     width: int = 192
+    """Numbers in a token."""
     depth: int = 12
+    """Transformer blocks."""
     heads: int = 3
+    """Attention heads; they divide the width."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLP, relative to the width."""
     class_token: bool = True
+    """Whether a class token comes first; it counts as a token, and is never predicted."""
     layer_scale: float = 0.1
+    """Initial factor on the output of every attention and MLP, learned from there."""
     drop_path: float = 0.1
+    """Stochastic depth of the last block, rising from 0 in the first."""
     vocabulary: int = 8192
+    """Codebook entries of the tokenizer."""
     norm_eps: float = 1e-6
+    """Added to the variance in LayerNorm; timm's models allow no other."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "heads", "vocabulary"):
@@ -90,6 +101,7 @@ class ObjectiveConfig:
     """What is predicted from what (paper, section 3 and Table 1)."""
 
     name: ObjectiveName = "mapet"
+    """mapet and pim predict with a query stream (pim without mask tokens), mim masks at random."""
     cut: int = 50
     """Tokens that are not predicted, the class token included (the paper's c: 50 for ViT-T and ViT-S, 60 for ViT-B).
     MIM masks the other N - cut tokens; its paper setting, 75 masked patches of 196, is cut = 122."""
@@ -102,6 +114,7 @@ class DataConfig:
     cache: Path = Path("runs/cache")
     """Folder that `mapet tokenize` made: cropped uint8 images, uint16 tokens and a manifest."""
     workers: int = 2
+    """Processes that read images ahead; 0 reads them in the process itself."""
     color_jitter: float = 0.4
     """Largest relative change of brightness, contrast and saturation, drawn per image; 0 turns it off."""
 
@@ -115,17 +128,22 @@ class OptimConfig:
     """AdamW and its schedule (paper, Table 8)."""
 
     epochs: int = 300
+    """Length of the schedule in passes over the images, the warm-up included."""
     global_batch: int = 2048
     """Images per optimizer step over all processes and accumulated micro-batches."""
     lr: float = 1.5e-3
+    """Peak learning rate."""
     min_lr: float = 1e-5
+    """At the end of the cosine."""
     warmup_lr: float = 1e-6
+    """At the start of the linear warm-up."""
     warmup_epochs: int = 10
     cooldown_epochs: int = 0
     """Epochs at min_lr after the cosine; the official code runs 10, which the paper does not mention."""
     schedule_per: Literal["step", "epoch"] = "step"
     """The official code changes the learning rate once per epoch; per step is smoother and the default here."""
     weight_decay: float = 0.05
+    """Not applied to biases, norms, positions and the class token."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -148,14 +166,19 @@ class TrainConfig:
     """How the loop runs: none of this changes what is learned, except precision and ema."""
 
     output: Path = Path("runs/pretrain")
+    """Folder for checkpoints and metrics."""
     seed: int = 0
+    """Of everything random: weights, order, permutations, drop-path, colour jitter."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."""
     precision: Precision = "fp32"
+    """Of the forward pass; weights stay fp32. fp16 scales the loss."""
     micro_batch: int = 0
     """Images per forward pass and process; 0 means the process's whole share of the global batch."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     compile: bool = False
+    """Compile the step with torch.compile."""
     backend: str = "auto"
     """Attention backend of mapet_kernels."""
     ema_decay: float = 0.0
@@ -169,8 +192,11 @@ class TrainConfig:
     max_steps: int = 0
     """Stop after so many optimizer steps in all, with a checkpoint; 0 means run to the end of the last epoch."""
     log_every: int = 10
+    """Optimizer steps between reports."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Also report to these; metrics.jsonl and TensorBoard are written in any case."""
     deterministic: bool = False
+    """Only algorithms that give the same bits every time; slower on a GPU."""
 
     def __post_init__(self) -> None:
         for name in ("save_every", "keep", "log_every"):

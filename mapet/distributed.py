@@ -6,6 +6,7 @@ them never waits for a device.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
@@ -43,9 +44,11 @@ class World:
         if self.size == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        parallel = nn.parallel.DistributedDataParallel
+        # Buffers are constants and need no broadcast in every forward pass; newer versions of torch renamed the option.
+        renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters
+        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return parallel(module, device_ids=devices, gradient_as_bucket_view=True, **buffers)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a device tensor over the processes, in place; the host does not wait for a GPU."""
@@ -105,14 +108,12 @@ def pick_device(name: str, local_rank: int | None) -> torch.device:
         index = local_rank or 0
     elif name.startswith("cuda:") and name[5:].isdigit():
         if local_rank is not None:
-            raise ConfigError(f"train.device {name} names one GPU, but torchrun gives each process its own: use cuda")
+            raise ConfigError(f"device {name} names one GPU, but torchrun gives each process its own: use cuda")
         index = int(name[5:])
     else:
-        raise ConfigError(f"train.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if index >= gpus:
-        raise ConfigError(
-            f"train.device {name}: GPU {index} is asked for and torch sees {gpus}; use cpu, or fewer GPUs"
-        )
+        raise ConfigError(f"device {name}: GPU {index} is asked for and torch sees {gpus}; use cpu, or fewer GPUs")
     return torch.device("cuda", index)
 
 

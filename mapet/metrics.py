@@ -8,12 +8,14 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mapet.errors import ConfigError
+from mapet.errors import ConfigError, MapetError
 
 FILE_NAME = "metrics.jsonl"
 PROJECT = "mapet"
@@ -64,27 +66,30 @@ class Best:
 class MetricsLog:
     """Writes StepMetrics to every place. Lines of a resumed run that lie after its checkpoint are dropped first.
 
-    `start` is the step the run resumes from, 0 for a fresh one. ConfigError when a tracker is not installed.
+    `start` is the step the run resumes from, 0 for a fresh one. ConfigError when a tracker is not installed; MapetError
+    when the folder cannot be written.
     """
 
     def __init__(self, folder: Path, start: int, trackers: tuple[str, ...] = (), config: dict | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main process logs
 
-        modules = [import_tracker(name) for name in trackers]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.best_loss = Best()
-        for line in keep_until(folder / FILE_NAME, start):
-            self.best_loss.consider(line["step"], line["loss"])
-        self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        modules = import_trackers(trackers)
+        self.folder, self.best_loss = folder, Best()
+        with self._disk_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            for line in keep_until(folder / FILE_NAME, start):
+                self.best_loss.consider(line["step"], line["loss"])
+            self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._trackers = [_start(module, folder, config or {}) for module in modules]
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._board.close()
+        with self._disk_errors():
+            self._file.close()
+            self._board.close()
         for tracker in self._trackers:
             tracker.finish()
 
@@ -92,13 +97,23 @@ class MetricsLog:
         """Append one line and flush it; values that are not finite become null, for JSON has no NaN."""
         values = {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(metrics).items()}
         self.best_loss.consider(metrics.step, metrics.loss)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
         curves = {name: value for name, value in values.items() if name not in NO_CURVE and value is not None}
-        for name, value in curves.items():
-            self._board.add_scalar(name, value, metrics.step)
+        with self._disk_errors():
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+            for name, value in curves.items():
+                self._board.add_scalar(name, value, metrics.step)
         for tracker in self._trackers:
             tracker.log(curves, step=metrics.step)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MapetError(
+                f"cannot write the metrics of the run in {self.folder}: {error.strerror or error}"
+            ) from error
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -119,8 +134,12 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
-def import_tracker(name: str) -> ModuleType:
-    """The module of an experiment tracker; ConfigError says how to install one that is missing."""
+def import_trackers(names: tuple[str, ...]) -> list[ModuleType]:
+    """The modules of experiment trackers; ConfigError says how to install one that is missing."""
+    return [_import_tracker(name) for name in names]
+
+
+def _import_tracker(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -26,7 +26,7 @@ from mapet.data.loader import make_loader, step_ids
 from mapet.distributed import StopRequest, World, connect
 from mapet.errors import CheckpointError, TrainingError
 from mapet.learner import Learner
-from mapet.metrics import MetricsLog, StepMetrics
+from mapet.metrics import MetricsLog, StepMetrics, import_trackers
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
 from mapet.schedule import StepPlan, learning_rate, plan_steps
@@ -76,6 +76,7 @@ def pretrain(config: RunConfig) -> TrainResult:
         cache = TokenCache.open(config.data.cache)
         cache.check_model(config.model)
         steps = plan_steps(config, len(cache), world.size)
+        import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
         run = Run(config, world, cache, steps)
         start = run.resume()
         if world.is_main:
@@ -109,7 +110,7 @@ class Run:
         if loaded.state.trainer["data"] != cache_fingerprint(self.cache):
             raise CheckpointError(
                 f"checkpoint {loaded.folder} learned from other images or tokens than {self.config.data.cache} holds; "
-                "give the cache it began with, another train.output, or train.resume = False to start afresh"
+                "give the cache it began with, another train.output, or start afresh with `mapet pretrain --fresh`"
             )
         self.learner.load(loaded.state)
         return newest

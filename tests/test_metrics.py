@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mapet.errors import ConfigError
+from mapet.errors import ConfigError, MapetError
 from mapet.metrics import Best, MetricsLog, StepMetrics, keep_until
 
 NAN = float("nan")
@@ -76,3 +76,9 @@ def test_a_tracker_gets_configuration_curves_and_an_end(name, tmp_path, monkeypa
     assert calls[0][0] == 10 and calls[0][1]["loss"] == 1.5 and calls[1] == "end"
     assert started[0]["config"] == {"optim": {"lr": 1}} and started[0]["resume"] == "allow"
     assert started[0]["name"] == started[1]["name"], "a resumed run must be the same run in the tracker"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "run").write_text("a file, not a folder")
+    with pytest.raises(MapetError, match=r"cannot write the metrics of the run in .*run: File exists"):
+        MetricsLog(tmp_path / "run", 0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, model_config_from_dict, to_dict
 from mapet.errors import CheckpointError, ConfigError
-from mapet.model import MaskedTokenViT, load_official, parameter_count
+from mapet.model import MaskedTokenViT, drop_path_rates, load_official, parameter_count
 from mapet.objectives import OBJECTIVES, build_objective
 from mapet.objectives import loss as loss_module
 from mapet.objectives.loss import token_accuracy, token_cross_entropy
@@ -51,8 +51,9 @@ def test_initialisation_follows_the_official_code() -> None:
 
 
 def test_drop_path_rates_grow_linearly() -> None:
-    rates = MaskedTokenViT(ModelConfig(image_size=32, drop_path=0.1, vocabulary=8)).drop_path_rates()
-    assert rates[0] == 0 and rates[-1] == pytest.approx(0.1) and rates[5] == pytest.approx(0.1 * 5 / 11)
+    rates = drop_path_rates(ModelConfig(drop_path=0.1))
+    assert rates.tolist() == pytest.approx([0.1 * i / 11 for i in range(12)])
+    assert drop_path_rates(ModelConfig(depth=1)).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -16,6 +16,7 @@ CASES = [
     for shape in spec.shapes
     for backend in spec.backends
 ]
+WITHOUT_GRADIENT = [case for case in CASES if not case.values[0].differentiable]
 DIFFERENTIABLE = [case for case in CASES if case.values[0].differentiable]
 SMALL = [case for case in DIFFERENTIABLE if not any(word in case.id for word in ("vit", "long", "mim"))]
 
@@ -67,6 +68,22 @@ def test_error_budget(spec: OpSpec, shape: str, backend: str, dtype: torch.dtype
         assert_within_budget(
             gradient, plain_gradients[name], exact_gradients[name], factor=GRADIENT_FACTOR, what=f"gradient of {name}"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("spec", "shape", "backend"), WITHOUT_GRADIENT)
+def test_ops_without_gradient(spec: OpSpec, shape: str, backend: str, dtype: torch.dtype) -> None:
+    """Integers equal those of float64 plain torch, numbers are within a few roundings of it."""
+    case = spec.make_case(spec.shapes[shape], dtype)
+    exact = tensors(spec.plain(**{name: x.double() for name, x in case.inputs.items()}, **case.options))
+    actual = tensors(spec.function(**case.inputs, **case.options, backend=backend))
+    for a, e in zip(actual, exact, strict=True):
+        assert a.shape == e.shape
+        if e.is_floating_point():
+            assert a.dtype == torch.promote_types(dtype, torch.float32)
+            torch.testing.assert_close(a.double(), e, rtol=16 * torch.finfo(a.dtype).eps, atol=1e-12)
+        else:
+            assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize(("spec", "shape", "backend"), SMALL)

@@ -146,8 +146,9 @@ def test_a_second_interrupt_does_not_wait(cache, tmp_path, before_step):
     assert CheckpointStore(tmp_path / "checkpoints").steps() == []
 
 
-def test_assertion_05_sigterm_to_a_process_with_workers(cache, tmp_path):
-    """The signal goes to the whole process group, as a batch scheduler sends it."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_assertion_05_a_signal_to_a_process_and_its_workers(number, code, cache, tmp_path):
+    """The signal goes to the whole process group, as batch schedulers and terminals send it."""
     changes = {"optim.epochs": 10_000, "data.workers": 2}
     command = [sys.executable, SCRIPT, cache, tmp_path, json.dumps(changes)]
     process = subprocess.Popen(
@@ -157,15 +158,16 @@ def test_assertion_05_sigterm_to_a_process_with_workers(cache, tmp_path):
         deadline = time.monotonic() + 60
         while not ((tmp_path / "metrics.jsonl").exists() and metrics(tmp_path)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143, errors
+    assert process.returncode == code, errors
     assert CheckpointStore(tmp_path / "checkpoints").steps() == [metrics(tmp_path)[-1]["step"]]
-    assert "stopped by SIGTERM" in output and errors == ""
+    assert f"stopped by {signal.Signals(number).name}" in output and errors == ""
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_assertion_06_resumed_sample_ids(workers, cache, tmp_path, before_step):
     seen = []

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
-from mapet.data.cache import CacheWriter
+from mapet.data.cache_writer import CacheWriter
 from mapet.data.manifest import CacheDescription
 from mapet.errors import MapetError
 

@@ -11,6 +11,10 @@ CHUNK_BYTES = 64 * 2**20
 """Largest buffer of scores, differences or converted rows. Index lists of near ties may take up to four times that."""
 
 
+PRODUCTS_PER_PAIR = 64
+"""Entries of a float64 matrix product that take about as long as one row and one centroid compared directly."""
+
+
 def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bool) -> tuple[Tensor, Tensor]:
     """Nearest centroid of every row, for checked inputs.
 
@@ -38,8 +42,8 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bo
     the centroids below it only, ties to the lowest id. The norms in e are float64, widened by 0.1 % and by what squares
     lose to underflow.
 
-    The cost: one matrix product, one top-2, and the near ties. Those are few unless the data is far wider than the gaps
-    between centroids (say two clouds 10^5 times farther apart than they are wide); it is then right, but slow.
+    The cost: one matrix product, one top-2, and the near ties. Where fp32 leaves too many candidates (data far wider
+    than the gaps between centroids), the same is done in float64 first, whose bound is 10^8 times tighter.
     """
     dtype = torch.float64 if torch.float64 in (x.dtype, centroids.dtype) else torch.float32
     ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
@@ -72,7 +76,7 @@ def _nearest(x: Tensor, centroids: Tensor, dtype: torch.dtype, exact: bool, out:
         ids = scores.argmin(1)
         if exact and len(centroids) > 1:
             margin = 3 * _score_error(shifted, norms.max())
-            _decide_near_ties(ids, scores, margin, part, centroids, scale)
+            _decide_near_ties(ids, scores, margin.to(dtype), part, centroids, scale)
         out[start : start + rows] = ids
 
 
@@ -98,20 +102,32 @@ def _score_error(shifted: Tensor, largest_norm: Tensor) -> Tensor:
 def _decide_near_ties(ids: Tensor, scores: Tensor, margin: Tensor, x: Tensor, centroids: Tensor, scale: float) -> None:
     """Overwrite the ids (n,) of rows with a second score within the margin of the best, by float64 distances."""
     best_two = scores.topk(2, dim=1, largest=False).values
-    threshold = best_two[:, 0] + margin.to(scores.dtype)
+    threshold = best_two[:, 0] + margin
     tied = (best_two[:, 1] <= threshold).nonzero().squeeze(1)
     if len(tied) == 0:
         return
-    i_tied, i_centroid = (scores[tied] <= threshold[tied, None]).nonzero().unbind(1)
-    distances = torch.empty(len(i_tied), dtype=torch.float64, device=x.device)
+    rows, candidates = x[tied], scores[tied] <= threshold[tied, None]
+    if scores.dtype == torch.float32 and candidates.sum() * PRODUCTS_PER_PAIR > candidates.numel():
+        decided = torch.empty_like(tied)
+        _nearest(rows, centroids, torch.float64, exact=True, out=decided)
+        ids[tied] = decided
+    else:
+        ids[tied] = _nearest_candidate(rows, centroids, candidates, scale)
+
+
+def _nearest_candidate(x: Tensor, centroids: Tensor, candidates: Tensor, scale: float) -> Tensor:
+    """The id of the nearest among the candidates (n, K), at least one a row, by sum((x - c)^2) in float64; (n,)."""
+    i_row, i_centroid = candidates.nonzero().unbind(1)
+    distances = torch.empty(len(i_row), dtype=torch.float64, device=x.device)
     step = _rows_of_a_chunk(x.shape[1], torch.float64)
-    for start in range(0, len(i_tied), step):
+    for start in range(0, len(i_row), step):
         few = slice(start, start + step)
-        difference = x[tied[i_tied[few]]].double().mul_(scale) - centroids[i_centroid[few]].double().mul_(scale)
+        difference = x[i_row[few]].double().mul_(scale) - centroids[i_centroid[few]].double().mul_(scale)
         distances[few] = difference.square_().sum(1)
-    smallest = torch.full_like(tied, math.inf, dtype=torch.float64).scatter_reduce_(0, i_tied, distances, "amin")
-    nearest = torch.where(distances <= smallest[i_tied], i_centroid, len(centroids))
-    ids[tied] = torch.full_like(tied, len(centroids)).scatter_reduce_(0, i_tied, nearest, "amin")
+    smallest = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+    smallest.scatter_reduce_(0, i_row, distances, "amin")
+    nearest = torch.where(distances <= smallest[i_row], i_centroid, len(centroids))
+    return torch.full((len(x),), len(centroids), device=x.device).scatter_reduce_(0, i_row, nearest, "amin")
 
 
 def _squared_distances(x: Tensor, centroids: Tensor, ids: Tensor, out: Tensor) -> None:

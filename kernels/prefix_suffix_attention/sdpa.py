@@ -36,7 +36,7 @@ def backward(
     d_out = d_out.masked_fill(dead.view(1, -1, 1, 1), 0)
     d_out, q, k, v, out, lse = _heads_first(d_out, q, k, v, out, lse)
     gradients = attend_backward(d_out, q, k, v, attention_bias(visible, q.dtype), scale, out, lse)
-    return tuple(gradient.transpose(1, 2) for gradient in gradients)
+    return tuple(gradient.transpose(1, 2).to(q.dtype) for gradient in gradients)
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mapet_kernels.dense_attention import attend, attend_backward, attention_bias
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
-TARGET_TILE = 64
+TARGET_TILE = 96
 """Targets in a tile, at most: smaller tiles visit fewer masked keys, larger ones make fewer calls."""
 
 

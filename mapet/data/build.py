@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mapet.codebook import CodebookUsage
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
 from mapet.data.images import ImageSource
 from mapet.data.manifest import MANIFEST, CacheDescription
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
 from mapet.data.progress import progress
-from mapet.data.report import CodebookUsage, TokenizeReport
+from mapet.data.report import TokenizeReport
 from mapet.errors import ConfigError
 
 
@@ -72,7 +73,9 @@ def build_cache(
             classes=source.classes,
             skipped=log.skipped,
         )
-    return TokenizeReport(Path(output), len(kept), tuple(log.skipped), seconds, CodebookUsage.of(counts), reused=False)
+    return TokenizeReport(
+        Path(output), len(kept), tuple(log.skipped), seconds, CodebookUsage(counts.numpy()), reused=False
+    )
 
 
 def _fill(
@@ -101,4 +104,4 @@ def _reused(output: Path, description: CacheDescription, log: SkipLog) -> Tokeni
     counts = torch.zeros(cache.vocabulary, dtype=torch.int64)
     for batch in in_batches(range(len(cache)), 65536):
         counts += torch.bincount(cache.tokens(batch).flatten(), minlength=len(counts))
-    return TokenizeReport(output, len(cache), tuple(log.skipped), 0.0, CodebookUsage.of(counts), reused=True)
+    return TokenizeReport(output, len(cache), tuple(log.skipped), 0.0, CodebookUsage(counts.numpy()), reused=True)

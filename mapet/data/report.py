@@ -5,34 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from mapet.codebook import CodebookUsage
 from mapet.data.manifest import Skipped
 
 SHOWN = 10
-
-
-@dataclass(frozen=True)
-class CodebookUsage:
-    """How evenly tokens use the codebook.
-
-    Attributes:
-        vocabulary: entries in the codebook.
-        used: entries that occur at least once.
-        perplexity: exp of the entropy of the token frequencies; `vocabulary` if all are equally frequent, 1 if one is.
-    """
-
-    vocabulary: int
-    used: int
-    perplexity: float
-
-    @classmethod
-    def of(cls, counts: Tensor) -> CodebookUsage:
-        """From occurrences per entry, (vocabulary,)."""
-        share = counts.double() / counts.sum()
-        entropy = torch.special.entr(share).sum()
-        return cls(len(counts), int((counts > 0).sum()), float(entropy.exp()))
 
 
 @dataclass(frozen=True)
@@ -65,7 +41,8 @@ class TokenizeReport:
         usage = self.usage
         lines = [
             f"{self.output}: {self.images} images, {how}",
-            f"codebook: {usage.used} of {usage.vocabulary} entries used, perplexity {usage.perplexity:.1f}",
+            f"codebook: {usage.vocabulary - len(usage.dead)} of {usage.vocabulary} entries used, "
+            f"perplexity {usage.perplexity:.1f}",
         ]
         if self.skipped:
             lines.append(f"skipped {len(self.skipped)} images (all are listed in the manifest):")

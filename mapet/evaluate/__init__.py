@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "Features",
     "Images",
     "LinearProbeResult",
+    "Method",
     "ProbeConfig",
     "RandomViews",
     "Score",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 FeatureFunction = Callable[[Images], Features]
+Method = Literal["knn", "linear", "logistic"]
 ALL_LABELS = "all"
 
 
@@ -49,6 +52,8 @@ ALL_LABELS = "all"
 class EvaluationConfig:
     """What is measured on frozen features."""
 
+    methods: tuple[Method, ...] = ("knn", "linear", "logistic")
+    """In this order; logistic regression is for small sets, it takes all features at once."""
     neighbours: int = 20
     temperature: float = 0.07
     labels_per_class: int = 10
@@ -59,6 +64,8 @@ class EvaluationConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
+        if not self.methods or not set(self.methods) <= set(get_args(Method)):
+            raise ConfigError(f"evaluation.methods must be some of {', '.join(get_args(Method))}, got {self.methods}")
         for name in ("labels_per_class", "augment_views", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"evaluation.{name} must not be negative, got {getattr(self, name)}")
@@ -104,7 +111,7 @@ def evaluate(
     classes: Sequence[str] | None = None,
     device: str | torch.device | None = None,
 ) -> EvaluationResult:
-    """Score features by kNN (k and 1), the paper's linear probe (best of layers, last layer) and logistic regression.
+    """Score features by kNN (k and 1), linear probe (best and last layer), logistic regression, or some of them.
 
     Args:
         features: a timm vision transformer, or a function from images to `Features` (`pixel_features` for the raw
@@ -146,13 +153,16 @@ def _scores(
 ) -> list[Score]:
     train, train_labels, test, test_labels = data
     last = (train.layer(-1), train_labels, test.layer(-1), test_labels)
-    neighbours = {
-        k: knn_accuracy(*last, k=k, temperature=config.temperature, device=device) for k in (config.neighbours, 1)
-    }
-    probe = linear_probe(views, train_labels, test, test_labels, config=config.probe, device=device)
-    return [
-        *(Score(f"kNN, k = {k}", labels, accuracy) for k, accuracy in neighbours.items()),
-        Score("linear probe, best layer", labels, probe.best, probe.best_layer),
-        Score("linear probe, last layer", labels, probe.last, probe.layers[-1]),
-        Score("logistic regression", labels, logistic_probe(*last)),
-    ]
+    scores = []
+    for method in config.methods:
+        if method == "knn":
+            for k in (config.neighbours, 1):
+                accuracy = knn_accuracy(*last, k=k, temperature=config.temperature, device=device)
+                scores.append(Score(f"kNN, k = {k}", labels, accuracy))
+        elif method == "linear":
+            probe = linear_probe(views, train_labels, test, test_labels, config=config.probe, device=device)
+            scores.append(Score("linear probe, best layer", labels, probe.best, probe.best_layer))
+            scores.append(Score("linear probe, last layer", labels, probe.last, probe.layers[-1]))
+        else:
+            scores.append(Score("logistic regression", labels, logistic_probe(*last)))
+    return scores

@@ -63,7 +63,7 @@ class Objective(nn.Module, ABC):
         first = int(self.config.class_token)
         order = torch.rand(batch, self.config.patches, generator=generator, device=device).argsort(dim=1)
         permutation = torch.nn.functional.pad(order + first, (first, 0))
-        kept = 1 - torch.tensor(self.model.drop_path_rates(), device=device).view(-1, 1, 1)
+        kept = 1 - self.model.drop_path_rates.to(device).view(-1, 1, 1)
         draws = torch.rand(self.config.depth, 2, batch, generator=generator, device=device)
         return Plan(permutation, (draws < kept) / kept)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from mapet.codebook import CodebookUsage, CollapseWarning, FitReport, measure_usage
 from mapet.config import Precision
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
 from mapet.tokenizers.base import Network, Tokenizer
-from mapet.tokenizers.codebook import CodebookUsage, CollapseWarning, FitReport, measure_usage
 from mapet.tokenizers.kclip import KClipTokenizer
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.tokenizers.store import read_official_codebook

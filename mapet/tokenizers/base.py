@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mapet.codebook import FitReport, measure_usage, warn_of_collapse
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
-from mapet.tokenizers.codebook import FitReport, measure_usage, warn_of_collapse
 from mapet.tokenizers.sampling import Reservoir
 from mapet_kernels import kmeans, kmeans_assign
 from mapet_kernels.checks import check_finite_rows
@@ -27,7 +27,7 @@ ROWS_PER_ENTRY = 512
 
 @dataclass(frozen=True)
 class Network:
-    """The frozen network that makes the features: `sha256` identifies its weights, `source` says where they came from."""
+    """The frozen network that makes the features: `sha256` is of its weights, `source` where they came from."""
 
     architecture: str
     sha256: str
@@ -56,7 +56,6 @@ class Tokenizer(ABC):
         self.report: FitReport | None = None
         self.codebook_source = ""
         self._codebook: Tensor | None = None
-        self._codebook_sha256 = ""
 
     @property
     @abstractmethod
@@ -102,7 +101,6 @@ class Tokenizer(ABC):
         if not codebook.isfinite().all():
             raise DataError(f"{source} is a codebook with NaN or infinity")
         self._codebook = codebook.detach().to(self.device, torch.float32).contiguous()
-        self._codebook_sha256 = hashlib.sha256(self._codebook.cpu().numpy()).hexdigest()
         self.codebook_source, self.report = source, None
 
     def fit(
@@ -176,7 +174,7 @@ class Tokenizer(ABC):
         return self.report
 
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (b, 3, input_size, input_size) -> ids int64 (b, P), raster order, of the nearest entries by squared L2."""
+        """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2."""
         features = self._features(images)
         try:
             ids = kmeans_assign(features.flatten(0, 1), self.codebook)
@@ -186,17 +184,16 @@ class Tokenizer(ABC):
 
     def fingerprint(self) -> str:
         """SHA-256, as hexadecimal text, of all that decides the tokens: settings, network weights and codebook."""
-        _ = self.codebook
         parts = {
             "name": self.name,
             "settings": self.settings(),
             "network": self.network and [self.network.architecture, self.network.sha256],
-            "codebook": self._codebook_sha256,
+            "codebook": hashlib.sha256(self.codebook.cpu().numpy()).hexdigest(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write codebook.safetensors and tokenizer.json into the folder. DataError if that fails, with nothing changed."""
+        """Write codebook.safetensors and tokenizer.json into the folder. DataError where they cannot be written."""
         stored = store.StoredTokenizer(
             name=self.name,
             settings=self.settings(),

@@ -54,7 +54,7 @@ def trunk_from_weights(weights: Mapping[str, Tensor], source: str) -> tuple[Trun
     """The trunk that the weights describe, in fp32 on the CPU.
 
     Accepts OpenAI's and open_clip's names (with or without `visual.`, `module.` or `state_dict`) and timm's. Text tower
-    and attention pool are left out. `source` is what errors call the weights; DataError if they are not a ModifiedResNet.
+    and attention pool are left out. `source` is what errors call the weights; DataError if they are of another network.
     """
     state = _trunk_state(weights)
     config = _config_of(state, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -12,7 +11,6 @@ import huggingface_hub
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -61,8 +59,11 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         if is_torchscript(path):
             return read_torchscript(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
-        raise DataError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
+    except DataError:
+        raise
+    except Exception as error:  # A damaged file fails in as many ways as it has bytes.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"cannot read weights from {path}: {reason}") from error
     if not isinstance(weights, Mapping):
         raise DataError(f"{path} holds a {type(weights).__name__}, not a state dict")
     return weights

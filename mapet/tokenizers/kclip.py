@@ -16,6 +16,7 @@ from mapet.errors import ConfigError
 from mapet.tokenizers.base import Network, Tokenizer
 from mapet.tokenizers.clip_trunk import MEAN, STD, STRIDE, hash_of_trunk, trunk_from_weights
 from mapet.tokenizers.clip_weights import find_clip_weights, read_weights
+from mapet_kernels.precision import full_fp32
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,7 +85,9 @@ class KClipTokenizer(Tokenizer):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         inputs = (images.float() / 255 - self._mean) / self._std
-        maps = self.trunk.forward_features(inputs.to(DTYPES[self.precision]))
+        # cuDNN would use TF32 for fp32 convolutions unless told not to, and tokens near a border would flip.
+        with full_fp32(self.device.type):
+            maps = self.trunk.forward_features(inputs.to(DTYPES[self.precision]))
         return maps.flatten(2).transpose(1, 2)
 
 

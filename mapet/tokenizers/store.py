@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet import __version__
+from mapet.codebook import CodebookUsage, FitReport
 from mapet.errors import DataError
-from mapet.tokenizers.codebook import CodebookUsage, FitReport
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
@@ -111,7 +111,7 @@ def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
 
 
 def read_official_codebook(path: str | Path) -> Tensor:
-    """The (K, F) float32 centroids in a .npy file, as the official k-CLIP code writes them. DataError names a file unfit.
+    """The (K, F) float32 centroids in a .npy file, as the official k-CLIP code writes them. DataError names the file.
 
     That code also writes a search index of the faiss library under a name that ends in .npy; it is told apart.
     """
@@ -121,7 +121,7 @@ def read_official_codebook(path: str | Path) -> Tensor:
             start = file.read(4)
         if start[:2] in (b"Ix", b"IV", b"IB"):
             raise DataError(
-                f"{path} is an index of the faiss library ({start.decode('latin-1')}), not an array, whatever its name: "
+                f"{path} is an index of the faiss library ({start.decode('latin-1')}), not an array, despite its name: "
                 "give the file of centroids that was written beside it (codebook_centroids_*.npy)"
             )
         centroids = np.load(path, allow_pickle=False)

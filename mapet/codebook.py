@@ -136,8 +136,8 @@ def warn_of_collapse(usage: CodebookUsage, tokenizer: str) -> None:
     """Warn, as CollapseWarning, where the usage is that of a collapsed codebook."""
     if reasons := usage.collapse():
         warnings.warn(
-            f"the codebook of tokenizer {tokenizer} has COLLAPSED: {'; '.join(reasons)}. A model cannot learn much from "
-            "such tokens: lower the vocabulary, give more varied images, or check the features",
+            f"the codebook of tokenizer {tokenizer} has COLLAPSED: {'; '.join(reasons)}. A model cannot learn much "
+            "from such tokens: lower the vocabulary, give more varied images, or check the features",
             CollapseWarning,
             stacklevel=3,
         )

@@ -1,0 +1,184 @@
+"""`mapet tokenize`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mapet.config import ModelConfig
+from mapet.data.cache import TokenCache
+from mapet.data.cache_writer import check_replaceable
+from mapet.data.images import ImageSource, open_source
+from mapet.data.official import import_official
+from mapet.data.progress import SECONDS_BETWEEN_LINES, progress
+from mapet.data.report import TokenizeReport
+from mapet.distributed import pick_device
+from mapet.errors import ConfigError
+from mapet.options import Tokenize
+from mapet.tokenize import FitBatches, fit_batches, tokenize
+from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, store
+
+SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
+
+
+def run(options: Tokenize) -> int:
+    """Make the cache, say how the codebook is used and what was skipped, and how to go on."""
+    check_options(options)
+    report = import_tokens(options) if options.import_tokens else tokenize_images(options)
+    print(report.summary())
+    print(f"next: {pretrain_line(report.output)}")
+    return 0
+
+
+def check_options(options: Tokenize) -> None:
+    """ConfigError for options that belong to the other of the two ways to make a cache."""
+    if bool(options.images) == bool(options.import_tokens):
+        raise ConfigError("give --images to tokenise images, or --import-tokens to take tokens of the official code")
+    if options.import_tokens and not (options.csv and options.root):
+        raise ConfigError("--import-tokens needs --csv, the list of the images, and --root, the folder they are in")
+    if options.images:
+        given, why = ("csv", "root", "class_names"), "--import-tokens"
+    else:
+        given, why = ("codebook", "weights", "precision", "patch_size"), "--images"
+    if foreign := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) is not None]:
+        raise ConfigError(f"{', '.join(foreign)} can only be given with {why}")
+
+
+def import_tokens(options: Tokenize) -> TokenizeReport:
+    """A cache of the tokens in official files."""
+    files = options.import_tokens
+    return import_official(
+        files[0] if len(files) == 1 else files,
+        options.csv,
+        options.root,
+        options.output,
+        image_size=options.image_size or ModelConfig.image_size,
+        vocabulary=options.vocabulary or ModelConfig.vocabulary,
+        tokenizer=options.tokenizer or "kclip",
+        class_names=options.class_names,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        max_skipped=options.max_skipped,
+        overwrite=options.overwrite,
+    )
+
+
+def tokenize_images(options: Tokenize) -> TokenizeReport:
+    """A cache of the tokens of images, by the tokenizer that is given, found or fitted."""
+    device = pick_device(options.device, None)
+    source = open_source(options.images)
+    tokenizer = find_tokenizer(options, source, device)
+    return tokenize(
+        source,
+        tokenizer,
+        options.output,
+        image_size=tokenizer.image_size,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        device=device,
+        max_skipped=options.max_skipped,
+        overwrite=options.overwrite,
+    )
+
+
+def find_tokenizer(options: Tokenize, source: ImageSource, device: torch.device) -> Tokenizer:
+    """The tokenizer in --codebook, or one with the centroids there, or a new one, fitted and saved there."""
+    folder = options.codebook or options.output.with_name(f"{options.output.name}_tokenizer")
+    if folder.suffix == ".npy":
+        return new_tokenizer(options, device, folder)
+    if (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite):
+        check_same(options, folder)
+        tokenizer = load_tokenizer(folder, device=device, weights=options.weights)
+        print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
+        return tokenizer
+    check_places(options, folder)
+    tokenizer = new_tokenizer(options, device)
+    batches = fit_batches(
+        source,
+        tokenizer,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        seed=options.seed,
+        limit=options.fit_images,
+        max_skipped=options.max_skipped,
+    )
+    report = tokenizer.fit(
+        shown(batches),
+        seed=options.seed,
+        iterations=options.fit_iterations,
+        redos=options.fit_redos,
+        on_iteration=iteration_lines(),
+    )
+    tokenizer.save(folder)
+    print(f"{report.summary()}\nsaved in {folder}")
+    return tokenizer
+
+
+def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None = None) -> Tokenizer:
+    """A tokenizer with the options' settings, where they say nothing the paper's."""
+    return make_tokenizer(
+        options.tokenizer or "pixel",
+        device=device,
+        weights=options.weights,
+        codebook=codebook,
+        **{name: value for name in SETTINGS if (value := getattr(options, name)) is not None},
+    )
+
+
+def check_same(options: Tokenize, folder: Path) -> None:
+    """ConfigError when an option says something else than the tokenizer saved in the folder."""
+    stored = store.read_manifest(folder)
+    saved = {"tokenizer": stored.name, **stored.settings}
+    for name in ("tokenizer", *SETTINGS):
+        given = getattr(options, name)
+        if given is not None and name in saved and given != saved[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {given}, but the tokenizer in {folder} has {saved[name]}; leave the "
+                "option out to use that tokenizer, or name a new folder with --codebook to fit another"
+            )
+
+
+def check_places(options: Tokenize, folder: Path) -> None:
+    """Raise before a long fit, not after it, when its results could not be kept."""
+    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_new and not (folder / store.MANIFEST).exists():
+        raise ConfigError(f"--codebook {folder} is neither a tokenizer nor a .npy file nor a new folder")
+    check_replaceable(options.output, options.overwrite)
+
+
+def shown(batches: FitBatches) -> Iterator[Tensor]:
+    """The batches, with progress on stderr while they are read."""
+    with progress(batches.images, "reading for the fit") as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch))
+
+
+def iteration_lines() -> Callable[[int, int, float], None]:
+    """Tells how far a long k-means is, now and then, on stderr."""
+    last = time.monotonic()
+
+    def tell(redo: int, iteration: int, objective: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"k-means: start {redo + 1}, iteration {iteration + 1}, objective {objective:.6g}", file=sys.stderr)
+
+    return tell
+
+
+def pretrain_line(folder: Path) -> str:
+    """The command that pre-trains on a cache, for a model of the sizes in it."""
+    cache = TokenCache.open(folder)
+    sizes = {
+        "image_size": cache.image_size,
+        "patch_size": cache.image_size // cache.grid,
+        "vocabulary": cache.vocabulary,
+    }
+    needed = [f" --set model.{name}={size}" for name, size in sizes.items() if size != getattr(ModelConfig, name)]
+    return f"mapet pretrain --cache {folder}{''.join(needed)}"

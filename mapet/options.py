@@ -1,0 +1,236 @@
+"""Options of the command line, one dataclass per sub-command.
+
+Nothing here imports torch, so that `mapet COMMAND --help` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import UseAppendAction, arg
+
+from mapet.config import RunConfig
+from mapet.settings import as_text, settings, value_of
+
+FIELD_OF = {
+    "cache": "data.cache",
+    "output": "train.output",
+    "objective": "objective.name",
+    "cut": "objective.cut",
+    "epochs": "optim.epochs",
+    "warmup_epochs": "optim.warmup_epochs",
+    "batch": "optim.global_batch",
+    "lr": "optim.lr",
+    "precision": "train.precision",
+    "device": "train.device",
+    "micro_batch": "train.micro_batch",
+    "workers": "data.workers",
+    "seed": "train.seed",
+    "save_every": "train.save_every",
+    "max_steps": "train.max_steps",
+}
+"""Options of `mapet pretrain` that are short for a field of RunConfig."""
+
+
+def _wanted(metavar: str, hint: str = "") -> Any:
+    """An option that is None where it is not given; `hint` says what then happens."""
+    return arg(metavar=metavar, help_behavior_hint=f"({hint})" if hint else "")
+
+
+def _short_for(option: str) -> Any:
+    """An option that stands for a field of RunConfig, with the field's name and default in its help."""
+    name = FIELD_OF[option]
+    return _wanted(settings()[name].allowed, f"{name}, {as_text(value_of(RunConfig(), name))}")
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn images into a token cache: fit or load a tokenizer, encode every image, keep crops and tokens."""
+
+    images: Annotated[str | None, _wanted("DIR|digits|photos[:TILE[:STRIDE]]")] = None
+    """Folder of images, labelled by class sub-folders or not, or a built-in set."""
+    output: Annotated[Path, arg(metavar="CACHE")] = Path("runs/cache")
+    """Folder for the cache."""
+    tokenizer: Annotated[Literal["pixel", "kclip"] | None, _wanted("pixel|kclip", "pixel, or the codebook's")] = None
+    """k-means over pixels or over CLIP RN50x64 features."""
+    image_size: Annotated[int | None, _wanted("INT", "224, or the codebook's")] = None
+    """Side of the crops in pixels."""
+    patch_size: Annotated[int | None, _wanted("INT", "16, or the codebook's")] = None
+    """Side of a patch in pixels."""
+    vocabulary: Annotated[int | None, _wanted("INT", "8192, or the codebook's")] = None
+    """Codebook entries."""
+    codebook: Annotated[Path | None, _wanted("FOLDER|NPY", "CACHE_tokenizer")] = None
+    """Saved tokenizer, or centroids; a new folder gets the one fitted."""
+    weights: Annotated[Path | None, _wanted("FILE", "found in caches or on the hub")] = None
+    """Weights of CLIP RN50x64, for kclip."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("fp32|bf16|fp16", "fp32")] = None
+    """Of the network of kclip."""
+    fit_images: int = 0
+    """Images to fit the codebook on, drawn at random; 0 for all."""
+    fit_iterations: int = 20
+    """k-means iterations."""
+    fit_redos: int = 5
+    """k-means starts, of which the best is kept."""
+    import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
+    """Token files of the official code, in order, or their folder; needs --csv, --root."""
+    csv: Annotated[Path | None, _wanted("FILE")] = None
+    """The official list of images (path,class) that the token files belong to."""
+    root: Annotated[Path | None, _wanted("DIR")] = None
+    """The folder its paths are relative to."""
+    class_names: Annotated[Path | None, _wanted("NPY")] = None
+    """label_encoder_classes.npy of the official code."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Processes that decode images."""
+    batch_size: int = 64
+    """Images per batch."""
+    max_skipped: float = 0.01
+    """Largest part of the images that may be unreadable; they are listed."""
+    seed: int = 1234
+    """Of the fit."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace a cache at --output, and fit a new tokenizer unless --codebook is given."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pre-train a vision transformer on a token cache, or go on with a run; also under torchrun."""
+
+    recipe: Annotated[str | None, _wanted("NAME")] = None
+    """Begin with vit_tiny_kclip, vit_small_kclip or vit_base_kclip, the paper's runs."""
+    model: Annotated[Literal["tiny", "small", "base"] | None, _wanted("tiny|small|base", "tiny")] = None
+    """Width and heads of ViT-T, ViT-S or ViT-B."""
+    cache: Annotated[Path | None, _short_for("cache")] = None
+    """Made by mapet tokenize."""
+    output: Annotated[Path | None, _short_for("output")] = None
+    """Folder for checkpoints and metrics."""
+    objective: Annotated[Literal["mapet", "pim", "mim"] | None, _short_for("objective")] = None
+    """What is predicted from what."""
+    cut: Annotated[int | None, _short_for("cut")] = None
+    """Tokens that are not predicted."""
+    epochs: Annotated[int | None, _short_for("epochs")] = None
+    """Passes over the images."""
+    warmup_epochs: Annotated[int | None, _short_for("warmup_epochs")] = None
+    """Of them, with a rising learning rate."""
+    batch: Annotated[int | None, _short_for("batch")] = None
+    """Images of a step, over all processes."""
+    lr: Annotated[float | None, _short_for("lr")] = None
+    """Peak learning rate."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
+    """Of the forward pass."""
+    device: Annotated[str | None, _short_for("device")] = None
+    """auto, cpu, cuda or cuda:N."""
+    micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
+    """Images of a forward pass and process; 0 for all of a step."""
+    workers: Annotated[int | None, _short_for("workers")] = None
+    """Processes that read the cache."""
+    seed: Annotated[int | None, _short_for("seed")] = None
+    """Of everything random."""
+    save_every: Annotated[int | None, _short_for("save_every")] = None
+    """Steps between checkpoints."""
+    max_steps: Annotated[int | None, _short_for("max_steps")] = None
+    """Stop after so many steps; 0 for never."""
+    set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
+    """Any field of the configuration; the options above are short for some of them."""
+    fresh: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Start again, setting earlier checkpoints in --output aside."""
+    list_options: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Print every field, its value with the options given, and what it means; then stop."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Measure frozen features on labelled images: kNN, the paper's linear probe and logistic regression."""
+
+    checkpoint: Annotated[Path, arg(metavar="RUN|CHECKPOINT|TIMM")]
+    """A run folder, one of its step_... folders, or an exported folder."""
+    images: Annotated[str, arg(metavar="DIR|digits|CACHE")]
+    """Folder with a sub-folder for every class, digits, or a labelled token cache."""
+    test_images: Annotated[str | None, _wanted("DIR|CACHE", "a part of --images")] = None
+    """Images to test on."""
+    test_fraction: float = 0.2
+    """That part, drawn class by class."""
+    output: Path = Path("runs/probe")
+    """Folder for scores.json and the frozen features, which a next probe reuses."""
+    methods: Annotated[tuple[Literal["knn", "linear", "logistic"], ...], arg(metavar="knn linear logistic")] = (
+        "knn",
+        "linear",
+        "logistic",
+    )
+    """What to measure; logistic regression is slow on large sets."""
+    baselines: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Also score the same network at random initialisation, and raw pixels."""
+    ema: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Take the moving average of the weights."""
+    labels_per_class: int = 10
+    """Also measure with so many labels of every class; 0 leaves that out."""
+    neighbours: int = 20
+    """k of kNN, which is also measured with k = 1."""
+    views: int = 0
+    """Train the linear probe on so many random crops of each image; 0 for the centre."""
+    epochs: int = 50
+    """Of the linear probe."""
+    batch: int = 1024
+    """Of the linear probe; take a smaller one on small sets."""
+    lr: float = 4e-3
+    """Of the linear probe."""
+    batch_size: int = 256
+    """Images of a forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Of the split, the labels drawn and the probe."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write pre-trained weights as a folder that timm.create_model loads, and check it."""
+
+    checkpoint: Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
+    """A run folder, or one of its step_... folders."""
+    output: Annotated[Path, arg(metavar="DIR")]
+    """The folder; an earlier export in it is replaced."""
+    pool: Literal["avg", "token"] = "avg"
+    """What the model returns: the mean of the patches, or the class token."""
+    name: str = "mapet"
+    """What config.json calls the weights."""
+    ema: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Take the moving average of the weights."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole job on images that ship with Python packages: minutes on a CPU, and no download."""
+
+    output: Path = Path("runs/demo")
+    """Folder for report.md, the pictures and the exported model."""
+    seeds: int = 3
+    """Pre-training runs, for mean and spread."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    quick: Annotated[bool, arg(help_behavior_hint="")] = False
+    """A few steps only, to see that everything runs; the numbers then mean nothing."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what this machine can run, and why not the rest; verify a cache or a run."""
+
+    cache: Annotated[Path | None, _wanted("DIR")] = None
+    """A token cache to verify, byte by byte."""
+    run: Annotated[Path | None, _wanted("DIR")] = None
+    """A run whose checkpoints to verify."""
+
+
+COMMANDS: dict[str, type] = {
+    "tokenize": Tokenize,
+    "pretrain": Pretrain,
+    "probe": Probe,
+    "export": Export,
+    "demo": Demo,
+    "doctor": Doctor,
+}
+"""Sub-commands by name; `mapet.commands.NAME.run` takes the options."""

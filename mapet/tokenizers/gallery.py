@@ -1,0 +1,174 @@
+"""A picture of what codebook entries stand for: each row is one entry, each cell a patch that has its token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from mapet.errors import DataError
+
+CELL = 112
+"""Side of a cell in pixels."""
+GAP = 10
+LABEL = 128
+"""Width of the text at the left."""
+HEADER = 84
+CONTEXT = 3
+"""Patches along the side of a cell, the one in question among them;"""
+WHOLE = 5
+"""but an image of no more patches than this along its side is shown whole."""
+FADE = 0.45
+"""How far the surroundings of a patch are washed out to white."""
+AVERAGED = 256
+"""Patches that the average in the first column is taken over, at most."""
+OUTLINE = "#d6262b"
+INK, GREY = "#1a1a1a", "#6b6b6b"
+
+
+def save_gallery(
+    path: str | Path,
+    images: Tensor | np.ndarray,
+    tokens: Tensor | np.ndarray,
+    grid: int,
+    *,
+    entries: int | Sequence[int] = 12,
+    columns: int = 8,
+    title: str = "Patches that share a token",
+    seed: int = 0,
+) -> None:
+    """Draw codebook entries and write the picture; the file name's suffix picks the format.
+
+    The first column is the average patch of the entry. The others are patches of the entry, outlined in their
+    surroundings, from as many different images as there are.
+
+    Args:
+        images: (n, 3, S, S) uint8.
+        tokens: (n, grid * grid) integers, raster order.
+        entries: how many, the most used first; or the ids to draw.
+        columns: patches per entry.
+        seed: picks the patches.
+
+    Raises:
+        DataError: images, tokens and grid do not fit together, or no entry to draw is used.
+    """
+    tokens = np.asarray(tokens).astype(np.int64)
+    size = images.shape[-1]
+    if len(images) == 0 or tokens.shape != (len(images), grid**2) or size % grid:
+        raise DataError(
+            f"a gallery needs images (n, 3, S, S) with S divisible by the grid and tokens (n, grid * grid); got images "
+            f"{tuple(images.shape)}, tokens {tokens.shape} and grid {grid}"
+        )
+    ids, counts = np.unique(tokens, return_counts=True)
+    usage = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    drawn = _most_used(usage, entries) if isinstance(entries, int) else [i for i in entries if i in usage]
+    if not drawn or columns < 1:
+        raise DataError(f"no patch to draw: none of the entries {entries} is used, or columns = {columns} is below 1")
+    canvas = _Canvas(len(drawn), columns)
+    rng = np.random.default_rng(seed)
+    for row, entry in enumerate(drawn):
+        places = _spread(np.argwhere(tokens == entry), rng)
+        canvas.label(row, f"entry {entry}", f"{usage[entry] / tokens.size:.2%} of patches")
+        canvas.average(row, _average_patch(images, places[:AVERAGED], grid))
+        for column, (i_image, i_patch) in enumerate(places[:columns]):
+            canvas.patch(row, column, *_in_context(_pixels(images, i_image), i_patch, grid))
+    subtitle = f"{len(drawn)} of the {len(usage)} entries in use, {len(images)} images of {grid} x {grid} patches"
+    canvas.save(Path(path), title, subtitle)
+
+
+def _most_used(usage: dict[int, int], entries: int) -> list[int]:
+    return sorted(usage, key=lambda entry: (-usage[entry], entry))[:entries]
+
+
+def _spread(places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(m, 2) pairs image, patch in random order, one of every image before a second one of any."""
+    places = places[rng.permutation(len(places))]
+    _, first = np.unique(places[:, 0], return_index=True)
+    is_first = np.zeros(len(places), dtype=bool)
+    is_first[first] = True
+    return np.concatenate([places[is_first], places[~is_first]])
+
+
+def _pixels(images: Tensor | np.ndarray, index: int) -> np.ndarray:
+    """Image `index` as (S, S, 3) uint8."""
+    return np.asarray(images[int(index)]).transpose(1, 2, 0)
+
+
+def _average_patch(images: Tensor | np.ndarray, places: np.ndarray, grid: int) -> np.ndarray:
+    side = images.shape[-1] // grid
+    total = np.zeros((side, side, 3))
+    for i_image, i_patch in places:
+        top, left = (int(i) * side for i in divmod(i_patch, grid))
+        total += _pixels(images, i_image)[top : top + side, left : left + side]
+    return (total / len(places)).round().astype(np.uint8)
+
+
+def _in_context(pixels: np.ndarray, i_patch: int, grid: int) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """A patch in its washed-out surroundings, and its left, top and side as parts of their side."""
+    side, around = len(pixels) // grid, grid if grid <= WHOLE else CONTEXT
+    row, column = divmod(int(i_patch), grid)
+    top, left = (min(max(at - around // 2, 0), grid - around) for at in (row, column))
+    window = pixels[top * side : (top + around) * side, left * side : (left + around) * side].astype(np.float64)
+    y, x = (row - top) * side, (column - left) * side
+    faded = window + FADE * (255 - window)
+    faded[y : y + side, x : x + side] = window[y : y + side, x : x + side]
+    return faded.round().astype(np.uint8), (x / len(window), y / len(window), side / len(window))
+
+
+class _Canvas:
+    """Cells are painted into one array, text and outlines drawn over it."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.width = LABEL + (columns + 1) * (CELL + GAP) + 3 * GAP
+        self.height = HEADER + rows * (CELL + GAP) + GAP
+        self.pixels = np.full((self.height, self.width, 3), 255, dtype=np.uint8)
+        self.figure = Figure(figsize=(self.width / 100, self.height / 100), dpi=100)
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, self.width), ylim=(self.height, 0))
+        self.axes.axis("off")
+
+    def label(self, row: int, name: str, detail: str) -> None:
+        middle = self._top(row) + CELL / 2
+        self.axes.text(LABEL - GAP, middle - 9, name, ha="right", va="center", size=10, weight="bold", color=INK)
+        self.axes.text(LABEL - GAP, middle + 9, detail, ha="right", va="center", size=7.5, color=GREY)
+
+    def average(self, row: int, patch: np.ndarray) -> None:
+        self._paint(patch, LABEL, self._top(row))
+        self._outline(LABEL, self._top(row), CELL, GREY, 0.8)
+
+    def patch(self, row: int, column: int, pixels: np.ndarray, place: tuple[float, float, float]) -> None:
+        left, top = self._left(column), self._top(row)
+        self._paint(pixels, left, top)
+        x, y, side = (CELL * part for part in place)
+        # White under the colour keeps the outline visible on any patch.
+        self._outline(left + x, top + y, side, "white", 3.0)
+        self._outline(left + x, top + y, side, OUTLINE, 1.6)
+
+    def save(self, path: Path, title: str, subtitle: str) -> None:
+        self.axes.imshow(self.pixels, extent=(0, self.width, self.height, 0), interpolation="none", zorder=0)
+        self.axes.text(2 * GAP, 26, title, size=14, weight="bold", va="center", color=INK)
+        self.axes.text(2 * GAP, 50, subtitle, size=9, va="center", color=GREY)
+        self.axes.text(LABEL + CELL / 2, HEADER - 10, "average", size=8, ha="center", va="center", color=GREY)
+        self.axes.text(self._left(0), HEADER - 10, "examples, outlined", size=8, va="center", color=GREY)
+        FigureCanvasAgg(self.figure)
+        self.figure.savefig(path, dpi=100)
+
+    def _top(self, row: int) -> int:
+        return HEADER + row * (CELL + GAP)
+
+    def _left(self, column: int) -> int:
+        return LABEL + (column + 1) * (CELL + GAP) + 2 * GAP
+
+    def _paint(self, pixels: np.ndarray, left: int, top: int) -> None:
+        # Few pixels are shown as the squares they are, a photograph smoothly.
+        resample = Image.Resampling.NEAREST if len(pixels) < CELL / 3 else Image.Resampling.BICUBIC
+        cell = Image.fromarray(pixels).resize((CELL, CELL), resample)
+        self.pixels[top : top + CELL, left : left + CELL] = np.asarray(cell)
+
+    def _outline(self, left: float, top: float, side: float, colour: str, width: float) -> None:
+        self.axes.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=colour, linewidth=width))

@@ -1,0 +1,321 @@
+"""Codebook usage, collapse warnings and fit reports; codebooks on disk, ours and the official one."""
+
+import hashlib
+import json
+import os
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mapet.codebook import CodebookUsage, warn_of_collapse
+from mapet.errors import DataError
+from mapet.tokenizers import CollapseWarning, load_tokenizer, make_tokenizer, measure_usage, read_official_codebook
+from mapet.tokenizers.pixel import PixelTokenizer
+from mapet.tokenizers.sampling import Reservoir
+
+
+def noise_images(count: int = 40, size: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def fitted(vocabulary: int = 8) -> PixelTokenizer:
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=vocabulary)
+    tokenizer.fit([noise_images()], iterations=3, redos=2)
+    return tokenizer
+
+
+def test_usage_of_equally_used_entries() -> None:
+    usage = measure_usage(torch.arange(64).view(4, 16) % 8, 8)
+    assert usage.counts.tolist() == [8] * 8
+    assert usage.perplexity == pytest.approx(8)
+    assert usage.largest_share == 1 / 8
+    assert len(usage.dead) == 0
+    assert usage.collapse() == ()
+
+
+def test_perplexity_is_two_to_the_entropy_in_bits() -> None:
+    usage = CodebookUsage(np.array([4, 2, 1, 1, 0]))
+    assert usage.perplexity == pytest.approx(2**1.75)
+    assert usage.dead.tolist() == [4]
+    assert usage.total == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16])
+def test_usage_takes_every_integer_type(dtype: torch.dtype) -> None:
+    assert measure_usage(torch.tensor([0, 2, 2]).to(dtype), 3).counts.tolist() == [1, 0, 2]
+
+
+def test_usage_of_large_uint16_ids() -> None:
+    assert measure_usage(np.array([65535, 40000], dtype=np.uint16), 65536).dead.size == 65534
+
+
+@pytest.mark.parametrize("bad", [-1, 8])
+def test_tokens_out_of_range_are_refused(bad: int) -> None:
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 8\), got values from"):
+        measure_usage(torch.tensor([1, bad]), 8)
+
+
+def test_repeated_entries_are_counted() -> None:
+    codebook = torch.tensor([[1.0, 2], [3, 4], [1, 2], [1, 2], [0, 0]])
+    assert measure_usage(torch.arange(5), 5, codebook).repeated == 2
+
+
+COLLAPSED = {
+    "90 of 100 entries are never used": CodebookUsage(np.array([5] * 10 + [0] * 90)),
+    "20 of 100 entries repeat another": CodebookUsage(np.full(100, 5), repeated=20),
+    r"perplexity is 1\.\d with 100 entries": CodebookUsage(np.array([10_000] + [1] * 99)),
+    "entry 3 takes 60% of all tokens": CodebookUsage(np.array([10, 10, 10, 60, 10])),
+}
+
+
+@pytest.mark.parametrize("reason", COLLAPSED)
+def test_a_collapsed_codebook_warns_loudly(reason: str) -> None:
+    with pytest.warns(CollapseWarning, match=f"COLLAPSED: .*{reason}"):
+        warn_of_collapse(COLLAPSED[reason], "pixel")
+
+
+def test_a_healthy_codebook_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_collapse(CodebookUsage(np.array([40, 20, 20, 10, 5, 5])), "pixel")
+
+
+def test_fitting_equal_images_warns_and_says_so_in_the_report() -> None:
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
+    with pytest.warns(CollapseWarning, match="the codebook of tokenizer pixel has COLLAPSED"):
+        report = tokenizer.fit([torch.full((20, 3, 16, 16), 90, dtype=torch.uint8)], iterations=2, redos=1)
+    assert "COLLAPSED: 7 of 8 entries are never used" in report.summary()
+
+
+def test_the_report_describes_the_fit() -> None:
+    report = fitted().report
+    assert (report.images, report.patches, report.rows, report.features) == (40, 640, 640, 48)
+    assert [len(curve) for curve in report.objectives] == [3, 3]
+    assert report.objective == min(curve[-1] for curve in report.objectives)
+    assert report.usage.total == 640
+    text = report.summary()
+    assert "8 entries of 48 numbers, from 640 of 640 patches of 40 images" in text
+    assert f"perplexity {report.usage.perplexity:.1f} of 8, 0 dead, 0 repeated" in text
+
+
+def test_usage_in_the_report_is_that_of_the_final_codebook() -> None:
+    tokenizer = fitted()
+    tokens = tokenizer.encode(noise_images())
+    assert np.array_equal(tokenizer.report.usage.counts, measure_usage(tokens, 8).counts)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100, 1000])
+def test_the_sample_does_not_depend_on_the_batches(batch: int) -> None:
+    rows = torch.arange(1000.0)[:, None]
+    whole, parts = Reservoir(50, seed=3), Reservoir(50, seed=3)
+    whole.add(rows)
+    for part in rows.split(batch):
+        parts.add(part)
+    assert torch.equal(whole.rows, parts.rows)
+    assert len(whole.rows.unique()) == 50
+    assert parts.seen == 1000
+
+
+def test_the_sample_is_uniform() -> None:
+    counts = np.zeros(40)
+    for seed in range(3000):
+        sample = Reservoir(10, seed)
+        for part in torch.arange(40)[:, None].split(9):
+            sample.add(part)
+        counts[sample.rows.flatten().numpy()] += 1
+    # Binomial(3000, 1/4): standard deviation 23.7.
+    assert np.abs(counts - 750).max() < 4.5 * 23.7
+
+
+def test_a_small_stream_is_kept_whole_in_order() -> None:
+    sample = Reservoir(100, seed=0)
+    for part in torch.arange(30.0).view(30, 1).half().split(4):
+        sample.add(part)
+    assert torch.equal(sample.rows, torch.arange(30.0).view(30, 1).half())
+    assert len(Reservoir(5, seed=0).rows) == 0
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    tokenizer = fitted()
+    tokenizer.save(tmp_path / "a" / "tokenizer")
+    loaded = load_tokenizer(tmp_path / "a" / "tokenizer")
+    images = noise_images(seed=1)
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert loaded.report.summary() == tokenizer.report.summary()
+    assert loaded.codebook_source == tokenizer.codebook_source
+    assert sorted(os.listdir(tmp_path / "a" / "tokenizer")) == ["codebook.safetensors", "tokenizer.json"]
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    fitted(8).save(tmp_path)
+    fitted(9).save(tmp_path)
+    assert load_tokenizer(tmp_path).vocabulary == 9
+
+
+@pytest.mark.parametrize("failing", ["write", "rename"])
+def test_a_failed_save_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    fitted(8).save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", full)
+    with pytest.raises(DataError, match=r"cannot save the tokenizer in .*: No space left on device"):
+        fitted(9).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_crash_between_the_two_files_is_noticed(tmp_path: Path) -> None:
+    fitted(8).save(tmp_path / "old")
+    fitted(9).save(tmp_path / "new")
+    os.replace(tmp_path / "new" / "codebook.safetensors", tmp_path / "old" / "codebook.safetensors")
+    with pytest.raises(DataError, match=r"codebook.safetensors is damaged, or not the one of tokenizer\.json"):
+        load_tokenizer(tmp_path / "old")
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "tokenizer.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value != "DROP"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "has format 2; this version reads format 1"),
+        ({"name": "vqkd"}, "unknown tokenizer 'vqkd'; known are pixel, kclip"),
+        ({"grid": "DROP"}, r"tokenizer\.json is damaged: it lacks, or does not know, grid"),
+        ({"extra": 1}, "does not know, extra"),
+        ({"settings": {"image_size": 16, "patch_size": 4, "vocabulary": 9}}, r"shape \(8, 48\).*needs \(9, 48\)"),
+        ({"settings": {"image_size": 16, "patch_size": 4, "colour": 9}}, "has settings pixel does not take: .*colour"),
+        ({"settings": {"image_size": 32, "patch_size": 4, "vocabulary": 8}}, "the fingerprints differ"),
+        ({"codebook_sha256": "0" * 64}, r"codebook\.safetensors is damaged"),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    fitted().save(tmp_path)
+    edit_manifest(tmp_path, **changes)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_codebook_is_refused(tmp_path: Path) -> None:
+    fitted().save(tmp_path)
+    path = tmp_path / "codebook.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"codebook\.safetensors is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no tokenizer: there is no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    fitted().save(tmp_path)
+    (tmp_path / "codebook.safetensors").unlink()
+    with pytest.raises(DataError, match=r"cannot read the codebook .*codebook\.safetensors"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"cannot read .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    fitted().save(tmp_path)
+    edit_manifest(tmp_path, name="kclip")
+    with pytest.raises(DataError, match="holds a tokenizer kclip, not pixel"):
+        PixelTokenizer.load(tmp_path)
+
+
+def test_a_codebook_of_nan_is_refused() -> None:
+    with pytest.raises(DataError, match="here is a codebook with NaN or infinity"):
+        fitted().set_codebook(torch.full((8, 48), float("nan")), "here")
+
+
+def test_other_tensors_in_place_of_a_codebook_are_refused(tmp_path: Path) -> None:
+    fitted().save(tmp_path)
+    path = tmp_path / "codebook.safetensors"
+    save_file({"other": torch.zeros(1)}, path)
+    edit_manifest(tmp_path, codebook_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(DataError, match=r"codebook\.safetensors is no codebook of a tokenizer: 'codebook'"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_fingerprint_follows_settings_and_codebook() -> None:
+    first, again = fitted(), fitted()
+    assert first.fingerprint() == again.fingerprint()
+    again.set_codebook(first.codebook.flip(0), "flipped")
+    wider = make_tokenizer("pixel", image_size=32, patch_size=4, vocabulary=8)
+    wider.set_codebook(first.codebook, "taken over")
+    assert len({first.fingerprint(), again.fingerprint(), wider.fingerprint()}) == 3
+
+
+def test_official_codebook_is_read(tmp_path: Path) -> None:
+    centroids = np.random.default_rng(0).random((8, 48), dtype=np.float32)
+    np.save(tmp_path / "codebook_centroids_4194304_8192.npy", centroids)
+    path = tmp_path / "codebook_centroids_4194304_8192.npy"
+    assert np.array_equal(read_official_codebook(path).numpy(), centroids)
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8, codebook=path)
+    assert np.array_equal(tokenizer.codebook.numpy(), centroids)
+    assert tokenizer.codebook_source == str(path)
+    assert tokenizer.report is None
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").report is None
+
+
+def test_official_codebook_of_another_size_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.zeros((9, 48), dtype=np.float32))
+    with pytest.raises(DataError, match=r"c\.npy is a codebook of shape \(9, 48\), tokenizer pixel needs \(8, 48\)"):
+        make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8, codebook=tmp_path / "c.npy")
+
+
+def test_a_faiss_index_named_npy_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "codebook_index_4194304_8192.npy"
+    header = b"IxF2" + struct.pack("<iqqq?i", 48, 8, 1 << 20, 1 << 20, True, 1) + struct.pack("<Q", 8 * 48)
+    path.write_bytes(header + bytes(8 * 48 * 4))
+    with pytest.raises(DataError, match=r"_8192\.npy is an index of the faiss library .*centroids_\*\.npy"):
+        read_official_codebook(path)
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_named_npy_is_refused_and_not_run(tmp_path: Path) -> None:
+    trap = np.empty(1, dtype=object)
+    trap[0] = Trap(tmp_path / "sprung")
+    np.save(tmp_path / "trap.npy", trap, allow_pickle=True)
+    with pytest.raises(DataError, match=r"cannot read the codebook .*trap\.npy"):
+        read_official_codebook(tmp_path / "trap.npy")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((8, 48)), r"must hold float32 centroids \(entries, features\), it holds float64 \(8, 48\)"),
+        (np.zeros(48, dtype=np.float32), r"it holds float32 \(48,\)"),
+        (b"\x93NUMPY\x01\x00", "cannot read the codebook"),
+        (b"", "cannot read the codebook"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path: Path, content: np.ndarray | bytes, message: str) -> None:
+    path = tmp_path / "c.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(DataError, match=message):
+        read_official_codebook(path)
