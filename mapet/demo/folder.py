@@ -46,6 +46,10 @@ class DemoFolder:
         """Everything of one seed: tokenizer, cache, run and scores."""
         return self.root / f"seed_{seed}"
 
+    def metrics(self, seed: int) -> Path:
+        """What pre-training logged."""
+        return self.seed(seed) / "run" / "metrics.jsonl"
+
     def claim(self, recipe: Recipe, device: str) -> None:
         """Make the folder this recipe's, or find that it is.
 

@@ -26,12 +26,12 @@ COLUMNS = 8
 
 def loss_picture(folder: DemoFolder, recipe: Recipe, seeds: Sequence[int], token_entropy: float) -> Picture:
     """Loss, accuracy and learning rate of all seeds."""
-    curves = {f"seed {seed}": read_metrics(folder.seed(seed) / "run" / "metrics.jsonl") for seed in seeds}
+    curves = {f"seed {seed}": read_metrics(folder.metrics(seed)) for seed in seeds}
     path = draw_loss_curve(folder.root / "loss.png", curves, vocabulary=recipe.vocabulary, token_entropy=token_entropy)
     return Picture(
         path,
-        "Pre-training, one line per seed: the loss of predicting the hidden tokens, the share of them that is predicted"
-        " right, and the learning rate. The horizontal lines are what guessing without looking at the image would give.",
+        "Pre-training, one line per seed: the loss of predicting the hidden tokens, the share of them predicted right,"
+        " and the learning rate. The horizontal lines are what guessing without looking at the image would give.",
     )
 
 
@@ -39,9 +39,9 @@ def visibility_picture(folder: DemoFolder) -> Picture:
     """Who sees whom, for an image of 4 x 4 patches."""
     return Picture(
         draw_who_sees_whom(folder.root / "who_sees_whom.png"),
-        "Who sees whom in MaPeT. A row is a token that looks, a column one that is looked at; a coloured cell means that"
-        " the row sees the column. The query stream, below, makes the predictions: it never sees the patch it predicts"
-        " (hollow circles), only the context, the targets before it, and the positions of the others.",
+        "Who sees whom in MaPeT. A row is a token that looks, a column one that is looked at; a coloured cell says that"
+        " this row sees this column. The query stream, below, makes the predictions: it never sees the patch it"
+        " predicts (hollow circles), only the context, the targets before it, and the positions of the others.",
     )
 
 
@@ -83,9 +83,10 @@ def _draw(path: Path, cache: TokenCache, codebook: Tensor, title: str) -> None:
 
 
 def striking_entries(codebook: Tensor, tokens: Tensor, count: int) -> list[int]:
-    """Ids of `count` entries worth a look, at most: of those in as many images as the median entry, the most contrast first.
+    """Ids of at most `count` entries worth a look, among those that occur in as many images as the median entry does.
 
-    Each is the one farthest, up to brightness, from those before it, so that not all show the same edge.
+    The first is the one of most contrast; each other one, of at least median contrast, is the farthest from those
+    before it, brightness aside, so that not all show the same edge.
     """
     # How many images each entry occurs in.
     spread = np.bincount(np.concatenate([row.unique().numpy() for row in tokens]), minlength=len(codebook))
@@ -93,7 +94,8 @@ def striking_entries(codebook: Tensor, tokens: Tensor, count: int) -> list[int]:
     shapes = codebook.cpu().numpy()[common]
     shapes = shapes - shapes.mean(axis=1, keepdims=True)
     contrast = np.linalg.norm(shapes, axis=1)
-    common, shapes = common[contrast >= np.median(contrast)], shapes[contrast >= np.median(contrast)]
+    strong = contrast >= np.median(contrast)
+    common, shapes = common[strong], shapes[strong]
     chosen = [int(np.linalg.norm(shapes, axis=1).argmax())]
     distance = np.linalg.norm(shapes - shapes[chosen[0]], axis=1)
     while len(chosen) < min(count, len(common)):

@@ -17,17 +17,16 @@ from mapet.checkpoint import load_weights
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, open_source
 from mapet.data.subset import Subset
+from mapet.demo.describe import demo_results, token_entropy
 from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.pictures import digit_gallery, loss_picture, photo_gallery, visibility_picture
 from mapet.demo.recipe import FULL, QUICK, Recipe
 from mapet.demo.seed import SeedJob, Stopped
 from mapet.distributed import pick_device
-from mapet.doctor import doctor_report, machine_lines
 from mapet.errors import CheckpointError, ConfigError
 from mapet.evaluate import CacheImages, extract_features
 from mapet.export import TOLERANCE, ExportReport, export, to_timm
-from mapet.report.loss_curve import read_metrics
-from mapet.report.report import DemoResults, Picture, PretrainingLoss, write_report
+from mapet.report.report import Picture, write_report
 
 THREADS = 4
 """More only get in each other's way: the matrices of so small a network are too small to share out."""
@@ -78,7 +77,16 @@ def run_demo(options: DemoOptions) -> None:
             exported = export_first(jobs[0])
         with timings.stage("pictures", anew=True):
             pictures = draw_pictures(folder, recipe, results)
-    report = report_results(options, recipe, results, pictures, exported, timings)
+    report = demo_results(
+        folder,
+        recipe,
+        results,
+        command=options.command,
+        device=str(device),
+        timings=timings,
+        pictures=pictures,
+        export=exported,
+    )
     say(f"done: {write_report(folder.root / 'report.md', report)} has the numbers and the pictures")
 
 
@@ -137,64 +145,11 @@ def export_first(job: SeedJob) -> ExportReport:
 def draw_pictures(folder: DemoFolder, recipe: Recipe, results: Sequence[SeedResult]) -> tuple[Picture, ...]:
     """All pictures, drawn anew."""
     say("pictures: loss, who sees whom, codebooks of digits and of photographs; about half a minute")
-    entropy = float(np.mean([result.token_entropy for result in results]))
     return (
-        loss_picture(folder, recipe, [result.seed for result in results], entropy),
+        loss_picture(folder, recipe, [result.seed for result in results], token_entropy(results)),
         visibility_picture(folder),
         digit_gallery(folder, results[0].seed),
         photo_gallery(folder, recipe.photos),
-    )
-
-
-def report_results(
-    options: DemoOptions,
-    recipe: Recipe,
-    results: Sequence[SeedResult],
-    pictures: tuple[Picture, ...],
-    exported: ExportReport,
-    timings: Timings,
-) -> DemoResults:
-    """Everything for the report."""
-    folder = DemoFolder(options.output)
-    final = [read_metrics(folder.seed(result.seed) / "run" / "metrics.jsonl").loss[-1] for result in results]
-    entropy = float(np.mean([result.token_entropy for result in results]))
-    return DemoResults(
-        command=options.command,
-        facts=facts(recipe, results[0]),
-        seeds=tuple(result.seed for result in results),
-        pretrained=tuple(result.pretrained for result in results),
-        random_init=tuple(result.random_init for result in results),
-        raw_pixels=tuple(result.raw_pixels for result in results),
-        loss=PretrainingLoss(tuple(map(float, final)), recipe.vocabulary, entropy),
-        timings=tuple(timings.seconds.items()),
-        machine=(*machine_lines(doctor_report()), f"device: {pick_device(options.device, None)}"),
-        pictures=pictures,
-        export=exported,
-    )
-
-
-def facts(recipe: Recipe, result: SeedResult) -> tuple[tuple[str, str], ...]:
-    """What was run, for the first table of the report."""
-    model, train = recipe.model(), result.pretrained.train_images
-    steps = recipe.epochs * (train // recipe.global_batch)
-    return (
-        ("images", f"scikit-learn's digits, 8 x 8 pixels, enlarged to {model.image_size} (bicubic)"),
-        ("split", f"{train} training and {result.pretrained.test_images} test images, drawn class by class per seed"),
-        ("seen in pre-training", "the training images without labels; tokenizer and network never see a test image"),
-        ("tokenizer", f"k-means over the pixels of patches, {recipe.vocabulary} entries, fitted per seed"),
-        (
-            "network",
-            f"{model.depth} blocks of width {model.width}, {model.heads} heads, {model.grid} x {model.grid} patches of"
-            f" {model.patch_size} pixels and a class token, layer scale {model.layer_scale:g}",
-        ),
-        ("objective", f"MaPeT, cut {recipe.cut} of {model.tokens} tokens, colour jitter {recipe.color_jitter:g}"),
-        ("pre-training", f"{recipe.epochs} epochs, {steps} steps of {recipe.global_batch} images, lr {recipe.lr:g}"),
-        (
-            "linear probe",
-            f"the paper's, {recipe.probe.epochs} epochs at lr {recipe.probe.lr:g}, but batch {recipe.probe.batch} in"
-            " place of 1024, which would be one or two steps an epoch here; the same for all three kinds of features",
-        ),
-        ("a seed changes", "the split, tokenizer, initialisation, order of images, and which few labels are used"),
     )
 
 
