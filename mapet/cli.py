@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except MapetError as error:
             complain("error", error)
             return error.exit_code
-        except KeyboardInterrupt:
-            complain("interrupted", "stopped by Ctrl-C; what was unfinished has been removed")
+        except KeyboardInterrupt as interrupt:
+            complain("interrupted", str(interrupt) or "stopped by Ctrl-C; what was unfinished has been removed")
             return INTERRUPTED
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

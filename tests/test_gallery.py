@@ -76,8 +76,9 @@ def test_examples_come_from_as_many_images_as_there_are() -> None:
 def test_context_keeps_the_patch_as_it_is_and_inside_the_image(i_patch: int) -> None:
     pixels = np.random.default_rng(0).integers(255, size=(40, 40, 3), dtype=np.uint8)
     window, (x, y, side) = gallery._in_context(pixels, i_patch, 10)
-    assert window.shape == (12, 12, 3)
-    left, top, size = round(12 * x), round(12 * y), round(12 * side)
+    side_shown = 4 * gallery.CONTEXT
+    assert window.shape == (side_shown, side_shown, 3)
+    left, top, size = (round(side_shown * part) for part in (x, y, side))
     row, column = divmod(i_patch, 10)
     patch = pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
     assert size == 4

@@ -210,7 +210,7 @@ def test_the_report_is_written_beside_its_pictures(tmp_path):
     pictures = (Picture(tmp_path / "pictures" / "loss.png", "The loss."),)
     path = write_report(tmp_path / "report.md", make_demo(pictures=pictures, export=export))
     text = path.read_text()
-    assert "![The loss.](pictures/loss.png)" in text
+    assert "![loss](pictures/loss.png)\n\nThe loss.\n" in text
     assert "1,234,567 parameters" in text and 'timm.create_model("local-dir:' in text
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.md"]
     (tmp_path / "file").write_text("")

@@ -115,7 +115,7 @@ def render(results: DemoResults, folder: Path) -> str:
         ["## Top-1 accuracy on the test images", "", *_accuracy_section(results)],
         ["## What the numbers say", "", *_comparison_section(results)],
         ["## Pre-training", "", _loss_sentence(results.loss)],
-        *([f"![{p.caption}]({_relative(p.path, folder)})", "", p.caption] for p in results.pictures),
+        *([f"![{p.path.stem}]({_relative(p.path, folder)})", "", p.caption] for p in results.pictures),
         ["## The exported model", "", *_export_section(results.export, folder)],
         [
             "## Time",

@@ -20,9 +20,9 @@ GAP = 10
 LABEL = 128
 """Width of the text at the left."""
 HEADER = 84
-CONTEXT = 3
+CONTEXT = 5
 """Patches along the side of a cell, the one in question among them;"""
-WHOLE = 5
+WHOLE = 6
 """but an image of no more patches than this along its side is shown whole."""
 FADE = 0.45
 """How far the surroundings of a patch are washed out to white."""

@@ -1,0 +1,145 @@
+"""The demo's folder: where everything lies, what it was made with, and what is done already."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mapet import __version__
+from mapet.config import to_dict
+from mapet.demo.recipe import Recipe
+from mapet.errors import ConfigError, DataError
+from mapet.evaluate import EvaluationResult, Score
+
+SETTINGS = "demo.json"
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """What one seed gave."""
+
+    seed: int
+    pretrained: EvaluationResult
+    random_init: EvaluationResult
+    raw_pixels: EvaluationResult
+    token_entropy: float
+    """Of the training tokens, in nats."""
+
+
+@dataclass(frozen=True)
+class DemoFolder:
+    """Paths and records of a demo."""
+
+    root: Path
+
+    def seed(self, seed: int) -> Path:
+        """Everything of one seed: tokenizer, cache, run and scores."""
+        return self.root / f"seed_{seed}"
+
+    def metrics(self, seed: int) -> Path:
+        """What pre-training logged."""
+        return self.seed(seed) / "run" / "metrics.jsonl"
+
+    def claim(self, recipe: Recipe, device: str) -> None:
+        """Make the folder this recipe's, or find that it is.
+
+        Raises:
+            ConfigError: it holds results of other settings, or something else.
+        """
+        wanted = {"mapet": __version__, "torch": torch.__version__, "device": device, "recipe": to_dict(recipe)}
+        path = self.root / SETTINGS
+        if path.is_file():
+            found = read_json(path)
+            if different := sorted(_differences(found, wanted)):
+                more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+                raise ConfigError(
+                    f"{self.root} holds a demo with other settings ({'; '.join(different[:SHOWN])}{more}): results are "
+                    "not mixed. Name another --output, or delete that folder"
+                )
+            return
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise ConfigError(f"{self.root} is no folder of a demo and is not empty: name another --output")
+        write_json(path, wanted)
+
+    def load_result(self, seed: int) -> SeedResult | None:
+        """The result of a seed that is done; DataError where its file is damaged."""
+        path = self.seed(seed) / "scores.json"
+        if not path.is_file():
+            return None
+        try:
+            values = read_json(path)
+            groups = {name: _evaluation(values.pop(name)) for name in ("pretrained", "random_init", "raw_pixels")}
+            return SeedResult(**values, **groups)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is damaged ({error!r}): delete it, and the demo measures this seed anew"
+            ) from error
+
+    def save_result(self, result: SeedResult) -> None:
+        """Record that a seed is done."""
+        write_json(self.seed(result.seed) / "scores.json", dataclasses.asdict(result))
+
+
+class Timings:
+    """Seconds of every stage, those of earlier calls of the same demo included. Kept in timings.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "timings.json"
+        self.seconds: dict[str, float] = read_json(self.path) if self.path.is_file() else {}
+
+    @contextmanager
+    def stage(self, name: str, *, anew: bool = False) -> Iterator[None]:
+        """Time the block, also when it is interrupted; `anew` forgets the times before, of work that is done again."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            before = 0.0 if anew else self.seconds.get(name, 0.0)
+            self.seconds[name] = before + time.perf_counter() - began
+            write_json(self.path, self.seconds)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of the demo; DataError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; delete it, and run the demo again") from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, whole or not at all. DataError where the disk does not take it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """'name: found instead of wanted' for every value that differs."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        below = [
+            _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+            for key in found.keys() | wanted.keys()
+        ]
+        return [text for texts in below for text in texts]
+    return [] if found == wanted else [f"{name}: {found} instead of {wanted}"]
+
+
+def _evaluation(values: dict[str, Any]) -> EvaluationResult:
+    return EvaluationResult(**{**values, "scores": tuple(Score(**score) for score in values["scores"])})
