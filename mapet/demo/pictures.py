@@ -70,8 +70,8 @@ def photo_gallery(folder: DemoFolder, recipe: PhotoRecipe) -> Picture:
     return Picture(
         path,
         "The same for a codebook of photographs, fitted for this picture only: each row is one entry, its average, and"
-        " patches that have its token, outlined in their surroundings. Rows are those of most contrast among the"
-        " entries in common use.",
+        " patches that have its token, outlined in their surroundings. Shown are entries that occur in many of the"
+        " photographs, of strong contrast and unlike each other.",
     )
 
 

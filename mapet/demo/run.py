@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,9 @@ from mapet.evaluate import CacheImages, extract_features
 from mapet.export import TOLERANCE, ExportReport, export, to_timm
 from mapet.report.report import Picture, write_report
 
-THREADS = 4
-"""More only get in each other's way: the matrices of so small a network are too small to share out."""
+THREADS = 1
+"""Of torch's operations on the CPU. The matrices are too small to share out: a second thread gained a few percent on an
+idle machine, and made the run ten times slower where another process wanted the core it waits on."""
 INTERRUPTED = 130
 
 
@@ -65,13 +65,13 @@ def run_demo(options: DemoOptions) -> None:
     device = pick_device(options.device, None)
     folder = DemoFolder(options.output)
     folder.claim(recipe, device.type)
-    cost = "under a minute" if options.quick else f"about {2 * options.seeds} minutes on 2 CPU cores, less on a GPU"
+    cost = "under a minute" if options.quick else f"about {1 + 1.5 * options.seeds:.0f} minutes on a CPU"
     say(f"{options.seeds} seeds on {device}, into {folder.root}; {cost}. Ctrl-C is safe: the same command goes on")
     timings = Timings(folder.root)
     digits = open_source("digits")
     digits = Subset(digits, range(min(recipe.digits, len(digits))))
     jobs = [SeedJob(seed, recipe, folder, str(device), timings) for seed in range(options.seeds)]
-    with few_threads(THREADS):
+    with threads(THREADS):
         results = run_seeds(jobs, digits)
         with timings.stage("export", anew=True):
             exported = export_first(jobs[0])
@@ -159,10 +159,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def few_threads(most: int) -> Iterator[None]:
-    """At most so many threads in torch's operations within the block."""
+def threads(count: int) -> Iterator[None]:
+    """So many threads in torch's operations within the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, most, os.cpu_count() or 1))
+    torch.set_num_threads(count)
     try:
         yield
     finally:
