@@ -1,0 +1,65 @@
+"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture, no tuning at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ARCHITECTURES = (80, 90)
+"""Architectures with a column of their own; others take the largest that is not above them."""
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory a program may use."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and resources of one kernel."""
+
+    rows: int  # query rows of a tile, BM
+    keys: int  # keys of a tile, BN
+    warps: int
+    stages: int  # key or row tiles in flight
+
+
+def padded_size(size: int) -> int:
+    """The head size that kernels compute with: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def known_architecture(capability: tuple[int, int]) -> int:
+    """The entry of ARCHITECTURES to use for a device's compute capability.
+
+    Raises:
+        ValueError: the device is older than all of them.
+    """
+    number = 10 * capability[0] + capability[1]
+    known = [architecture for architecture in ARCHITECTURES if architecture <= number]
+    if not known:
+        raise ValueError(f"Triton kernels need compute capability 8.0 or newer, this device has {number / 10}")
+    return max(known)
+
+
+def two_stream_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the forward kernel for head size `size`, 1 to 128."""
+    wide = padded_size(size) == 128
+    if dtype.itemsize > 2:
+        return LaunchConfig(rows=64, keys=32, warps=8, stages=1 if wide else 2)
+    return LaunchConfig(rows=128, keys=64, warps=8, stages=2 if wide and architecture < 90 else 3)
+
+
+def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dQ."""
+    wide = padded_size(size) == 128
+    if dtype.itemsize > 2:
+        return LaunchConfig(rows=64, keys=32, warps=8, stages=1)
+    return LaunchConfig(rows=128, keys=64, warps=8, stages=1 if wide and architecture < 90 else 2)
+
+
+def two_stream_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dK and dV."""
+    wide = padded_size(size) == 128
+    if dtype.itemsize > 2:
+        return LaunchConfig(rows=32, keys=32, warps=8 if wide else 4, stages=1)
+    return LaunchConfig(rows=64, keys=64, warps=8 if wide else 4, stages=1 if wide and architecture < 90 else 2)

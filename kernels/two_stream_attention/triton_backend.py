@@ -1,0 +1,177 @@
+"""Launches of the Triton kernels of two-stream attention, on a GPU or, with TRITON_INTERPRET=1, on CPU tensors.
+
+Beyond the other backends' interface it takes `perm` (B, N): content rows in image order are gathered in the kernels.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mapet_kernels import launch
+from mapet_kernels.backends import INTERPRETED, MAX_TRITON_HEAD_SIZE
+from mapet_kernels.launch import LaunchConfig
+from mapet_kernels.two_stream_attention import kernel
+from mapet_kernels.two_stream_attention.problem import Problem, Streams
+
+
+def forward(
+    q: Streams, k: Tensor, v: Tensor, out: Streams, lse: Streams, problem: Problem, perm: Tensor | None = None
+) -> None:
+    """Fill `out` (B, rows, H, D) and `lse` (B, rows, H), contiguous streams each."""
+    _check(q.query, out, lse)
+    q, k, v = Streams(_dense_rows(q.content), _dense_rows(q.query)), _dense_rows(k), _dense_rows(v)
+    config = launch.two_stream_forward(k.shape[-1], k.dtype, _architecture(k))
+    tiles, first_tiles = row_tiles(problem, q.content is not None, config.rows)
+    with _device_of(k):
+        kernel.forward_kernel[(tiles * k.shape[0] * k.shape[2],)](
+            *(q.content, q.query, k, v, out.content, out.query, lse.content, lse.query),
+            *(*_per_image(problem, perm), *_strides(q, k, v), *_sizes(problem, k), first_tiles, tiles),
+            **_constants(k, problem, q.content is not None, config),
+        )
+
+
+def backward(
+    d_out: Streams,
+    q: Streams,
+    k: Tensor,
+    v: Tensor,
+    out: Streams,
+    lse: Streams,
+    dq: Streams,
+    dk: Tensor,
+    dv: Tensor,
+    problem: Problem,
+    perm: Tensor | None = None,
+) -> None:
+    """Fill `dq` (contiguous streams), `dk` and `dv` (last stride 1); `out` and `lse` are those of `forward`."""
+    _check(q.query, d_out, out, lse, dq)
+    q, k, v = Streams(_dense_rows(q.content), _dense_rows(q.query)), _dense_rows(k), _dense_rows(v)
+    delta = lse.empty_like()
+    _query_gradient(d_out, q, k, v, out, lse, delta, dq, problem, perm)
+    _key_gradient(d_out, q, k, v, lse, delta, dk, dv, problem, perm)
+
+
+def row_tiles(problem: Problem, with_content: bool, rows: int) -> tuple[int, int]:
+    """(tiles, first_tiles) of one image and head: row tiles of the forward and dQ kernels, those with s = 0 first."""
+    if not with_content:
+        return triton.cdiv(problem.targets, rows), 0
+    # Grids cannot follow cuts on the device; without mask tokens the first rows are c, at most N - 1.
+    most = problem.tokens if problem.mask_tokens or isinstance(problem.cut, Tensor) else problem.cut
+    first_tiles = triton.cdiv(most, rows)
+    return first_tiles + triton.cdiv(problem.targets, rows // 2), first_tiles
+
+
+def _query_gradient(
+    d_out: Streams,
+    q: Streams,
+    k: Tensor,
+    v: Tensor,
+    out: Streams,
+    lse: Streams,
+    delta: Streams,
+    dq: Streams,
+    problem: Problem,
+    perm: Tensor | None,
+) -> None:
+    config = launch.two_stream_query_gradient(k.shape[-1], k.dtype, _architecture(k))
+    tiles, first_tiles = row_tiles(problem, q.content is not None, config.rows)
+    with _device_of(k):
+        kernel.query_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
+            *(q.content, q.query, k, v, out.content, out.query, d_out.content, d_out.query),
+            *(lse.content, lse.query, delta.content, delta.query, dq.content, dq.query),
+            *(*_per_image(problem, perm), *_strides(q, k, v), *_sizes(problem, k), first_tiles, tiles),
+            **_constants(k, problem, q.content is not None, config),
+        )
+
+
+def _key_gradient(
+    d_out: Streams,
+    q: Streams,
+    k: Tensor,
+    v: Tensor,
+    lse: Streams,
+    delta: Streams,
+    dk: Tensor,
+    dv: Tensor,
+    problem: Problem,
+    perm: Tensor | None,
+) -> None:
+    config = launch.two_stream_key_gradient(k.shape[-1], k.dtype, _architecture(k))
+    tiles = triton.cdiv(problem.content_rows, config.keys)
+    with _device_of(k):
+        kernel.key_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
+            *(q.content, q.query, k, v, d_out.content, d_out.query),
+            *(lse.content, lse.query, delta.content, delta.query, dk, dv),
+            *(*_per_image(problem, perm), *_strides(q, k, v), *dk.stride()[:3], *dv.stride()[:3]),
+            *(*_sizes(problem, k), tiles),
+            **_constants(k, problem, q.content is not None, config),
+        )
+
+
+def _check(query: Tensor, *results: Streams) -> None:
+    size = query.shape[-1]
+    if not 1 <= size <= MAX_TRITON_HEAD_SIZE:
+        raise ValueError(f"backend 'triton' takes head sizes 1 to {MAX_TRITON_HEAD_SIZE}, got {size}")
+    # Autocast chooses the dtype after the backend was chosen, so it is checked here again.
+    if INTERPRETED and query.dtype == torch.bfloat16:
+        raise ValueError("backend 'triton' under TRITON_INTERPRET=1 is wrong in bfloat16: use float16 or float32")
+    if not INTERPRETED and query.dtype == torch.float64:
+        raise ValueError("backend 'triton' takes float16, bfloat16 and float32 on a GPU, got float64")
+    tensors = [tensor for streams in results for tensor in (streams.content, streams.query) if tensor is not None]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("backend 'triton' reads and writes outputs, statistics and their gradients contiguous")
+
+
+def _dense_rows(x: Tensor | None) -> Tensor | None:
+    """x itself if its last dimension is contiguous, as the kernels need it, otherwise a copy."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _architecture(x: Tensor) -> int:
+    return launch.known_architecture(torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0))
+
+
+def _device_of(x: Tensor) -> AbstractContextManager:
+    # Triton launches on the current device, which need not be the tensor's.
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _per_image(problem: Problem, perm: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(cuts, perm), contiguous where they are given."""
+    cuts = problem.cut.contiguous() if isinstance(problem.cut, Tensor) else None
+    return cuts, None if perm is None else perm.contiguous()
+
+
+def _strides(q: Streams, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """(image, row, head) strides of content queries, query stream, keys and values."""
+    content = (0, 0, 0) if q.content is None else q.content.stride()[:3]
+    return *content, *q.query.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+
+
+def _sizes(problem: Problem, k: Tensor) -> tuple[int, int, int, int]:
+    """(cut, N, T, heads); the cut is not read where there is one per image."""
+    cut = 0 if isinstance(problem.cut, Tensor) else problem.cut
+    return cut, problem.tokens, problem.targets, k.shape[2]
+
+
+def _constants(k: Tensor, problem: Problem, with_content: bool, config: LaunchConfig) -> dict[str, object]:
+    # fp32 products round like the caller's own matrix products do: IEEE unless TF32 was asked for.
+    tf32 = k.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "SCALE": float(problem.scale),
+        "D": k.shape[-1],
+        "BD": launch.padded_size(k.shape[-1]),
+        "BM": config.rows,
+        "BN": config.keys,
+        "WITH_CONTENT": with_content,
+        "MASK_TOKENS": problem.mask_tokens,
+        "ACC": tl.float64 if k.dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
