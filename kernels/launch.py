@@ -1,4 +1,4 @@
-"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture, no tuning at run time."""
+"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture; nothing is timed."""
 
 from __future__ import annotations
 

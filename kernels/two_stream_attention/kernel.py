@@ -11,11 +11,12 @@ where `window` counts the keys that a row with s = 0 sees: N, or c without mask 
                     [i0, window + i1), of which all rows see [i1, window + i0): masks only in tiles at the two ends.
                     Without content queries (last block) the tile holds G_i only.
 
-With one cut per image `real` targets exist out of `targets`; the rest is padding, whose results are 0 (statistics: -inf).
+With one cut per image `real` targets exist out of `targets`; the rest is padding, with results 0 and statistics -inf.
 
-Names: N = tokens, T = targets, D head size, BD = D padded to a power of two; BM rows and BN keys of a tile, BI targets of
-a target tile. i_ index, o_ offset, m_ mask, p_ pointers, b_ block in registers. Outputs, statistics and their gradients
-are contiguous (B, rows, H, D) and (B, rows, H) for each stream; q, k, v, dk and dv have any strides, the last one 1.
+Names: N = tokens, T = targets, D head size, BD = D padded to a power of two; BM rows and BN keys of a tile, BI targets
+of a target tile. i_ index, o_ offset, m_ mask, p_ pointers, b_ block in registers. Outputs, statistics and their
+gradients are contiguous (B, rows, H, D) and (B, rows, H) for each stream; q, k, v, dk and dv have any strides, the last
+one 1. Without content queries the content stream's arguments are not used.
 
 Statistics are those of softmax in base 2: P = 2^(S * scale * log2 e - LSE * log2 e); the LSE in memory is natural.
 """
@@ -59,32 +60,19 @@ def _row_tile(
 
 
 @triton.jit
-def _stream_pointers(content, query, o_content, o_query, is_query, WITH_CONTENT: tl.constexpr):
+def _row_pointers(content, query, row, s_content, s_query, is_query, WITH_CONTENT: tl.constexpr):
+    """Pointers (BM,) to rows of one image and head, given pointers and row strides of its two streams."""
     if WITH_CONTENT:
-        p = tl.where(is_query, query + o_query, content + o_content)
+        p = tl.where(is_query, query, content) + row * tl.where(is_query, s_query, s_content)
     else:
-        p = query + o_query
+        p = query + row * s_query
     return p
 
 
 @triton.jit
-def _result_pointers(
-    content,
-    query,
-    row,
-    is_query,
-    i_b,
-    i_h,
-    content_rows,
-    targets,
-    heads,
-    SIZE: tl.constexpr,
-    WITH_CONTENT: tl.constexpr,
-):
-    """Pointers (BM,) to rows of contiguous streams of SIZE elements a row and head."""
-    o_content = ((i_b * content_rows + row) * heads + i_h) * SIZE
-    o_query = ((i_b * targets + row) * heads + i_h) * SIZE
-    return _stream_pointers(content, query, o_content, o_query, is_query, WITH_CONTENT)
+def _result_offsets(i_b, i_h, content_rows, targets, heads):
+    """Where the rows of an image and head start in contiguous streams (content, query), in units of a row."""
+    return i_b * content_rows * heads + i_h, i_b * targets * heads + i_h
 
 
 @triton.jit
@@ -101,9 +89,18 @@ def _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(p_rows, d, m_row, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
+def _element_pointers(p_rows, d, ALIGNED: tl.constexpr):
+    """Pointers (rows, BD) from those to rows (rows,)."""
+    p = p_rows[:, None]
+    if ALIGNED:  # Triton does not see it through tl.where, and would move single elements
+        p = tl.multiple_of(p, (16, 16))
+    return p + d[None, :]
+
+
+@triton.jit
+def _load_rows(p_rows, d, m_row, D: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
     """Rows (rows, BD) at pointers (rows,); zero where masked or beyond D."""
-    p = p_rows[:, None] + d[None, :]
+    p = _element_pointers(p_rows, d, ALIGNED)
     if MASKED and BD != D:
         b = tl.load(p, mask=m_row[:, None] & (d < D)[None, :], other=0.0)
     elif MASKED:
@@ -116,8 +113,8 @@ def _load_rows(p_rows, d, m_row, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def _store_rows(p_rows, d, m_row, b, D: tl.constexpr, BD: tl.constexpr):
-    p = p_rows[:, None] + d[None, :]
+def _store_rows(p_rows, d, m_row, b, D: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr):
+    p = _element_pointers(p_rows, d, ALIGNED)
     if BD != D:
         tl.store(p, b.to(p.dtype.element_ty), mask=m_row[:, None] & (d < D)[None, :])
     else:
@@ -137,7 +134,7 @@ def _visible(p, shift, window, MASK_TOKENS: tl.constexpr):
 def _split(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
     """Cut [lo, hi) into blocks of which those inside [full_lo, full_hi) need no mask.
 
-    Returns (first, last, lower, masked): unmasked blocks are [first, last); `masked` others, `lower` of them before first.
+    Returns (first, last, lower, masked): [first, last) needs none; of `masked` other blocks `lower` come before first.
     """
     lower = tl.cdiv(tl.maximum(tl.minimum(full_lo, hi) - lo, 0), BLOCK)
     first = lo + lower * BLOCK
@@ -185,14 +182,14 @@ def _cut_of_image(cuts, cut, i_b):
 def _forward_step(
     b_acc, b_max, b_sum, b_q, start, end, k, v, s_kr, s_vr, masks, tokens, perm, i_b, shift, window, d,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASK_TOKENS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [start, start + BN) into the online softmax of one row tile."""
     p = start + tl.arange(0, BN)
     m_key = p < end
     key = _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS).to(tl.int64)
-    b_k = _load_rows(k + key * s_kr, d, m_key, D, BD, MASKED)  # (BN, BD)
-    b_v = _load_rows(v + key * s_vr, d, m_key, D, BD, MASKED)
+    b_k = _load_rows(k + key * s_kr, d, m_key, D, BD, ALIGNED, MASKED)  # (BN, BD)
+    b_v = _load_rows(v + key * s_vr, d, m_key, D, BD, ALIGNED, MASKED)
     # (BM, BD) @ (BD, BN) -> (BM, BN)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
     if MASKED:
@@ -218,9 +215,10 @@ def forward_kernel(
     s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh,
     cut, tokens, targets, heads, first_tiles, tiles,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(SCALE * Q K^T over the visible keys) V, and its log-sum-exp. One program a row tile, image and head."""
+    """O = softmax(SCALE * Q K^T over visible keys) V, and its log-sum-exp. One program a row tile, image and head."""
     BI: tl.constexpr = BM // 2 if WITH_CONTENT else BM
     is_first, start, i_b, i_h = _tile_of_program(first_tiles, tiles, heads, BM, BI)
     c = _cut_of_image(cuts, cut, i_b)
@@ -233,11 +231,11 @@ def forward_kernel(
     )
     row = row.to(tl.int64)
     d = tl.arange(0, BD)
-    p_q = _stream_pointers(
-        q_content, q_query, i_b * s_cb + row * s_cr + i_h * s_ch, i_b * s_qb + row * s_qr + i_h * s_qh, is_query,
-        WITH_CONTENT,
-    )  # fmt: skip
-    b_q = _load_rows(p_q, d, sees, D, BD, True)
+    o_content, o_query = _result_offsets(i_b, i_h, content_rows, targets, heads)
+    q_content += i_b * s_cb + i_h * s_ch
+    q_query += i_b * s_qb + i_h * s_qh
+    p_q = _row_pointers(q_content, q_query, row, s_cr, s_qr, is_query, WITH_CONTENT)
+    b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, True)
     # The running maximum is that of unscaled scores, which is right for a positive scale only: the sign goes into Q.
     if SCALE < 0:
         b_q = -b_q
@@ -255,25 +253,23 @@ def forward_kernel(
         o = tl.where(i < lower, lo + i * BN, last + (i - lower) * BN)
         b_acc, b_max, b_sum = _forward_step(
             b_acc, b_max, b_sum, b_q, o, end, k, v, s_kr, s_vr, masks, tokens, perm, i_b, shift, window, d,
-            STEEP, D, BD, BN, MASK_TOKENS, ACC, PRECISION, True,
+            STEEP, D, BD, BN, MASK_TOKENS, ALIGNED, ACC, PRECISION, True,
         )  # fmt: skip
     for o in range(first, last, BN):
         b_acc, b_max, b_sum = _forward_step(
             b_acc, b_max, b_sum, b_q, o, end, k, v, s_kr, s_vr, masks, tokens, perm, i_b, shift, window, d,
-            STEEP, D, BD, BN, MASK_TOKENS, ACC, PRECISION, False,
+            STEEP, D, BD, BN, MASK_TOKENS, ALIGNED, ACC, PRECISION, False,
         )  # fmt: skip
 
     sees = sees & (b_sum > 0)
     b_sum = tl.where(sees, b_sum, 1.0)
     b_out = tl.where(sees[:, None], b_acc / b_sum[:, None], 0.0)
     b_lse = tl.where(sees, b_max * STEEP + tl.log(b_sum), float("-inf"))
-    p_out = _result_pointers(
-        out_content, out_query, row, is_query, i_b, i_h, content_rows, targets, heads, D, WITH_CONTENT
+    p_out = _row_pointers(
+        out_content + o_content * D, out_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
-    p_lse = _result_pointers(
-        lse_content, lse_query, row, is_query, i_b, i_h, content_rows, targets, heads, 1, WITH_CONTENT
-    )
-    _store_rows(p_out, d, exists, b_out, D, BD)
+    p_lse = _row_pointers(lse_content + o_content, lse_query + o_query, row, heads, heads, is_query, WITH_CONTENT)
+    _store_rows(p_out, d, exists, b_out, D, BD, ALIGNED)
     tl.store(p_lse, b_lse, mask=exists)
 
 
@@ -290,14 +286,14 @@ def _score_gradient(b_s, b_dp, b_lse, b_delta, m_visible, SCALE: tl.constexpr, M
 def _query_gradient_step(
     b_dq, b_q, b_do, b_lse, b_delta, start, end, k, v, s_kr, s_vr, masks, tokens, perm, i_b, shift, window, d,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASK_TOKENS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys [start, start + BN) give to dQ / SCALE of one row tile."""
     p = start + tl.arange(0, BN)
     m_key = p < end
     key = _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS).to(tl.int64)
-    b_k = _load_rows(k + key * s_kr, d, m_key, D, BD, MASKED)  # (BN, BD)
-    b_v = _load_rows(v + key * s_vr, d, m_key, D, BD, MASKED)
+    b_k = _load_rows(k + key * s_kr, d, m_key, D, BD, ALIGNED, MASKED)  # (BN, BD)
+    b_v = _load_rows(v + key * s_vr, d, m_key, D, BD, ALIGNED, MASKED)
     # (BM, BD) @ (BD, BN) -> (BM, BN)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=ACC)
@@ -314,7 +310,8 @@ def query_gradient_kernel(
     s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh,
     cut, tokens, targets, heads, first_tiles, tiles,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O), which the kernel of the keys needs too, and dQ. One program a row tile, image and head.
 
@@ -332,28 +329,21 @@ def query_gradient_kernel(
     )
     row = row.to(tl.int64)
     d = tl.arange(0, BD)
-    p_q = _stream_pointers(
-        q_content, q_query, i_b * s_cb + row * s_cr + i_h * s_ch, i_b * s_qb + row * s_qr + i_h * s_qh, is_query,
-        WITH_CONTENT,
-    )  # fmt: skip
-    p_do = _result_pointers(
-        do_content, do_query, row, is_query, i_b, i_h, content_rows, targets, heads, D, WITH_CONTENT
+    o_content, o_query = _result_offsets(i_b, i_h, content_rows, targets, heads)
+    q_content += i_b * s_cb + i_h * s_ch
+    q_query += i_b * s_qb + i_h * s_qh
+    p_q = _row_pointers(q_content, q_query, row, s_cr, s_qr, is_query, WITH_CONTENT)
+    p_do = _row_pointers(
+        do_content + o_content * D, do_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
-    p_out = _result_pointers(
-        out_content, out_query, row, is_query, i_b, i_h, content_rows, targets, heads, D, WITH_CONTENT
+    p_out = _row_pointers(
+        out_content + o_content * D, out_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
-    p_lse = _result_pointers(
-        lse_content, lse_query, row, is_query, i_b, i_h, content_rows, targets, heads, 1, WITH_CONTENT
-    )
-    p_delta = _result_pointers(
-        delta_content, delta_query, row, is_query, i_b, i_h, content_rows, targets, heads, 1, WITH_CONTENT
-    )
-    p_dq = _result_pointers(
-        dq_content, dq_query, row, is_query, i_b, i_h, content_rows, targets, heads, D, WITH_CONTENT
-    )
-    b_q = _load_rows(p_q, d, sees, D, BD, True)
-    b_do = _load_rows(p_do, d, sees, D, BD, True)
-    b_out = _load_rows(p_out, d, sees, D, BD, True)
+    p_lse = _row_pointers(lse_content + o_content, lse_query + o_query, row, heads, heads, is_query, WITH_CONTENT)
+    p_delta = _row_pointers(delta_content + o_content, delta_query + o_query, row, heads, heads, is_query, WITH_CONTENT)
+    b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, True)
+    b_do = _load_rows(p_do, d, sees, D, BD, ALIGNED, True)
+    b_out = _load_rows(p_out, d, sees, D, BD, ALIGNED, True)
     b_lse = tl.load(p_lse, mask=sees, other=0.0) * LOG2_E
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
     tl.store(p_delta, b_delta, mask=exists)
@@ -366,45 +356,38 @@ def query_gradient_kernel(
         o = tl.where(i < lower, lo + i * BN, last + (i - lower) * BN)
         b_dq = _query_gradient_step(
             b_dq, b_q, b_do, b_lse, b_delta, o, end, k, v, s_kr, s_vr, masks, tokens, perm, i_b, shift, window, d,
-            SCALE, D, BD, BN, MASK_TOKENS, ACC, PRECISION, True,
+            SCALE, D, BD, BN, MASK_TOKENS, ALIGNED, ACC, PRECISION, True,
         )  # fmt: skip
     for o in range(first, last, BN):
         b_dq = _query_gradient_step(
             b_dq, b_q, b_do, b_lse, b_delta, o, end, k, v, s_kr, s_vr, masks, tokens, perm, i_b, shift, window, d,
-            SCALE, D, BD, BN, MASK_TOKENS, ACC, PRECISION, False,
+            SCALE, D, BD, BN, MASK_TOKENS, ALIGNED, ACC, PRECISION, False,
         )  # fmt: skip
-    _store_rows(p_dq, d, exists, tl.where(sees[:, None], b_dq * SCALE, 0.0), D, BD)
+    p_dq = _row_pointers(
+        dq_content + o_content * D, dq_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
+    )
+    _store_rows(p_dq, d, exists, tl.where(sees[:, None], b_dq * SCALE, 0.0), D, BD, ALIGNED)
 
 
 @triton.jit
 def _key_gradient_step(
     b_dk, b_dv, b_k, b_v, p, is_first, start, q_content, q_query, do_content, do_query, lse_content, lse_query,
-    delta_content, delta_query, s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, c, real, window, tokens, targets, content_rows,
-    heads, perm, i_b, i_h, d,
+    delta_content, delta_query, s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
-    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what one row tile gives to dK / SCALE and dV of one key tile; all products transposed, (BN, BM)."""
     row, is_query, shift, sees, _ = _row_tile(
         is_first, start, c, real, window, tokens, targets, perm, i_b, BM, BI, WITH_CONTENT, MASK_TOKENS
     )
     row = row.to(tl.int64)
-    p_q = _stream_pointers(
-        q_content, q_query, i_b * s_cb + row * s_cr + i_h * s_ch, i_b * s_qb + row * s_qr + i_h * s_qh, is_query,
-        WITH_CONTENT,
-    )  # fmt: skip
-    p_do = _result_pointers(
-        do_content, do_query, row, is_query, i_b, i_h, content_rows, targets, heads, D, WITH_CONTENT
-    )
-    p_lse = _result_pointers(
-        lse_content, lse_query, row, is_query, i_b, i_h, content_rows, targets, heads, 1, WITH_CONTENT
-    )
-    p_delta = _result_pointers(
-        delta_content, delta_query, row, is_query, i_b, i_h, content_rows, targets, heads, 1, WITH_CONTENT
-    )
-    b_q = _load_rows(p_q, d, sees, D, BD, MASKED)  # (BM, BD)
-    b_do = _load_rows(p_do, d, sees, D, BD, MASKED)
+    p_q = _row_pointers(q_content, q_query, row, s_cr, s_qr, is_query, WITH_CONTENT)
+    p_do = _row_pointers(do_content, do_query, row, heads * D, heads * D, is_query, WITH_CONTENT)
+    p_lse = _row_pointers(lse_content, lse_query, row, heads, heads, is_query, WITH_CONTENT)
+    p_delta = _row_pointers(delta_content, delta_query, row, heads, heads, is_query, WITH_CONTENT)
+    b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, MASKED)  # (BM, BD)
+    b_do = _load_rows(p_do, d, sees, D, BD, ALIGNED, MASKED)
     if MASKED:
         b_lse = tl.load(p_lse, mask=sees, other=0.0) * LOG2_E
         b_delta = tl.load(p_delta, mask=sees, other=0.0)
@@ -429,7 +412,8 @@ def key_gradient_kernel(
     s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh, s_dkb, s_dkr, s_dkh, s_dvb, s_dvr, s_dvh,
     cut, tokens, targets, heads, tiles,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO and dK = SCALE * dS^T Q. One program a key tile, image and head: no atomics, one order of addition.
 
@@ -452,9 +436,18 @@ def key_gradient_kernel(
     m_key = p < masks + tokens
     key = _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS).to(tl.int64)
     d = tl.arange(0, BD)
-    b_k = _load_rows(k + i_b * s_kb + i_h * s_kh + key * s_kr, d, m_key, D, BD, True)
-    b_v = _load_rows(v + i_b * s_vb + i_h * s_vh + key * s_vr, d, m_key, D, BD, True)
+    b_k = _load_rows(k + i_b * s_kb + i_h * s_kh + key * s_kr, d, m_key, D, BD, ALIGNED, True)
+    b_v = _load_rows(v + i_b * s_vb + i_h * s_vh + key * s_vr, d, m_key, D, BD, ALIGNED, True)
 
+    o_content, o_query = _result_offsets(i_b, i_h, content_rows, targets, heads)
+    q_content += i_b * s_cb + i_h * s_ch
+    q_query += i_b * s_qb + i_h * s_qh
+    do_content += o_content * D
+    do_query += o_query * D
+    lse_content += o_content
+    lse_query += o_query
+    delta_content += o_content
+    delta_query += o_query
     if WITH_CONTENT:
         first_plain = tl.where(p1 <= window, window // BM, 0)
         first_masked = tl.where(p0 < window, tl.cdiv(window, BM), 0) - first_plain
@@ -474,20 +467,18 @@ def key_gradient_kernel(
         start = tl.where(j < 0, (first_plain + i) * BM, start)
         b_dk, b_dv = _key_gradient_step(
             b_dk, b_dv, b_k, b_v, p, j < 0, start, q_content, q_query, do_content, do_query, lse_content, lse_query,
-            delta_content, delta_query, s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, c, real, window, tokens, targets,
-            content_rows, heads, perm, i_b, i_h, d,
-            SCALE, D, BD, BM, BI, WITH_CONTENT, MASK_TOKENS, ACC, PRECISION, True,
+            delta_content, delta_query, s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
+            SCALE, D, BD, BM, BI, WITH_CONTENT, MASK_TOKENS, ALIGNED, ACC, PRECISION, True,
         )  # fmt: skip
     for i in range(first_plain + (last - first) // BI):
         j = i - first_plain
         start = tl.where(j < 0, i * BM, first + j * BI)
         b_dk, b_dv = _key_gradient_step(
             b_dk, b_dv, b_k, b_v, p, j < 0, start, q_content, q_query, do_content, do_query, lse_content, lse_query,
-            delta_content, delta_query, s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, c, real, window, tokens, targets,
-            content_rows, heads, perm, i_b, i_h, d,
-            SCALE, D, BD, BM, BI, WITH_CONTENT, MASK_TOKENS, ACC, PRECISION, False,
+            delta_content, delta_query, s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
+            SCALE, D, BD, BM, BI, WITH_CONTENT, MASK_TOKENS, ALIGNED, ACC, PRECISION, False,
         )  # fmt: skip
     o_dk = i_b * s_dkb + i_h * s_dkh + key * s_dkr
     o_dv = i_b * s_dvb + i_h * s_dvh + key * s_dvr
-    _store_rows(dk + o_dk, d, m_exists, b_dk * SCALE, D, BD)
-    _store_rows(dv + o_dv, d, m_exists, b_dv, D, BD)
+    _store_rows(dk + o_dk, d, m_exists, b_dk * SCALE, D, BD, ALIGNED)
+    _store_rows(dv + o_dv, d, m_exists, b_dv, D, BD, ALIGNED)

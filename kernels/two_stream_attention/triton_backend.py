@@ -29,9 +29,9 @@ def forward(
     tiles, first_tiles = row_tiles(problem, q.content is not None, config.rows)
     with _device_of(k):
         kernel.forward_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(q.content, q.query, k, v, out.content, out.query, lse.content, lse.query),
+            *(*_both(q), k, v, *_both(out), *_both(lse)),
             *(*_per_image(problem, perm), *_strides(q, k, v), *_sizes(problem, k), first_tiles, tiles),
-            **_constants(k, problem, q.content is not None, config),
+            **_constants(problem, config, q.content is not None, k, v, q, out),
         )
 
 
@@ -82,10 +82,9 @@ def _query_gradient(
     tiles, first_tiles = row_tiles(problem, q.content is not None, config.rows)
     with _device_of(k):
         kernel.query_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(q.content, q.query, k, v, out.content, out.query, d_out.content, d_out.query),
-            *(lse.content, lse.query, delta.content, delta.query, dq.content, dq.query),
+            *(*_both(q), k, v, *_both(out), *_both(d_out), *_both(lse), *_both(delta), *_both(dq)),
             *(*_per_image(problem, perm), *_strides(q, k, v), *_sizes(problem, k), first_tiles, tiles),
-            **_constants(k, problem, q.content is not None, config),
+            **_constants(problem, config, q.content is not None, k, v, q, out, d_out, dq),
         )
 
 
@@ -105,11 +104,10 @@ def _key_gradient(
     tiles = triton.cdiv(problem.content_rows, config.keys)
     with _device_of(k):
         kernel.key_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(q.content, q.query, k, v, d_out.content, d_out.query),
-            *(lse.content, lse.query, delta.content, delta.query, dk, dv),
+            *(*_both(q), k, v, *_both(d_out), *_both(lse), *_both(delta), dk, dv),
             *(*_per_image(problem, perm), *_strides(q, k, v), *dk.stride()[:3], *dv.stride()[:3]),
             *(*_sizes(problem, k), tiles),
-            **_constants(k, problem, q.content is not None, config),
+            **_constants(problem, config, q.content is not None, k, v, q, d_out, dk, dv),
         )
 
 
@@ -141,6 +139,11 @@ def _device_of(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def _both(streams: Streams) -> tuple[Tensor, Tensor]:
+    """(content, query); the kernels ignore the first where there is no content stream."""
+    return streams.query if streams.content is None else streams.content, streams.query
+
+
 def _per_image(problem: Problem, perm: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(cuts, perm), contiguous where they are given."""
     cuts = problem.cut.contiguous() if isinstance(problem.cut, Tensor) else None
@@ -149,8 +152,7 @@ def _per_image(problem: Problem, perm: Tensor | None) -> tuple[Tensor | None, Te
 
 def _strides(q: Streams, k: Tensor, v: Tensor) -> tuple[int, ...]:
     """(image, row, head) strides of content queries, query stream, keys and values."""
-    content = (0, 0, 0) if q.content is None else q.content.stride()[:3]
-    return *content, *q.query.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    return tuple(stride for x in (*_both(q), k, v) for stride in x.stride()[:3])
 
 
 def _sizes(problem: Problem, k: Tensor) -> tuple[int, int, int, int]:
@@ -159,9 +161,15 @@ def _sizes(problem: Problem, k: Tensor) -> tuple[int, int, int, int]:
     return cut, problem.tokens, problem.targets, k.shape[2]
 
 
-def _constants(k: Tensor, problem: Problem, with_content: bool, config: LaunchConfig) -> dict[str, object]:
+def _constants(
+    problem: Problem, config: LaunchConfig, with_content: bool, k: Tensor, *others: Tensor | Streams
+) -> dict[str, object]:
+    """Constants of a kernel that reads or writes the rows of k and others."""
     # fp32 products round like the caller's own matrix products do: IEEE unless TF32 was asked for.
     tf32 = k.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tensors = [
+        x for other in others for x in ((other.content, other.query) if isinstance(other, Streams) else (other,))
+    ]
     return {
         "SCALE": float(problem.scale),
         "D": k.shape[-1],
@@ -170,8 +178,14 @@ def _constants(k: Tensor, problem: Problem, with_content: bool, config: LaunchCo
         "BN": config.keys,
         "WITH_CONTENT": with_content,
         "MASK_TOKENS": problem.mask_tokens,
+        "ALIGNED": all(rows_are_aligned(x) for x in (k, *tensors)),
         "ACC": tl.float64 if k.dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
+
+
+def rows_are_aligned(x: Tensor) -> bool:
+    """Whether every row of x (..., D) starts at a multiple of 16 bytes, so that it is loaded 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
