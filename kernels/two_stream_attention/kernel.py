@@ -70,6 +70,23 @@ def _row_pointers(content, query, row, s_content, s_query, is_query, WITH_CONTEN
 
 
 @triton.jit
+def _statistic_offsets(
+    is_first, start, tokens, targets, BM: tl.constexpr, BI: tl.constexpr, WITH_CONTENT: tl.constexpr
+):
+    """Where the rows (BM,) of a tile have their statistics in the workspace (B, H, N + 2 T) of one image and head.
+
+    First rows, then B, then G: neighbours in a tile are neighbours in memory, and no offset needs 64 bits.
+    """
+    r = tl.arange(0, BM)
+    if WITH_CONTENT:
+        target = tokens + start + r % BI + tl.where(r >= BI, targets, 0)
+        o = tl.where(is_first, start + r, target)
+    else:
+        o = tokens + targets + start + r
+    return o
+
+
+@triton.jit
 def _result_offsets(i_b, i_h, content_rows, targets, heads):
     """Where the rows of an image and head start in contiguous streams (content, query), in units of a row."""
     return i_b * content_rows * heads + i_h, i_b * targets * heads + i_h
@@ -306,16 +323,16 @@ def _query_gradient_step(
 @triton.jit(do_not_specialize=["cut", "tokens", "targets", "heads", "first_tiles", "tiles"])
 def query_gradient_kernel(
     q_content, q_query, k, v, out_content, out_query, do_content, do_query, lse_content, lse_query,
-    delta_content, delta_query, dq_content, dq_query, cuts, perm,
+    lse_base_2, delta, dq_content, dq_query, cuts, perm,
     s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh,
     cut, tokens, targets, heads, first_tiles, tiles,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O), which the kernel of the keys needs too, and dQ. One program a row tile, image and head.
+    """dQ = SCALE * dS K    with    dS = P * (dO V^T - delta)    and    delta = rowsum(dO * O).
 
-    dQ = SCALE * dS K    with    dS = P * (dO V^T - delta)
+    One program a row tile, image and head. It leaves delta and the LSE in base 2 for the kernel of the keys.
     """
     BI: tl.constexpr = BM // 2 if WITH_CONTENT else BM
     is_first, start, i_b, i_h = _tile_of_program(first_tiles, tiles, heads, BM, BI)
@@ -340,13 +357,15 @@ def query_gradient_kernel(
         out_content + o_content * D, out_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
     p_lse = _row_pointers(lse_content + o_content, lse_query + o_query, row, heads, heads, is_query, WITH_CONTENT)
-    p_delta = _row_pointers(delta_content + o_content, delta_query + o_query, row, heads, heads, is_query, WITH_CONTENT)
     b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, True)
     b_do = _load_rows(p_do, d, sees, D, BD, ALIGNED, True)
     b_out = _load_rows(p_out, d, sees, D, BD, ALIGNED, True)
     b_lse = tl.load(p_lse, mask=sees, other=0.0) * LOG2_E
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
-    tl.store(p_delta, b_delta, mask=exists)
+    o_statistic = _statistic_offsets(is_first, start, tokens, targets, BM, BI, WITH_CONTENT)
+    o_workspace = (i_b * heads + i_h) * (tokens + 2 * targets)
+    tl.store(lse_base_2 + o_workspace + o_statistic, b_lse, mask=sees)
+    tl.store(delta + o_workspace + o_statistic, b_delta, mask=sees)
 
     k += i_b * s_kb + i_h * s_kh
     v += i_b * s_vb + i_h * s_vh
@@ -371,8 +390,8 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_step(
-    b_dk, b_dv, b_k, b_v, p, is_first, start, q_content, q_query, do_content, do_query, lse_content, lse_query,
-    delta_content, delta_query, s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
+    b_dk, b_dv, b_k, b_v, p, is_first, start, q_content, q_query, do_content, do_query, lse_base_2, delta,
+    s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
     WITH_CONTENT: tl.constexpr, MASK_TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -384,16 +403,15 @@ def _key_gradient_step(
     row = row.to(tl.int64)
     p_q = _row_pointers(q_content, q_query, row, s_cr, s_qr, is_query, WITH_CONTENT)
     p_do = _row_pointers(do_content, do_query, row, heads * D, heads * D, is_query, WITH_CONTENT)
-    p_lse = _row_pointers(lse_content, lse_query, row, heads, heads, is_query, WITH_CONTENT)
-    p_delta = _row_pointers(delta_content, delta_query, row, heads, heads, is_query, WITH_CONTENT)
+    o_statistic = _statistic_offsets(is_first, start, tokens, targets, BM, BI, WITH_CONTENT)
     b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, MASKED)  # (BM, BD)
     b_do = _load_rows(p_do, d, sees, D, BD, ALIGNED, MASKED)
     if MASKED:
-        b_lse = tl.load(p_lse, mask=sees, other=0.0) * LOG2_E
-        b_delta = tl.load(p_delta, mask=sees, other=0.0)
+        b_lse = tl.load(lse_base_2 + o_statistic, mask=sees, other=0.0)
+        b_delta = tl.load(delta + o_statistic, mask=sees, other=0.0)
     else:
-        b_lse = tl.load(p_lse) * LOG2_E
-        b_delta = tl.load(p_delta)
+        b_lse = tl.load(lse_base_2 + o_statistic)
+        b_delta = tl.load(delta + o_statistic)
     # (BN, BD) @ (BD, BM) -> (BN, BM)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=ACC)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION, out_dtype=ACC)
@@ -407,7 +425,7 @@ def _key_gradient_step(
 
 @triton.jit(do_not_specialize=["cut", "tokens", "targets", "heads", "tiles"])
 def key_gradient_kernel(
-    q_content, q_query, k, v, do_content, do_query, lse_content, lse_query, delta_content, delta_query, dk, dv,
+    q_content, q_query, k, v, do_content, do_query, lse_base_2, delta, dk, dv,
     cuts, perm,
     s_cb, s_cr, s_ch, s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh, s_dkb, s_dkr, s_dkh, s_dvb, s_dvr, s_dvh,
     cut, tokens, targets, heads, tiles,
@@ -444,10 +462,8 @@ def key_gradient_kernel(
     q_query += i_b * s_qb + i_h * s_qh
     do_content += o_content * D
     do_query += o_query * D
-    lse_content += o_content
-    lse_query += o_query
-    delta_content += o_content
-    delta_query += o_query
+    lse_base_2 += (i_b * heads + i_h) * (tokens + 2 * targets)
+    delta += (i_b * heads + i_h) * (tokens + 2 * targets)
     if WITH_CONTENT:
         first_plain = tl.where(p1 <= window, window // BM, 0)
         first_masked = tl.where(p0 < window, tl.cdiv(window, BM), 0) - first_plain
@@ -466,16 +482,16 @@ def key_gradient_kernel(
         start = tl.where(j < lower, lo + j * BI, last + (j - lower) * BI)
         start = tl.where(j < 0, (first_plain + i) * BM, start)
         b_dk, b_dv = _key_gradient_step(
-            b_dk, b_dv, b_k, b_v, p, j < 0, start, q_content, q_query, do_content, do_query, lse_content, lse_query,
-            delta_content, delta_query, s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
+            b_dk, b_dv, b_k, b_v, p, j < 0, start, q_content, q_query, do_content, do_query, lse_base_2, delta,
+            s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
             SCALE, D, BD, BM, BI, WITH_CONTENT, MASK_TOKENS, ALIGNED, ACC, PRECISION, True,
         )  # fmt: skip
     for i in range(first_plain + (last - first) // BI):
         j = i - first_plain
         start = tl.where(j < 0, i * BM, first + j * BI)
         b_dk, b_dv = _key_gradient_step(
-            b_dk, b_dv, b_k, b_v, p, j < 0, start, q_content, q_query, do_content, do_query, lse_content, lse_query,
-            delta_content, delta_query, s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
+            b_dk, b_dv, b_k, b_v, p, j < 0, start, q_content, q_query, do_content, do_query, lse_base_2, delta,
+            s_cr, s_qr, c, real, window, tokens, targets, heads, perm, i_b, d,
             SCALE, D, BD, BM, BI, WITH_CONTENT, MASK_TOKENS, ALIGNED, ACC, PRECISION, False,
         )  # fmt: skip
     o_dk = i_b * s_dkb + i_h * s_dkh + key * s_dkr

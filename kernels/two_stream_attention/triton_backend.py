@@ -51,9 +51,10 @@ def backward(
     """Fill `dq` (contiguous streams), `dk` and `dv` (last stride 1); `out` and `lse` are those of `forward`."""
     _check(q.query, d_out, out, lse, dq)
     q, k, v = Streams(_dense_rows(q.content), _dense_rows(q.query)), _dense_rows(k), _dense_rows(v)
-    delta = lse.empty_like()
-    _query_gradient(d_out, q, k, v, out, lse, delta, dq, problem, perm)
-    _key_gradient(d_out, q, k, v, lse, delta, dk, dv, problem, perm)
+    # Of every row, for the kernel of the keys: log-sum-exp in base 2, and rowsum(dO * O).
+    statistics = lse.query.new_empty(2, k.shape[0], k.shape[2], problem.tokens + 2 * problem.targets)
+    _query_gradient(d_out, q, k, v, out, lse, statistics, dq, problem, perm)
+    _key_gradient(d_out, q, k, v, statistics, dk, dv, problem, perm)
 
 
 def row_tiles(problem: Problem, with_content: bool, rows: int) -> tuple[int, int]:
@@ -73,7 +74,7 @@ def _query_gradient(
     v: Tensor,
     out: Streams,
     lse: Streams,
-    delta: Streams,
+    statistics: Tensor,
     dq: Streams,
     problem: Problem,
     perm: Tensor | None,
@@ -82,7 +83,7 @@ def _query_gradient(
     tiles, first_tiles = row_tiles(problem, q.content is not None, config.rows)
     with _device_of(k):
         kernel.query_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(*_both(q), k, v, *_both(out), *_both(d_out), *_both(lse), *_both(delta), *_both(dq)),
+            *(*_both(q), k, v, *_both(out), *_both(d_out), *_both(lse), *statistics, *_both(dq)),
             *(*_per_image(problem, perm), *_strides(q, k, v), *_sizes(problem, k), first_tiles, tiles),
             **_constants(problem, config, q.content is not None, k, v, q, out, d_out, dq),
         )
@@ -93,8 +94,7 @@ def _key_gradient(
     q: Streams,
     k: Tensor,
     v: Tensor,
-    lse: Streams,
-    delta: Streams,
+    statistics: Tensor,
     dk: Tensor,
     dv: Tensor,
     problem: Problem,
@@ -104,7 +104,7 @@ def _key_gradient(
     tiles = triton.cdiv(problem.content_rows, config.keys)
     with _device_of(k):
         kernel.key_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(*_both(q), k, v, *_both(d_out), *_both(lse), *_both(delta), dk, dv),
+            *(*_both(q), k, v, *_both(d_out), *statistics, dk, dv),
             *(*_per_image(problem, perm), *_strides(q, k, v), *dk.stride()[:3], *dv.stride()[:3]),
             *(*_sizes(problem, k), tiles),
             **_constants(problem, config, q.content is not None, k, v, q, d_out, dk, dv),
@@ -167,9 +167,7 @@ def _constants(
     """Constants of a kernel that reads or writes the rows of k and others."""
     # fp32 products round like the caller's own matrix products do: IEEE unless TF32 was asked for.
     tf32 = k.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tensors = [
-        x for other in others for x in ((other.content, other.query) if isinstance(other, Streams) else (other,))
-    ]
+    tensors = [x for other in others for x in (_both(other) if isinstance(other, Streams) else (other,))]
     return {
         "SCALE": float(problem.scale),
         "D": k.shape[-1],
