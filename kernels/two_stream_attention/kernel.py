@@ -210,15 +210,12 @@ def _forward_step(
     # (BM, BD) @ (BD, BN) -> (BM, BN)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
     if MASKED:
-        m_visible = _visible(p[None, :], shift[:, None], window, MASK_TOKENS)
-        b_new = tl.maximum(b_max, tl.max(tl.where(m_visible, b_s, float("-inf")), 1))
-        # A row that has seen no key yet: its maximum of -inf would make -inf - -inf.
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new) * (SCALE * LOG2_E)
-        b_p = tl.where(m_visible, tl.exp2(b_s * (SCALE * LOG2_E) - b_safe[:, None]), 0.0)
-    else:
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_safe = b_new * (SCALE * LOG2_E)
-        b_p = tl.exp2(b_s * (SCALE * LOG2_E) - b_safe[:, None])
+        b_s = tl.where(_visible(p[None, :], shift[:, None], window, MASK_TOKENS), b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_safe = b_new * (SCALE * LOG2_E)
+    if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_safe)
+    b_p = tl.exp2(b_s * (SCALE * LOG2_E) - b_safe[:, None])
     b_scale = tl.exp2(b_max * (SCALE * LOG2_E) - b_safe)
     b_sum = b_sum * b_scale + tl.sum(b_p, 1)
     # (BM, BN) @ (BN, BD) -> (BM, BD)
