@@ -5,7 +5,9 @@ Beyond the other backends' interface it takes `perm` (B, N): content rows in ima
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,20 +21,28 @@ from mapet_kernels.two_stream_attention import kernel
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid, its arguments in order, and its constants and compiler options by name."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Tensor | int | None, ...]
+    constants: dict[str, Any]
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device`, which need not be the current one."""
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[(self.programs,)](*self.arguments, **self.constants)
+
+
 def forward(
     q: Streams, k: Tensor, v: Tensor, out: Streams, lse: Streams, problem: Problem, perm: Tensor | None = None
 ) -> None:
     """Fill `out` (B, rows, H, D) and `lse` (B, rows, H), contiguous streams each."""
     _check(q.query, out, lse)
     q, k, v = Streams(_dense_rows(q.content), _dense_rows(q.query)), _dense_rows(k), _dense_rows(v)
-    config = launch.two_stream_forward(k.shape[-1], k.dtype, _architecture(k))
-    tiles, first_tiles = row_tiles(problem, q.content is not None, config.rows)
-    with _device_of(k):
-        kernel.forward_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(*_both(q), k, v, *_both(out), *_both(lse)),
-            *(*_per_image(problem, perm), *_strides(q, k, v), *_sizes(problem, k), first_tiles, tiles),
-            **_constants(problem, config, q.content is not None, k, v, q, out),
-        )
+    forward_launch(q, k, v, out, lse, problem, perm, _architecture(k.device)).run(k.device)
 
 
 def backward(
@@ -51,71 +61,98 @@ def backward(
     """Fill `dq` (contiguous streams), `dk` and `dv` (last stride 1); `out` and `lse` are those of `forward`."""
     _check(q.query, d_out, out, lse, dq)
     q, k, v = Streams(_dense_rows(q.content), _dense_rows(q.query)), _dense_rows(k), _dense_rows(v)
-    # Of every row, for the kernel of the keys: log-sum-exp in base 2, and rowsum(dO * O).
-    statistics = lse.query.new_empty(2, k.shape[0], k.shape[2], problem.tokens + 2 * problem.targets)
-    _query_gradient(d_out, q, k, v, out, lse, statistics, dq, problem, perm)
-    _key_gradient(d_out, q, k, v, statistics, dk, dv, problem, perm)
+    architecture = _architecture(k.device)
+    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, architecture):
+        part.run(k.device)
 
 
-def row_tiles(problem: Problem, with_content: bool, rows: int) -> tuple[int, int]:
-    """(tiles, first_tiles) of one image and head: row tiles of the forward and dQ kernels, those with s = 0 first."""
-    if not with_content:
-        return triton.cdiv(problem.targets, rows), 0
-    # Grids cannot follow cuts on the device; without mask tokens the first rows are c, at most N - 1.
-    most = problem.tokens if problem.mask_tokens or isinstance(problem.cut, Tensor) else problem.cut
-    first_tiles = triton.cdiv(most, rows)
-    return first_tiles + triton.cdiv(problem.targets, rows // 2), first_tiles
+def forward_launch(
+    q: Streams,
+    k: Tensor,
+    v: Tensor,
+    out: Streams,
+    lse: Streams,
+    problem: Problem,
+    perm: Tensor | None,
+    architecture: int,
+) -> Launch:
+    """The launch of `forward` for an architecture of `launch.ARCHITECTURES`."""
+    config = launch.two_stream_forward(k.shape[-1], k.dtype, architecture)
+    tiles, first_tiles = _row_tiles(problem, q.content is not None, config.rows)
+    return Launch(
+        kernel.forward_kernel,
+        tiles * k.shape[0] * k.shape[2],
+        (
+            *(*_both(q), k, v, *_both(out), *_both(lse), *_per_image(problem, perm)),
+            *(*_strides(*_both(q), k, v), *_sizes(problem, k), first_tiles, tiles),
+        ),
+        _constants(problem, config, q.content is not None, k, v, *_both(q), *_both(out)),
+    )
 
 
-def _query_gradient(
+def backward_launches(
     d_out: Streams,
     q: Streams,
     k: Tensor,
     v: Tensor,
     out: Streams,
     lse: Streams,
-    statistics: Tensor,
     dq: Streams,
-    problem: Problem,
-    perm: Tensor | None,
-) -> None:
-    config = launch.two_stream_query_gradient(k.shape[-1], k.dtype, _architecture(k))
-    tiles, first_tiles = row_tiles(problem, q.content is not None, config.rows)
-    with _device_of(k):
-        kernel.query_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(*_both(q), k, v, *_both(out), *_both(d_out), *_both(lse), *statistics, *_both(dq)),
-            *(*_per_image(problem, perm), *_strides(q, k, v), *_sizes(problem, k), first_tiles, tiles),
-            **_constants(problem, config, q.content is not None, k, v, q, out, d_out, dq),
-        )
-
-
-def _key_gradient(
-    d_out: Streams,
-    q: Streams,
-    k: Tensor,
-    v: Tensor,
-    statistics: Tensor,
     dk: Tensor,
     dv: Tensor,
     problem: Problem,
     perm: Tensor | None,
-) -> None:
-    config = launch.two_stream_key_gradient(k.shape[-1], k.dtype, _architecture(k))
+    architecture: int,
+) -> tuple[Launch, Launch]:
+    """The launches of `backward`, in order: dQ, then dK and dV."""
+    with_content = q.content is not None
+    # Of every row, from the first kernel for the second: log-sum-exp in base 2, and rowsum(dO * O).
+    statistics = lse.query.new_empty(2, k.shape[0], k.shape[2], problem.tokens + 2 * problem.targets)
+    config = launch.two_stream_query_gradient(k.shape[-1], k.dtype, architecture)
+    tiles, first_tiles = _row_tiles(problem, with_content, config.rows)
+    query_gradient = Launch(
+        kernel.query_gradient_kernel,
+        tiles * k.shape[0] * k.shape[2],
+        (
+            *(*_both(q), k, v, *_both(out), *_both(d_out), *_both(lse), *statistics, *_both(dq)),
+            *(*_per_image(problem, perm), *_strides(*_both(q), k, v), *_sizes(problem, k), first_tiles, tiles),
+        ),
+        _constants(problem, config, with_content, k, v, *_both(q), *_both(out), *_both(d_out), *_both(dq)),
+    )
+    config = launch.two_stream_key_gradient(k.shape[-1], k.dtype, architecture)
     tiles = triton.cdiv(problem.content_rows, config.keys)
-    with _device_of(k):
-        kernel.key_gradient_kernel[(tiles * k.shape[0] * k.shape[2],)](
-            *(*_both(q), k, v, *_both(d_out), *statistics, dk, dv),
-            *(*_per_image(problem, perm), *_strides(q, k, v), *dk.stride()[:3], *dv.stride()[:3]),
-            *(*_sizes(problem, k), tiles),
-            **_constants(problem, config, q.content is not None, k, v, q, d_out, dk, dv),
-        )
+    key_gradient = Launch(
+        kernel.key_gradient_kernel,
+        tiles * k.shape[0] * k.shape[2],
+        (
+            *(*_both(q), k, v, *_both(d_out), *statistics, dk, dv, *_per_image(problem, perm)),
+            *(*_strides(*_both(q), k, v, dk, dv), *_sizes(problem, k), tiles),
+        ),
+        _constants(problem, config, with_content, k, v, *_both(q), *_both(d_out), dk, dv),
+    )
+    return query_gradient, key_gradient
+
+
+def rows_are_aligned(x: Tensor) -> bool:
+    """Whether every row of x (..., D) starts at a multiple of 16 bytes, so that it is moved 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+
+
+def _row_tiles(problem: Problem, with_content: bool, rows: int) -> tuple[int, int]:
+    """(tiles, first_tiles) of one image and head: row tiles of the forward and dQ kernels, those with s = 0 first."""
+    if not with_content:
+        return triton.cdiv(problem.targets, rows), 0
+    # The grid cannot follow cuts on the device. With mask tokens N rows have s = 0, without c rows.
+    most = problem.tokens if problem.mask_tokens or isinstance(problem.cut, Tensor) else problem.cut
+    first_tiles = triton.cdiv(most, rows)
+    return first_tiles + triton.cdiv(problem.targets, rows // 2), first_tiles
 
 
 def _check(query: Tensor, *results: Streams) -> None:
     size = query.shape[-1]
     if not 1 <= size <= MAX_TRITON_HEAD_SIZE:
         raise ValueError(f"backend 'triton' takes head sizes 1 to {MAX_TRITON_HEAD_SIZE}, got {size}")
-    # Autocast chooses the dtype after the backend was chosen, so it is checked here again.
+    # Autocast changes the dtype after the backend was chosen, so it is checked here again.
     if INTERPRETED and query.dtype == torch.bfloat16:
         raise ValueError("backend 'triton' under TRITON_INTERPRET=1 is wrong in bfloat16: use float16 or float32")
     if not INTERPRETED and query.dtype == torch.float64:
@@ -130,13 +167,10 @@ def _dense_rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _architecture(x: Tensor) -> int:
-    return launch.known_architecture(torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0))
-
-
-def _device_of(x: Tensor) -> AbstractContextManager:
-    # Triton launches on the current device, which need not be the tensor's.
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return launch.ARCHITECTURES[0]
+    return launch.known_architecture(torch.cuda.get_device_capability(device))
 
 
 def _both(streams: Streams) -> tuple[Tensor, Tensor]:
@@ -150,24 +184,23 @@ def _per_image(problem: Problem, perm: Tensor | None) -> tuple[Tensor | None, Te
     return cuts, None if perm is None else perm.contiguous()
 
 
-def _strides(q: Streams, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """(image, row, head) strides of content queries, query stream, keys and values."""
-    return tuple(stride for x in (*_both(q), k, v) for stride in x.stride()[:3])
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """(image, row, head) strides of each."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 def _sizes(problem: Problem, k: Tensor) -> tuple[int, int, int, int]:
-    """(cut, N, T, heads); the cut is not read where there is one per image."""
+    """(cut, N, T, heads); the kernels do not read the cut where there is one per image."""
     cut = 0 if isinstance(problem.cut, Tensor) else problem.cut
     return cut, problem.tokens, problem.targets, k.shape[2]
 
 
 def _constants(
-    problem: Problem, config: LaunchConfig, with_content: bool, k: Tensor, *others: Tensor | Streams
-) -> dict[str, object]:
-    """Constants of a kernel that reads or writes the rows of k and others."""
+    problem: Problem, config: LaunchConfig, with_content: bool, k: Tensor, *others: Tensor
+) -> dict[str, Any]:
+    """Constants and options of a kernel that moves the rows of k and others."""
     # fp32 products round like the caller's own matrix products do: IEEE unless TF32 was asked for.
     tf32 = k.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tensors = [x for other in others for x in (_both(other) if isinstance(other, Streams) else (other,))]
     return {
         "SCALE": float(problem.scale),
         "D": k.shape[-1],
@@ -176,14 +209,9 @@ def _constants(
         "BN": config.keys,
         "WITH_CONTENT": with_content,
         "MASK_TOKENS": problem.mask_tokens,
-        "ALIGNED": all(rows_are_aligned(x) for x in (k, *tensors)),
+        "ALIGNED": all(rows_are_aligned(x) for x in (k, *others)),
         "ACC": tl.float64 if k.dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
-
-
-def rows_are_aligned(x: Tensor) -> bool:
-    """Whether every row of x (..., D) starts at a multiple of 16 bytes, so that it is loaded 16 bytes at a time."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
