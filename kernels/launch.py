@@ -44,27 +44,29 @@ def known_architecture(capability: tuple[int, int]) -> int:
 def two_stream_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
     """Configuration of the forward kernel for head size `size`, 1 to 128.
 
-    All entries are chosen so that no register is spilled (bench/aot.py), not yet by time on a GPU.
+    Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU.
     """
     wide = padded_size(size) == 128
     if dtype.itemsize > 2:
-        return LaunchConfig(rows=32, keys=32, warps=8, stages=1) if wide else LaunchConfig(64, 32, warps=8, stages=2)
+        return LaunchConfig(rows=32 if wide else 64, keys=32, warps=8, stages=1)
     return LaunchConfig(rows=128, keys=32 if wide and architecture < 90 else 64, warps=8, stages=2)
 
 
 def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
     """Configuration of the kernel of dQ."""
-    wide = padded_size(size) == 128
+    padded = padded_size(size)
     if dtype.itemsize > 2:
-        return LaunchConfig(rows=32, keys=32, warps=8, stages=1)
-    if wide and architecture < 90:
+        return LaunchConfig(rows=64 if padded <= 32 else 32, keys=32, warps=8, stages=1)
+    if architecture >= 90:
+        return LaunchConfig(rows=128, keys=32 if padded == 128 else 64, warps=8, stages=2)
+    if padded == 128:
         return LaunchConfig(rows=64, keys=32, warps=4, stages=2)
-    return LaunchConfig(rows=128, keys=32 if wide or architecture < 90 else 64, warps=8, stages=2)
+    return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
 
 
 def two_stream_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
     """Configuration of the kernel of dK and dV."""
-    wide = padded_size(size) == 128
+    padded = padded_size(size)
     if dtype.itemsize > 2:
-        return LaunchConfig(rows=32, keys=32, warps=8 if wide else 4, stages=1)
-    return LaunchConfig(rows=16 if wide else 32, keys=128, warps=8, stages=2)
+        return LaunchConfig(rows=32, keys=32, warps=8 if padded == 128 else 4, stages=1)
+    return LaunchConfig(rows={16: 64, 128: 16}.get(padded, 32), keys=128, warps=8, stages=2)
