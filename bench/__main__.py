@@ -6,11 +6,17 @@ import json
 
 import tyro
 
-from bench import records, step
+from bench import aot, records, step
 
 
 def main() -> None:
-    options = tyro.extras.subcommand_cli_from_dict({"step": step.StepBenchmark}, description=__doc__)
+    suites = {"step": step.StepBenchmark, "aot": aot.AotReport}
+    options = tyro.extras.subcommand_cli_from_dict(suites, description=__doc__)
+    if isinstance(options, aot.AotReport):
+        results = aot.run(options)
+        if options.record:
+            print(f"record: {records.write('aot', 'two_stream_attention', results)}")
+        return
     results = step.run(options)
     path = records.write("step", f"{options.model}_{options.dtype}_{options.device}", results)
     print(json.dumps(results, indent=1))

@@ -1,33 +1,68 @@
-"""Which implementation of an op runs: a pure choice by name, device and what is installed."""
+"""Which implementation of an op runs: a pure choice by name, device, dtype and what is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 
 ATTENTION_BACKENDS = ("reference", "sdpa")
+"""Backends of every attention op."""
+
+TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+"""Whether Triton kernels run in Python on CPU tensors: as the process started, since kernels are made at import."""
+
+MAX_TRITON_HEAD_SIZE = 128
 
 
-def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Attention backends by name, each with None where it runs on `device` or else the reason why it does not."""
+def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """Attention backends by name, each with None where it runs on `device` (in `dtype`) or else the reason against."""
     device = torch.device(device)
     reason = None if device.type in ("cpu", "cuda") else f"needs a CPU or CUDA device, not {device.type}"
-    return {"reference": None, "sdpa": reason}
+    return {"reference": None, "sdpa": reason, "triton": reason_against_triton(device, dtype)}
 
 
-def choose_backend(requested: str, device: torch.device | str) -> str:
+@torch.compiler.assume_constant_result
+def reason_against_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why Triton kernels do not run on this device (in this dtype), or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton, on Linux)"
+    if INTERPRETED:
+        if dtype == torch.bfloat16:
+            return "TRITON_INTERPRET=1 computes bfloat16 wrongly; use float16 or float32"
+        return None if device.type == "cpu" else f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type} (or TRITON_INTERPRET=1 before Python starts, for tests)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    return "takes float16, bfloat16 and float32, not float64" if dtype == torch.float64 else None
+
+
+def choose_backend(
+    requested: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    among: Sequence[str] = ATTENTION_BACKENDS,
+) -> str:
     """The attention backend for a request: "auto" takes the fastest that runs on the device.
 
     Raises:
-        ValueError: the name is unknown, or the backend cannot run on the device; the text says why.
+        ValueError: the op has no such backend, or it cannot run on the device in the dtype; the text says why.
     """
-    available = available_backends(device)
+    device = torch.device(device)
     if requested == "auto":
-        return "sdpa" if available["sdpa"] is None else "reference"
-    if requested not in available:
-        raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(available)}")
-    if (reason := available[requested]) is not None:
+        # Never "triton" yet: no GPU has run its kernels.
+        return "sdpa" if device.type in ("cpu", "cuda") else "reference"
+    if requested not in among:
+        raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(among)}")
+    if (reason := available_backends(device, dtype)[requested]) is not None:
         raise ValueError(f"backend {requested!r} cannot run here: {reason}")
     return requested
 

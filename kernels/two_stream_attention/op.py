@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from mapet_kernels.backends import choose_backend
+from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 from mapet_kernels.registration import register_autocast
-from mapet_kernels.two_stream_attention import image_order, reference, sdpa
+from mapet_kernels.two_stream_attention import image_order
 from mapet_kernels.two_stream_attention.checks import check
 from mapet_kernels.two_stream_attention.problem import Problem, Streams, split_flat
 
-BACKENDS = {"reference": reference, "sdpa": sdpa}
+
+@functools.cache
+def _backend(name: str) -> ModuleType:
+    """The backend's module, imported at first use: Triton may not be installed, and takes its time."""
+    module = "triton_backend" if name == "triton" else name
+    return importlib.import_module(f"mapet_kernels.two_stream_attention.{module}")
 
 
 def two_stream_attention(
@@ -42,7 +51,7 @@ def two_stream_attention(
             M and query rows stay in target order. Without it content rows are in permuted order.
         scale: factor of the scores; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
-        backend: "auto", "sdpa" or "reference".
+        backend: "auto", "triton" (head sizes up to 128), "sdpa" or "reference".
 
     Returns:
         (out_content, out_query), shaped as q_content (None where it is) and q_query, in their dtype (under autocast,
@@ -55,7 +64,7 @@ def two_stream_attention(
     problem = check(q_content, q_query, k, v, cut, perm, mask_tokens, scale)
     one_cut, cuts = (-1, cut.to(q_query.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
     perm = None if perm is None else perm.to(q_query.device, torch.int64)
-    name = choose_backend(backend, q_query.device)
+    name = choose_backend(backend, q_query.device, q_query.dtype, TWO_STREAM_BACKENDS)
     out, _ = two_stream_attention_op(q_content, q_query, k, v, one_cut, cuts, perm, mask_tokens, problem.scale, name)
     streams = split_flat(out, q_query.shape[0], problem, q_content is not None)
     return streams.content, streams.query
@@ -100,7 +109,7 @@ def two_stream_attention_packed(
     streams = split_flat(q, batch, Problem(tokens, targets, cut, mask_tokens, 1.0), with_content)
     k, v = kv.unbind(2)
     problem = check(streams.content, streams.query, k, v, cut, None, mask_tokens, scale)
-    name = choose_backend(backend, q.device)
+    name = choose_backend(backend, q.device, q.dtype, TWO_STREAM_BACKENDS)
     out, _ = two_stream_attention_packed_op(q, kv, cut, targets, mask_tokens, problem.scale, name)
     return out
 
@@ -149,9 +158,11 @@ def two_stream_attention_op(
     out, lse = (split_flat(x, q_query.shape[0], problem, q_content is not None) for x in (flat, flat_lse))
     q = Streams(q_content, q_query)
     if perm is None:
-        BACKENDS[backend].forward(q, k, v, out, lse, problem)
+        _backend(backend).forward(q, k, v, out, lse, problem)
+    elif backend == "triton":  # gathers in its kernels
+        _backend(backend).forward(q, k, v, out, lse, problem, perm)
     else:
-        image_order.forward(BACKENDS[backend], perm, q, k, v, out, lse, problem)
+        image_order.forward(_backend(backend), perm, q, k, v, out, lse, problem)
     return flat, flat_lse
 
 
@@ -184,9 +195,11 @@ def two_stream_attention_backward_op(
     dq_content, dq_query, dk, dv = _gradients_like(q_content, q_query, k, v)
     q, dq = Streams(q_content, q_query), Streams(None if q_content is None else dq_content, dq_query)
     if perm is None:
-        BACKENDS[backend].backward(d_out, q, k, v, out, lse, dq, dk, dv, problem)
+        _backend(backend).backward(d_out, q, k, v, out, lse, dq, dk, dv, problem)
+    elif backend == "triton":
+        _backend(backend).backward(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm)
     else:
-        image_order.backward(BACKENDS[backend], perm, d_out, q, k, v, out, lse, dq, dk, dv, problem)
+        image_order.backward(_backend(backend), perm, d_out, q, k, v, out, lse, dq, dk, dv, problem)
     return dq_content, dq_query, dk, dv
 
 
@@ -229,7 +242,7 @@ def two_stream_attention_packed_op(
     flat = q.new_empty(q.shape)
     flat_lse = _statistics_like(flat)
     out, lse = (split_flat(x, kv.shape[0], problem, streams.content is not None) for x in (flat, flat_lse))
-    BACKENDS[backend].forward(streams, k, v, out, lse, problem)
+    _backend(backend).forward(streams, k, v, out, lse, problem)
     return flat, flat_lse
 
 
@@ -258,7 +271,7 @@ def two_stream_attention_packed_backward_op(
     d_out, out, lse, dq = (
         split_flat(x, kv.shape[0], problem, streams.content is not None) for x in (d_flat, flat, flat_lse, dq_flat)
     )
-    BACKENDS[backend].backward(d_out, streams, k, v, out, lse, dq, *dkv.unbind(2), problem)
+    _backend(backend).backward(d_out, streams, k, v, out, lse, dq, *dkv.unbind(2), problem)
     return dq_flat, dkv
 
 

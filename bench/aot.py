@@ -1,0 +1,172 @@
+"""python -m bench aot: compile the Triton kernels for GPUs that are not here, and tell what the compiler made of them.
+
+Every launch goes through the code that launches on a GPU: same configuration table, arguments and specialisation.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mapet_kernels import launch
+from mapet_kernels.two_stream_attention import triton_backend
+from mapet_kernels.two_stream_attention.problem import Problem, Streams
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TYPE_NAMES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+}
+TOKENS, TARGETS = 197, 147
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+@dataclass(frozen=True)
+class AotReport:
+    """What to compile: every combination of these.
+
+    Attributes:
+        variants: "plain"; "gather" (image order and one cut per image); "last_block" (query stream only); "pim".
+        record: whether to keep the result in bench/results/.
+    """
+
+    sizes: tuple[int, ...] = (16, 32, 64, 128)
+    dtypes: tuple[str, ...] = ("fp16", "bf16", "fp32")
+    architectures: tuple[int, ...] = launch.ARCHITECTURES
+    variants: tuple[str, ...] = ("plain", "gather", "last_block", "pim")
+    record: bool = True
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture. Spills and shared memory in bytes; `mma` counts tensor-core instructions."""
+
+    kernel: str
+    variant: str
+    size: int
+    dtype: str
+    architecture: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    mma: int
+
+
+def run(options: AotReport) -> dict[str, Any]:
+    """Compile all, print a table line each, and return the record's results."""
+    rows = []
+    for row in compile_all(options):
+        rows.append(asdict(row))
+        print(
+            f"{row.kernel:22} {row.variant:10} D {row.size:3} {row.dtype} sm_{row.architecture} tiles {row.rows:3} x "
+            f"{row.keys:3} warps {row.warps} stages {row.stages} registers {row.registers:3} "
+            f"spills {row.spill_stores:4}/{row.spill_loads:4} shared {row.shared / 1024:5.1f} KiB mma {row.mma:3}",
+            flush=True,
+        )
+    return {"triton": triton.__version__, "tokens": TOKENS, "targets": TARGETS, "kernels": rows}
+
+
+def compile_all(options: AotReport) -> Iterator[Compiled]:
+    """Compile the forward and both backward kernels for each combination."""
+    for size in options.sizes:
+        for dtype in options.dtypes:
+            for variant in options.variants:
+                for architecture in options.architectures:
+                    for part in launches(size, DTYPES[dtype], variant, architecture):
+                        yield compile_launch(part, size, dtype, variant, architecture)
+
+
+def launches(size: int, dtype: torch.dtype, variant: str, architecture: int) -> list[triton_backend.Launch]:
+    """The launches of one forward and backward pass at MaPeT's size, on CPU tensors that are never read."""
+    batch, heads, cut = 2, 12, TOKENS - TARGETS
+    problem = Problem(TOKENS, TARGETS, cut, variant != "pim", size**-0.5)
+    perm = None
+    if variant == "gather":
+        problem = Problem(TOKENS, TARGETS, torch.full((batch,), cut), True, size**-0.5)
+        perm = torch.zeros(batch, TOKENS, dtype=torch.int64)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(batch, *shape, dtype=dtype)
+
+    def streams() -> Streams:
+        content = None if variant == "last_block" else tensor(problem.content_rows, heads, size)
+        return Streams(content, tensor(TARGETS, heads, size))
+
+    q, out, d_out, dq = (streams() for _ in range(4))
+    lse = Streams(*(None if x is None else torch.empty(x.shape[:3]) for x in (out.content, out.query)))
+    (k, v), (dk, dv) = (tensor(problem.content_rows, 2, heads, size).unbind(2) for _ in range(2))
+    return [
+        triton_backend.forward_launch(q, k, v, out, lse, problem, perm, architecture),
+        *triton_backend.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, architecture),
+    ]
+
+
+def compile_launch(part: triton_backend.Launch, size: int, dtype: str, variant: str, architecture: int) -> Compiled:
+    """Compile one launch and read what ptxas reports."""
+    options = {name: part.constants[name] for name in ("num_warps", "num_stages")}
+    compiled = triton.compile(source(part), target=GPUTarget("cuda", architecture, 32), options=options)
+    report = ptxas_report(compiled.asm["ptx"], architecture)
+    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())
+    return Compiled(
+        kernel=part.kernel.__name__,
+        variant=variant,
+        size=size,
+        dtype=dtype,
+        architecture=architecture,
+        rows=part.constants["BM"],
+        keys=part.constants["BN"],
+        warps=part.constants["num_warps"],
+        stages=part.constants["num_stages"],
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spill_stores=stores,
+        spill_loads=loads,
+        shared=compiled.metadata.shared,
+        mma=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
+    )
+
+
+def source(part: triton_backend.Launch) -> ASTSource:
+    """The kernel with the types, constants and alignments that launching with these arguments gives it."""
+    signature, constants, attributes = {}, {}, {}
+    names = [parameter.name for parameter in part.kernel.params]
+    values = dict(zip(names, part.arguments, strict=False)) | part.constants
+    for index, parameter in enumerate(part.kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialised):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = TYPE_NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if specialised and number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(part.kernel, signature, constants, attributes)
+
+
+def ptxas_report(ptx: str, architecture: int) -> str:
+    """What `ptxas -v` says, with the assembler that comes with Triton."""
+    name = f"sm_{architecture}a" if architecture == 90 else f"sm_{architecture}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [os.fspath(PTXAS), "-v", f"--gpu-name={name}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -1,0 +1,72 @@
+"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture; nothing is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ARCHITECTURES = (80, 90)
+"""Architectures with a column of their own; others take the largest that is not above them."""
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory a program may use."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and resources of one kernel."""
+
+    rows: int  # query rows of a tile, BM
+    keys: int  # keys of a tile, BN
+    warps: int
+    stages: int  # key or row tiles in flight
+
+
+def padded_size(size: int) -> int:
+    """The head size that kernels compute with: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def known_architecture(capability: tuple[int, int]) -> int:
+    """The entry of ARCHITECTURES to use for a device's compute capability.
+
+    Raises:
+        ValueError: the device is older than all of them.
+    """
+    number = 10 * capability[0] + capability[1]
+    known = [architecture for architecture in ARCHITECTURES if architecture <= number]
+    if not known:
+        raise ValueError(f"Triton kernels need compute capability 8.0 or newer, this device has {number / 10}")
+    return max(known)
+
+
+def two_stream_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the forward kernel for head size `size`, 1 to 128.
+
+    Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU.
+    """
+    wide = padded_size(size) == 128
+    if dtype.itemsize > 2:
+        return LaunchConfig(rows=32 if wide else 64, keys=32, warps=8, stages=1)
+    return LaunchConfig(rows=128, keys=32 if wide and architecture < 90 else 64, warps=8, stages=2)
+
+
+def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dQ."""
+    padded = padded_size(size)
+    if dtype.itemsize > 2:
+        return LaunchConfig(rows=64 if padded <= 32 else 32, keys=32, warps=8, stages=1)
+    if architecture >= 90:
+        return LaunchConfig(rows=128, keys=32 if padded == 128 else 64, warps=8, stages=2)
+    if padded == 128:
+        return LaunchConfig(rows=64, keys=32, warps=4, stages=2)
+    return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
+
+
+def two_stream_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dK and dV."""
+    padded = padded_size(size)
+    if dtype.itemsize > 2:
+        return LaunchConfig(rows=32, keys=32, warps=8 if padded == 128 else 4, stages=1)
+    return LaunchConfig(rows={16: 64, 128: 16}.get(padded, 32), keys=128, warps=8, stages=2)

@@ -1,0 +1,29 @@
+"""The Triton kernels in Triton's interpreter: triton_cases.py in its own process, as kernels are made at import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mapet_kernels.backends import choose_backend
+
+CASES = Path(__file__).with_name("triton_cases.py")
+
+
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(CASES)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=CASES.parent.parent, check=False
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_asking_for_triton_where_it_cannot_run_says_why() -> None:
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: .*(needs a CUDA device, not cpu|not installed)"):
+        choose_backend("triton", "cpu", among=("triton",))
