@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: triton_cases.py in its own process, as kernels are made at import."""
+"""The Triton kernels in Triton's interpreter: triton_*cases.py in their own process, as kernels are made at import."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pytest
 
 from mapet_kernels.backends import choose_backend
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_embed_cases.py")]
 
 
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *map(str, CASES)]
     result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=CASES.parent.parent, check=False
+        command, capture_output=True, text=True, env=environment, cwd=CASES[0].parent.parent, check=False
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 

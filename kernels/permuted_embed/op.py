@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from mapet_kernels.backends import choose_backend
 from mapet_kernels.checks import is_integer
-from mapet_kernels.permuted_embed import reference
 
-BACKENDS = {"reference": reference}
+BACKENDS = ("reference", "triton")
+
+
+@functools.cache
+def _backend(name: str) -> ModuleType:
+    """The backend's module, imported at first use: Triton may not be installed, and takes its time."""
+    return importlib.import_module(f"mapet_kernels.permuted_embed.{name}{'_backend' if name == 'triton' else ''}")
 
 
 def permuted_embed(
@@ -44,7 +54,7 @@ def permuted_embed(
         cut: c in [1, N - 1].
         class_token: (D,) or None.
         mean, std: per channel (3,), subtracted and divided by after the division by 255; None leaves images be.
-        backend: "auto" or "reference".
+        backend: "auto" (reference, until a GPU has run the kernels), "triton" or "reference".
 
     Returns:
         (B * content rows + B * query rows, D) in the weights' dtype: all content streams, then all query streams.
@@ -52,18 +62,17 @@ def permuted_embed(
     Raises:
         ValueError: shapes, cut, permutation or backend do not fit.
     """
-    _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std, backend)
-    name = "reference" if backend == "auto" else backend
+    _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std)
+    name = "reference" if backend == "auto" else choose_backend(backend, images.device, weight.dtype, BACKENDS)
     first = int(class_token is not None)
+    perm = perm.to(torch.int64)
     patches = perm[:, first:] - first if target_content else perm[:, first:cut] - first
     columns = permuted_patches_op(images, patches.contiguous(), weight.shape[-1], mean, std, weight.dtype, name)
     content = torch.nn.functional.linear(columns, weight.flatten(1), bias)
     return assemble_op(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream, name)
 
 
-def _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std, backend) -> None:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}; backends of permuted_embed are auto, {', '.join(BACKENDS)}")
+def _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be (B, 3, S, S), got {tuple(images.shape)}")
     if not (images.dtype == torch.uint8 or images.is_floating_point()):
@@ -103,7 +112,7 @@ def permuted_patches_op(
     backend: str,
 ) -> Tensor:
     """Normalised patches (B, R, 3 * p * p) in `dtype`, gathered by raster index `patches` (B, R). No gradient."""
-    return BACKENDS[backend].permuted_patches(images, patches, patch_size, mean, std, dtype)
+    return _backend(backend).permuted_patches(images, patches, patch_size, mean, std, dtype)
 
 
 @permuted_patches_op.register_fake
@@ -125,7 +134,7 @@ def assemble_op(
 ) -> Tensor:
     """Flat buffer (rows, D) from projected patches (B, R, D) in permuted order, in the dtype of pos_embed."""
     content = content.to(pos_embed.dtype)
-    return BACKENDS[backend].assemble(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream)
+    return _backend(backend).assemble(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream)
 
 
 @assemble_op.register_fake
@@ -148,7 +157,7 @@ def assemble_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of content, pos_embed, mask_token and class_token (empty without one)."""
-    return BACKENDS[backend].assemble_backward(d_rows, perm, cut, patches, class_token, mask_tokens, query_stream)
+    return _backend(backend).assemble_backward(d_rows, perm, cut, patches, class_token, mask_tokens, query_stream)
 
 
 @assemble_backward_op.register_fake

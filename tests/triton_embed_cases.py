@@ -1,0 +1,80 @@
+"""The Triton kernels of permuted_embed in Triton's interpreter; test_triton_interpreter.py runs this file."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
+from test_ops import outputs_and_gradients, tensors, with_inputs
+
+from mapet_kernels.registry import REGISTRY, Case, PermutedEmbedShape
+
+SPEC = REGISTRY["permuted_embed"]
+SMALL = [name for name, shape in SPEC.shapes.items() if shape.image_size < 100]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch):
+    """torch.empty fills with NaN: an element that is not written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_error_budget(case: Case, dtype: torch.dtype) -> None:
+    """Outputs and gradients of the kernels against float64, in units of plain torch's error."""
+    exact, exact_gradients = outputs_and_gradients(SPEC.plain, with_inputs(case, torch.float64), case.options)
+    plain, plain_gradients = outputs_and_gradients(SPEC.plain, with_inputs(case, dtype), case.options)
+    actual, gradients = outputs_and_gradients(SPEC.function, with_inputs(case, dtype), case.options, backend="triton")
+    assert_within_budget(actual[0], plain[0], exact[0], factor=FORWARD_FACTOR, what="output")
+    for name, a in gradients.items():
+        assert_within_budget(
+            a, plain_gradients[name], exact_gradients[name], factor=GRADIENT_FACTOR, what=f"gradient of {name}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_error_budget(name: str, dtype: torch.dtype) -> None:
+    check_error_budget(SPEC.make_case(SPEC.shapes[name], dtype), dtype)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes(seed: int) -> None:
+    choose = random.Random(seed)
+    patch, grid, class_token = choose.choice((1, 2, 3, 4, 8)), choose.randint(2, 4), choose.random() < 0.5
+    tokens = grid**2 + int(class_token)
+    shape = PermutedEmbedShape(
+        patch * grid,
+        patch,
+        choose.choice((1, 8, 17, 64, 80)),
+        cut=choose.randint(1, tokens - 1),
+        batch=choose.randint(1, 3),
+        class_token=class_token,
+        objective=choose.choice(("mapet", "pim", "mim")),
+        uint8=choose.random() < 0.5,
+    )
+    dtype = choose.choice((torch.float16, torch.float32, torch.float64))
+    check_error_budget(SPEC.make_case(shape, dtype, seed=seed), dtype)
+
+
+def test_gradcheck() -> None:
+    case = SPEC.make_case(SPEC.shapes["small"], torch.float64)
+    inputs = with_inputs(case, torch.float64)
+
+    def function(*values: torch.Tensor):
+        return tuple(tensors(SPEC.function(**dict(zip(inputs, values, strict=True)), **case.options, backend="triton")))
+
+    assert torch.autograd.gradcheck(function, list(inputs.values()), fast_mode=True)
+
+
+def test_images_with_any_strides() -> None:
+    """A batch in channels-last memory gives the bits of a contiguous one."""
+    case = SPEC.make_case(SPEC.shapes["small"], torch.float32)
+    expected = SPEC.function(**case.inputs, **case.options, backend="triton")
+    turned = case.options["images"].to(memory_format=torch.channels_last)
+    actual = SPEC.function(**case.inputs, **{**case.options, "images": turned}, backend="triton")
+    assert torch.equal(actual, expected)
