@@ -14,8 +14,9 @@ $(VENV)/.installed: pyproject.toml setup.py
 demo: $(VENV)/.installed
 	$(BIN)/mapet demo --output runs/demo
 
+# One thread a process: the tests' sizes gain nothing from more, and threads that wait for a busy core cost much.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
