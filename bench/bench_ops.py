@@ -16,7 +16,7 @@ CASES = [
     pytest.param(spec, shape, backend, id=f"{spec.name}-{shape}-{backend}")
     for spec in REGISTRY.values()
     for shape in spec.shapes
-    for backend in spec.backends
+    for backend in (*spec.backends, *(spec.gpu_backends if DEVICE == "cuda" else ()))
 ]
 
 

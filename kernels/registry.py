@@ -43,6 +43,7 @@ class OpSpec:
         case's own dtype the error budget.
     make_case: shape, dtype, device, seed -> Case.
     shapes: parameters of make_case, by a name that tests and records show.
+    backends, gpu_backends: those that run anywhere, and those that need a CUDA device.
     cost: shape, dtype -> (FLOP, bytes) of the forward pass: visible pairs and compulsory traffic only.
     """
 
@@ -53,6 +54,7 @@ class OpSpec:
     shapes: dict[str, Any]
     cost: Callable[[Any, torch.dtype], tuple[int, int]]
     backends: tuple[str, ...]
+    gpu_backends: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATS
     differentiable: bool = True
 
@@ -340,6 +342,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_two_stream_cost,
             backends=ATTENTION_BACKENDS,
+            gpu_backends=("triton",),
         ),
         OpSpec(
             name="prefix_suffix_attention",
@@ -373,6 +376,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_permuted_embed_cost,
             backends=("reference",),
+            gpu_backends=("triton",),
         ),
         OpSpec(
             name="kmeans_assign",

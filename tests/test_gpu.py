@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
-from test_ops import CASES, DIFFERENTIABLE, outputs_and_gradients, tensors, with_inputs
+from test_ops import outputs_and_gradients, tensors, with_inputs
 
 from mapet.config import ModelConfig, ObjectiveConfig
 from mapet.objectives import build_objective
@@ -22,12 +22,20 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TINY = ModelConfig(image_size=64, patch_size=8, width=64, depth=3, heads=2, vocabulary=256)
+ALL_CASES = [
+    pytest.param(spec, shape, backend, id=f"{spec.name}-{shape}-{backend}")
+    for spec in REGISTRY.values()
+    for shape in spec.shapes
+    for backend in (*spec.backends, *spec.gpu_backends)
+]
+DIFFERENTIABLE = [case for case in ALL_CASES if case.values[0].differentiable]
+WITHOUT_GRADIENT = [case for case in ALL_CASES if not case.values[0].differentiable]
 
 
 def backends(spec: OpSpec) -> list[str]:
     """The op's backends that run on this device."""
     reasons = available_backends("cuda")
-    return [name for name in spec.backends if reasons.get(name) is None]
+    return [name for name in (*spec.backends, *spec.gpu_backends) if reasons.get(name) is None]
 
 
 def moved(case: Case, device: str) -> Case:
@@ -53,7 +61,7 @@ def test_assertion_13_error_budget(spec: OpSpec, shape: str, backend: str, dtype
         )
 
 
-@pytest.mark.parametrize(("spec", "shape", "backend"), [c for c in CASES if not c.values[0].differentiable])
+@pytest.mark.parametrize(("spec", "shape", "backend"), WITHOUT_GRADIENT)
 def test_ops_without_gradient(spec: OpSpec, shape: str, backend: str) -> None:
     case = moved(spec.make_case(spec.shapes[shape], torch.float32), "cuda")
     exact = tensors(spec.plain(**{name: x.double() for name, x in case.inputs.items()}, **case.options))
