@@ -163,6 +163,8 @@ class TestTokenize:
 
     def test_ctrl_c_leaves_nothing(self, tmp_path):
         script = (
+            # A runner started in the background ignores SIGINT, and so do its children unless told otherwise.
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "import sys, time; sys.path.insert(0, sys.argv[2])\n"
             "from datafakes import BrightnessTokenizer, NoiseSource\n"
             "from mapet.tokenize import tokenize\n"
