@@ -48,11 +48,14 @@ def parse_sensors(answer: str) -> dict[str, float | str] | None:
     fields = [field.strip() for field in answer.strip().split(",")]
     if len(fields) != len(SENSORS):
         return None
-    return {name: _number(field) for name, field in zip(SENSORS.values(), fields, strict=True)}
+    return {
+        name: field if name == "driver" else _number(field)
+        for name, field in zip(SENSORS.values(), fields, strict=True)
+    }
 
 
 def _number(field: str) -> float | str:
-    # A driver version such as 580.159.04 is no number; one such as 580.15 must not become one.
-    if field.replace(".", "", 1).isdigit() and len(field) < 6:
+    try:
         return float(field)
-    return field
+    except ValueError:
+        return field
