@@ -13,13 +13,14 @@ except ModuleNotFoundError as error:
         "(CONTRIBUTING.md, On a GPU machine)"
     ) from error
 
-from bench import aot, attention, plot, records, step
+from bench import aot, attention, plot, records, step, tune
 
 SUITES = {
     "attention": attention.AttentionBenchmark,
     "step": step.StepBenchmark,
     "aot": aot.AotReport,
     "plot": plot.Plot,
+    "tune": tune.Tune,
 }
 
 
@@ -35,6 +36,8 @@ def run(options: object) -> None:
     """Run the suite that these are the options of."""
     if isinstance(options, attention.AttentionBenchmark):
         attention.run(options)
+    elif isinstance(options, tune.Tune):
+        tune.run(options)
     elif isinstance(options, plot.Plot):
         plot.run(options)
     elif isinstance(options, aot.AotReport):
