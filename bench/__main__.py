@@ -25,7 +25,9 @@ SUITES = {
 
 
 def main() -> None:
-    options = tyro.extras.subcommand_cli_from_dict(SUITES, description=__doc__)
+    options = tyro.extras.subcommand_cli_from_dict(
+        SUITES, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)
+    )
     try:
         run(options)
     except ValueError as error:
@@ -46,7 +48,7 @@ def run(options: object) -> None:
             print(f"record: {records.write('aot', 'two_stream_attention', results)}")
     else:
         results = step.run(options)
-        path = records.write("step", f"{options.model}_{options.dtype}_{options.device}", results)
+        path = records.write("step", f"{options.model}_{options.dtype}_{options.device}", results, options.output)
         print(json.dumps(results, indent=1))
         print(f"record: {path}")
 

@@ -36,6 +36,8 @@ LENGTHS = (50, 344, 785, 1025)
 CUT_SHARES = (0.1, 0.9, 0.5, 0.7, 0.3)
 HEADS = (3, 6, 12)
 SECONDS_A_WAY = 1.5
+AUTOTUNE_SECONDS = 120.0
+"""What tuning FlexAttention's tiles may take; it cannot be cut short, so that it is not begun with less time left."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class AttentionBenchmark:
 
     Attributes:
         preset: "quick": the target shape, tokens left in image order, the shortest and the longest sequence; "targets":
-            the rows of the project's targets; "full": every combination, until the time limit.
+            the rows of the project's targets; "tuned_flex": the target shape beside FlexAttention with tuned tiles,
+            with which "targets" ends if there is time; "full": every combination, until the time limit.
         device: "cuda", "cpu", or by default a GPU where there is one.
         batch_heads: images times heads at N = 197; longer sequences get fewer images, for equally many tokens.
         heads: heads of an image, where they are not what varies.
@@ -56,7 +59,7 @@ class AttentionBenchmark:
         plot: draw the picture.
     """
 
-    preset: Literal["quick", "targets", "full"] = "targets"
+    preset: Literal["quick", "targets", "tuned_flex", "full"] = "targets"
     device: str | None = None
     batch_heads: int = 3072
     heads: int = 12
@@ -121,7 +124,7 @@ def run(options: AttentionBenchmark) -> Path:
     with sigterm_interrupts():
         try:
             for done, configuration in enumerate(chosen):
-                if deadline.passed():
+                if no_time_for(configuration, deadline):
                     stopped = f"time limit of {options.time_limit:g} s after {done} of {len(chosen)} configurations"
                     break
                 measurement.configurations.append(measure(configuration, measurement))
@@ -167,6 +170,9 @@ def plan(options: AttentionBenchmark) -> list[Configuration]:
     dtype = options.dtype
     target = [Configuration("target", shape(), dtype, "all"), Configuration("order", shape(), dtype, "order")]
     lengths = {n: Configuration("tokens", shape(n), dtype) for n in LENGTHS}
+    tuned = Configuration("autotuned", shape(), dtype, "autotuned")
+    if options.preset == "tuned_flex":
+        return [tuned]
     if options.preset == "quick":
         return [*target, lengths[min(LENGTHS)], lengths[max(LENGTHS)]]
     if options.preset == "targets":
@@ -177,7 +183,7 @@ def plan(options: AttentionBenchmark) -> list[Configuration]:
             *(Configuration("cut", shape(cut=round(share * TOKENS)), dtype) for share in CUT_SHARES),
             *(Configuration("heads", shape(heads=heads), dtype) for heads in HEADS if heads != options.heads),
             Configuration("dtype", shape(), other),
-            Configuration("autotuned", shape(), dtype, "autotuned"),
+            tuned,
         ]
     return target + [
         Configuration("product", shape(tokens, round(share * tokens), heads, pairs), name)
@@ -189,13 +195,19 @@ def plan(options: AttentionBenchmark) -> list[Configuration]:
     ]
 
 
+def no_time_for(configuration: Configuration, deadline: timing.Deadline) -> bool:
+    """Whether too little time is left to begin a configuration."""
+    tunes = configuration.ways == "autotuned"
+    return deadline.passed() or (tunes and deadline.left() < AUTOTUNE_SECONDS)
+
+
 def way_names(configuration: Configuration, flex: str) -> list[str]:
     """Names of the ways to measure; `flex` is FlexAttention's best setting so far."""
     own = [OURS + name for name in own_backends()]
     if configuration.ways == "order":
         return [name + end for name in own for end in ("_unpacked", IMAGE_ORDER)]
     if configuration.ways == "autotuned":
-        return [*own, f"{flex}_autotuned" if f"{flex}_autotuned" in FLEX_SETTINGS else "flex_one_call_128_autotuned"]
+        return [*own, *(f"flex_{calls}_128_autotuned" for calls in ("one_call", "two_calls"))]
     if configuration.ways == "sweep":
         return [*own, "sdpa_mask", flex, "official"]
     settings = [name for name, setting in FLEX_SETTINGS.items() if not setting.autotune]

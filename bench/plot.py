@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -25,13 +24,17 @@ NAMES = {
     "ours_reference": "ours, plain torch",
     "sdpa_mask": "SDPA, boolean mask",
     "flex": "FlexAttention, block mask",
+    "flex_tuned": "FlexAttention, tuned tiles",
     "official": "official way",
     "official_with_masks": "official way, masks built",
 }
-"""Ways in the order they are drawn, with their names in a picture; `flex` is FlexAttention's best setting."""
-COLOURS = dict(zip(NAMES, (CONTEXT, "#5aa9d6", "#6c5b9e", FAINT, MASK, TARGET, QUERY, "#e3a0bd"), strict=True))
+"""Ways in the order they are drawn, with their names in a picture; `flex` is FlexAttention's best setting, `flex_tuned`
+the better one of those with tuned tiles, which have a configuration of their own."""
+COLOURS = dict(
+    zip(NAMES, (CONTEXT, "#5aa9d6", "#6c5b9e", FAINT, MASK, TARGET, "#1d6b51", QUERY, "#e3a0bd"), strict=True)
+)
 SHADES = {"forward": CONTEXT, "backward": "#9cc4e4", "both": INK}
-WANTED = {"sdpa_mask": 5.0, "flex": 2.5, "official": 10.0}
+WANTED = {"sdpa_mask": 5.0, "flex": 2.5, "flex_tuned": 2.5, "official": 10.0}
 """How many times as fast as a peer the forward pass is meant to be, on a GPU."""
 TIME_UNITS = {"cuda": (1e9, "picoseconds"), "cpu": (1e6, "nanoseconds")}
 """Of a time per visible pair: units in a millisecond, and their name."""
@@ -45,15 +48,17 @@ class Plot:
         files: records of `python -m bench attention`.
     """
 
-    files: tyro.conf.Positional[tuple[Path, ...]]
+    files: tuple[Path, ...]
 
 
 def run(options: Plot) -> None:
     """Draw every file.
 
     Raises:
-        ValueError: a file is no attention record, or holds no timing.
+        ValueError: there is no file, or one is no attention record, or holds no timing.
     """
+    if not options.files:
+        raise ValueError("plot needs the paths of records of `python -m bench attention`")
     for path in options.files:
         print(f"picture: {draw(path)}")
 
@@ -109,7 +114,9 @@ def timed(configuration: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def shown(record: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Timed rows by the names of NAMES, in its order: FlexAttention with its best setting only."""
     rows = timed(configuration)
+    tuned = [row for name, row in rows.items() if name.endswith("_autotuned")]
     rows["flex"] = rows.get(record["best_flex"])
+    rows["flex_tuned"] = min(tuned, key=lambda row: row["timings"]["both"]["p50_ms"], default=None)
     return {name: rows[name] for name in NAMES if rows.get(name) is not None}
 
 
@@ -163,18 +170,14 @@ def draw_cuts(axes: Axes, record: Mapping[str, Any], configurations: Sequence[Ma
 
 def draw_speed(axes: Axes, record: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     """How many times as long each peer takes as the fastest of ours."""
-    rows = shown(record, target)
-    own = {name: row for name, row in rows.items() if name.startswith(OURS)}
-    others = [name for name in rows if name not in own]
-    if not own or not others:
+    own = {name: row for name, row in shown(record, target).items() if name.startswith(OURS)}
+    best = min(own, key=lambda name: own[name]["timings"]["both"]["p50_ms"], default=None)
+    others = list(times_as_long(record, target, best, "both")) if own else []
+    if not others:
         axes.text(0.5, 0.5, "no peer was timed" if own else "none of ours was timed", ha="center", color=INK)
         axes.set_axis_off()
         return
-    best = min(own, key=lambda name: own[name]["timings"]["both"]["p50_ms"])
-    values = {
-        phase: [rows[name]["timings"][phase]["p50_ms"] / own[best]["timings"][phase]["p50_ms"] for name in others]
-        for phase in PHASES
-    }
+    values = {phase: list(times_as_long(record, target, best, phase).values()) for phase in PHASES}
     _bars(axes, [NAMES[name] for name in others], values, "{:.2f}", start=1.0)
     axes.axvline(1, color=INK, linewidth=1)
     if record["measured_on"] == "cuda":
@@ -186,6 +189,16 @@ def draw_speed(axes: Axes, record: Mapping[str, Any], target: Mapping[str, Any])
     axes.set_xlim(min(0.5, min(flat) / 1.6), max(2.0, max(flat) * 1.6))
     wanted = "; red: wanted, forward" if record["measured_on"] == "cuda" else ""
     _style(axes, f"Time of peers over that of '{NAMES[best]}'", f"times as long (log){wanted}", None, along="x")
+
+
+def times_as_long(record: Mapping[str, Any], target: Mapping[str, Any], best: str, phase: str) -> dict[str, float]:
+    """Times of the peers, by the names of NAMES, over that of our way `best` in the same configuration."""
+    ratios: dict[str, float] = {}
+    for configuration in (target, *(c for c in record["configurations"] if c["label"] == "autotuned")):
+        rows = {name: row["timings"][phase]["p50_ms"] for name, row in shown(record, configuration).items()}
+        if best in rows:
+            ratios |= {name: ms / rows[best] for name, ms in rows.items() if not name.startswith(OURS)}
+    return {name: ratios[name] for name in NAMES if name in ratios}
 
 
 def draw_roofline(axes: Axes, record: Mapping[str, Any], target: Mapping[str, Any]) -> None:

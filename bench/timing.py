@@ -73,9 +73,13 @@ class Deadline:
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", self.now())
 
+    def left(self) -> float:
+        """Seconds until the limit; 0 or less when it has passed."""
+        return self.start + self.seconds - self.now()
+
     def passed(self) -> bool:
         """Whether the limit is over."""
-        return self.now() - self.start >= self.seconds
+        return self.left() <= 0
 
 
 def repeats_for(seconds: float, most: int, budget: float) -> int:
@@ -92,6 +96,12 @@ def sample(way: Timed, clock: Clock) -> dict[str, float]:
     return {"forward": forward, "backward": backward, "both": both}
 
 
+def warmed_up(way: Timed, clock: Clock, budget: float) -> float:
+    """Seconds of a sample, the second one unless the first took longer than the budget."""
+    taken = sum(sample(way, clock).values())
+    return taken if taken > budget else sum(sample(way, clock).values())
+
+
 def interleaved(
     ways: Mapping[str, Timed],
     clock: Clock,
@@ -101,7 +111,7 @@ def interleaved(
     deadline: Deadline,
     guard: Callable[[Callable[[], Any]], tuple[Any, str | None]],
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
-    """Time the ways in turn: one sample of each, then the next repeat; two samples of each first warm up.
+    """Time the ways in turn: one sample of each, then the next repeat. Every way is warmed up first.
 
     Args:
         repeats: samples of each way; a slow one gets fewer, so that it takes about `budget` seconds.
@@ -115,18 +125,17 @@ def interleaved(
     reasons: dict[str, str] = {}
     wanted: dict[str, int] = {}
     for name, way in ways.items():
-        for _ in range(2):
-            warm, reason = guard(lambda way=way: sample(way, clock)) if name not in reasons else (None, None)
-            if reason is not None:
-                reasons[name] = reason
-        if name not in reasons:
-            wanted[name] = repeats_for(sum(warm.values()), repeats, budget)
-            seconds[name] = {phase: [] for phase in PHASES}
+        taken, reason = guard(partial(warmed_up, way, clock, budget))
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        wanted[name] = repeats_for(taken, repeats, budget)
+        seconds[name] = {phase: [] for phase in PHASES}
     for repeat in range(max(wanted.values(), default=0)):
         if deadline.passed():
             break
         for name in [name for name, count in wanted.items() if repeat < count and name not in reasons]:
-            taken, reason = guard(lambda way=ways[name]: sample(way, clock))
+            taken, reason = guard(partial(sample, ways[name], clock))
             if reason is not None:
                 reasons[name] = reason
                 continue

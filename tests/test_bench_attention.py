@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +106,7 @@ def test_wrong_and_broken_ways_are_listed_and_never_timed(tiny: AttentionBenchma
     known = attention.builders()
     monkeypatch.setattr(attention, "builders", lambda: {**known, **added})
     monkeypatch.setattr(attention, "way_names", lambda *_: ["wrong", "blind", "broken", "hungry", "ours_sdpa"])
+    monkeypatch.setattr(attention, "plan", lambda options: few(options)[:1])
     rows = read(attention.run(replace(tiny, plot=False)))["configurations"][0]["ways"]
     assert {name: row["status"] for name, row in rows.items()} == {
         "wrong": "wrong", "blind": "wrong", "broken": "failed", "hungry": "failed", "ours_sdpa": "timed",
@@ -131,6 +135,7 @@ def test_a_way_that_breaks_while_timed_is_dropped(tiny: AttentionBenchmark, monk
     known = attention.builders()
     monkeypatch.setattr(attention, "builders", lambda: {**known, "tiring": tiring})
     monkeypatch.setattr(attention, "way_names", lambda *_: ["tiring", "ours_sdpa"])
+    monkeypatch.setattr(attention, "plan", lambda options: few(options)[:1])
     rows = read(attention.run(replace(tiny, plot=False)))["configurations"][0]["ways"]
     assert rows["tiring"]["status"] == "failed" and rows["tiring"]["reason"] == "RuntimeError: worn out"
     assert rows["ours_sdpa"]["timings"]["both"]["repeats"] == 2
@@ -281,8 +286,10 @@ def test_ways_are_timed_in_turn_and_slow_ones_less_often() -> None:
         guard=lambda call: (call(), None),
     )
     assert not reasons and len(seconds["fast"]["both"]) == 5 and len(seconds["slow"]["forward"]) == 3
-    samples = log[8:]  # after two warm-up samples of each; a sample calls forward twice
+    samples = log[8:]  # after two samples of each that warm up; a sample calls forward twice
     assert samples == ["fast", "fast", "slow", "slow"] * 3 + ["fast", "fast"] * 2
+    log.clear()
+    assert timing.warmed_up(ways["slow"], FakeClock(), budget=10.0) == 30.0 and log == ["slow", "slow"]
     assert timing.repeats_for(1e-5, 30, 1.5) == 30 and timing.repeats_for(60.0, 30, 1.5) == 3
     assert timing.repeats_for(60.0, 1, 1.5) == 1
 
@@ -290,7 +297,10 @@ def test_ways_are_timed_in_turn_and_slow_ones_less_often() -> None:
 def test_a_deadline_passes_when_its_seconds_are_over() -> None:
     now = [5.0]
     deadline = timing.Deadline(2.0, lambda: now[0])
-    assert not deadline.passed()
+    assert not deadline.passed() and deadline.left() == 2.0
+    plan = attention.plan(AttentionBenchmark())
+    assert not attention.no_time_for(plan[0], deadline) and attention.no_time_for(plan[-1], deadline)
+    assert not attention.no_time_for(plan[-1], timing.Deadline(attention.AUTOTUNE_SECONDS, lambda: 0.0))
     now[0] = 7.0
     assert deadline.passed()
 
@@ -311,7 +321,9 @@ def test_plans_hold_the_rows_of_the_targets() -> None:
     assert {c.dtype for c in plan} == {"bf16", "fp16"}
     everything = attention.plan(AttentionBenchmark(preset="full"))
     assert len({(c.shape, c.dtype) for c in everything[2:]}) == len(everything) - 2 == 300
-    assert attention.way_names(plan[-1], "flex_two_calls_64")[-1] == "flex_one_call_128_autotuned"
+    tuned = {"flex_one_call_128_autotuned", "flex_two_calls_128_autotuned"}
+    assert tuned < set(attention.way_names(plan[-1], "flex_two_calls_64"))
+    assert attention.plan(AttentionBenchmark(preset="tuned_flex")) == [plan[-1]]
     assert "flex_two_calls_64" in attention.way_names(plan[2], "flex_two_calls_64")
     for configuration in plan:
         assert set(attention.way_names(configuration, "flex_one_call_128")) <= set(attention.builders())
@@ -351,9 +363,42 @@ def test_only_attention_records_are_drawn(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match=r"other\.json is no record"):
         plot.draw(path)
+    with pytest.raises(ValueError, match="needs the paths of records"):
+        plot.run(plot.Plot(()))
     path.write_text('{"suite": "attention", "configurations": [], "best_flex": ""}')
     with pytest.raises(ValueError, match="no way was timed in any configuration"):
         plot.draw(path)
+
+
+def test_without_tyro_it_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError('No module named tyro', name='tyro')")
+    command = [sys.executable, "-m", "bench", "attention"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
+    assert result.returncode == 1
+    assert "needs the package tyro: pip install tyro" in result.stderr and "CONTRIBUTING.md" in result.stderr
+
+
+def test_the_picture_compares_with_every_setting_of_flex_attention() -> None:
+    """The best one where all were timed; with tuned tiles against ours in the same configuration."""
+
+    def configuration(label: str, **both: float) -> dict:
+        rows = {n: {"status": "timed", "timings": {p: {"p50_ms": t} for p in timing.PHASES}} for n, t in both.items()}
+        return {"label": label, "ways": rows}
+
+    target = configuration("target", ours_sdpa=4.0, ours_triton=2.0, flex_one_call_128=5.0, flex_one_call_64=6.0)
+    tuned = configuration(
+        "autotuned", ours_triton=1.0, flex_one_call_128_autotuned=2.0, flex_two_calls_128_autotuned=3.0
+    )
+    record = {"best_flex": "flex_one_call_128", "configurations": [target, tuned]}
+    assert list(plot.shown(record, target)) == ["ours_triton", "ours_sdpa", "flex"]
+    assert plot.times_as_long(record, target, "ours_triton", "both") == {"flex": 2.5, "flex_tuned": 2.0}
+    record["configurations"] = [target]
+    assert plot.times_as_long(record, target, "ours_triton", "both") == {"flex": 2.5}
+    assert plot.times_as_long({**record, "configurations": [tuned]}, tuned, "ours_triton", "both") == {
+        "flex_tuned": 2.0
+    }
 
 
 def test_sensors_of_a_gpu_are_read() -> None:
