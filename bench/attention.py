@@ -7,6 +7,7 @@ way is checked against float64 before it is timed; one that errs, fails or is mi
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -362,9 +363,9 @@ def summary(measurement: Measurement, before: dict[str, Any], stopped: str | Non
 
 
 def device_state(device: torch.device) -> dict[str, Any]:
-    """What is measured on: the GPU with clocks and temperature, or just that it is a CPU."""
+    """What is measured on: the GPU with clocks and temperature, or the CPU and how busy its machine is."""
     if device.type == "cpu":
-        return {"name": f"CPU, {records.cpu_name()}, {torch.get_num_threads()} threads"}
+        return {"name": f"CPU, {records.cpu_name()}, threads: {torch.get_num_threads()}", "load": os.getloadavg()}
     return {**gpu.describe(device), "sensors": gpu.sensors(device)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
 from bench.timing import PHASES
 from mapet.report.picture import CONTEXT, FAINT, INK, MASK, QUERY, TARGET, save
@@ -38,6 +38,8 @@ WANTED = {"sdpa_mask": 5.0, "flex": 2.5, "flex_tuned": 2.5, "official": 10.0}
 """How many times as fast as a peer the forward pass is meant to be, on a GPU."""
 TIME_UNITS = {"cuda": (1e9, "picoseconds"), "cpu": (1e6, "nanoseconds")}
 """Of a time per visible pair: units in a millisecond, and their name."""
+RATE_UNITS = {"cuda": (1.0, "TFLOP/s"), "cpu": (1e3, "GFLOP/s")}
+"""Of a rate: units in a TFLOP/s, and their name."""
 
 
 @dataclass(frozen=True)
@@ -150,22 +152,22 @@ def draw_lengths(
     axes.plot([c["tokens"] for c in ordered], bound, color=INK, linestyle=":", label="roofline of this device")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     _log_x(axes, [c["tokens"] for c in ordered])
     _style(axes, f"{phase.capitalize()}: time per visible pair", "tokens of an image, N (log)", f"{unit} (log)")
 
 
 def draw_cuts(axes: Axes, record: Mapping[str, Any], configurations: Sequence[Mapping[str, Any]], phase: str) -> None:
-    """TFLOP/s on visible pairs against the cut."""
+    """Operations a second on visible pairs, against the cut."""
     ordered = sorted(configurations, key=lambda c: c["cuts"])
+    factor, unit = RATE_UNITS[record["measured_on"]]
     for name in NAMES:
-        points = [
-            (c["cuts"], shown(record, c)[name]["tflop_per_s"][phase]) for c in ordered if name in shown(record, c)
-        ]
+        points = [(c["cuts"], shown(record, c)[name]["tflop_per_s"]) for c in ordered if name in shown(record, c)]
         if points:
-            _line(axes, *zip(*points, strict=True), name)
+            _line(axes, [cut for cut, _ in points], [factor * rates[phase] for _, rates in points], name)
     axes.set_ylim(bottom=0)
     tokens = ordered[0]["tokens"]
-    _style(axes, f"{phase.capitalize()}: rate on visible pairs, N = {tokens}", "cut c, in tokens", "TFLOP/s")
+    _style(axes, f"{phase.capitalize()}: rate on visible pairs, N = {tokens}", "cut c, in tokens", unit)
 
 
 def draw_speed(axes: Axes, record: Mapping[str, Any], target: Mapping[str, Any]) -> None:
@@ -209,11 +211,9 @@ def draw_roofline(axes: Axes, record: Mapping[str, Any], target: Mapping[str, An
     }
     _bars(axes, [NAMES[name] for name in rows], values, "{:.1f}", start=0.0)
     axes.set_xlim(0, max(10.0, 1.15 * max(value for lengths in values.values() for value in lengths)))
-    rates = record["rates"]
-    limits = (
-        f"copy {rates['bytes_per_second'] / 1e9:,.5g} GB/s, "
-        f"products {rates['flop_per_second'][target['dtype']] / 1e12:.3g} TFLOP/s"
-    )
+    rates, (factor, unit) = record["rates"], RATE_UNITS[record["measured_on"]]
+    copy, products = rates["bytes_per_second"] / 1e9, rates["flop_per_second"][target["dtype"]] / 1e12
+    limits = f"copy {_three_digits(copy)} GB/s, products {_three_digits(factor * products)} {unit}"
     _style(axes, f"Share of the roofline ({limits})", "% of the speed that this device allows", None, along="x")
 
 
@@ -246,6 +246,10 @@ def _log_x(axes: Axes, ticks: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plain(value: float, _: int) -> str:
