@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
-# (CONTRIBUTING.md, On a GPU machine). Each of the two ends within 10 minutes.
+# (CONTRIBUTING.md, On a GPU machine). Each of the two is meant to end within 10 minutes.
 GPU_PYTHON ?= $(BIN)/python
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 RESULTS ?= bench/results
