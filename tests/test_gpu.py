@@ -13,8 +13,9 @@ from test_ops import outputs_and_gradients, tensors, with_inputs
 
 from mapet.config import ModelConfig, ObjectiveConfig
 from mapet.objectives import build_objective
-from mapet_kernels.backends import available_backends
+from mapet_kernels.backends import available_backends, choose_backend
 from mapet_kernels.registry import REGISTRY, Case, OpSpec, TwoStreamShape
+from mapet_kernels.selfcheck import two_stream_agreement
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,6 +116,65 @@ def test_assertion_18_compiled_model_does_not_recompile(backend: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = losses(backend, 5, compile=True)
     assert compiled == pytest.approx(losses(backend, 5), rel=2e-3)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends(REGISTRY["two_stream_attention"]) if b != "reference"])
+def test_cuda_graph_replays_a_forward_and_backward_pass(backend: str) -> None:
+    """Captured once on some images, replayed on others: the loss and gradients of an eager pass."""
+    torch.manual_seed(0)
+    objective = build_objective(ObjectiveConfig("mapet", 20), TINY, backend=backend).cuda()
+    parameters = list(objective.parameters())
+
+    def draw(seed: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        images = torch.randint(0, 256, (8, 3, 64, 64), generator=generator, device="cuda", dtype=torch.uint8)
+        tokens = torch.randint(0, 256, (8, 64), generator=generator, device="cuda")
+        plan = objective.sample_plan(8, generator, "cuda")
+        return images, tokens, plan.permutation, plan.keep
+
+    def step(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        loss, _ = objective(*inputs, with_accuracy=False)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    inputs = draw(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step(inputs)
+    others = draw(1)
+    for static, other in zip(inputs, others, strict=True):
+        static.copy_(other)
+    graph.replay()
+    for actual, expected in zip(replayed, step(others), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs sm_80")
+def test_auto_is_triton_and_agrees_with_plain_torch() -> None:
+    spec = REGISTRY["two_stream_attention"]
+    for dtype in DTYPES:
+        assert choose_backend("auto", "cuda", dtype, (*spec.backends, *spec.gpu_backends), 64) == "triton"
+        assert two_stream_agreement("auto", "cuda", dtype).holds
+        assert two_stream_agreement("auto", "cuda", dtype, TwoStreamShape(2048, 700, size=64)).holds
+
+
+def test_fp32_uses_tf32_only_where_torch_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "triton" not in backends(REGISTRY["two_stream_attention"]):
+        pytest.skip(f"backend triton does not run here: {available_backends('cuda')['triton']}")
+    spec = REGISTRY["two_stream_attention"]
+    case = moved(spec.make_case(TwoStreamShape(197, 50, size=64), torch.float32), "cuda")
+    exact = spec.plain(**{name: x.double() for name, x in case.inputs.items()}, **case.options)[1]
+    errors = {}
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+        out = spec.function(**case.inputs, **case.options, backend="triton")[1]
+        errors[precision] = float((out - exact).abs().max())
+    assert errors["ieee"] < 1e-5 < errors["tf32"] < 1e-2
 
 
 @pytest.mark.parametrize("backend", backends(REGISTRY["two_stream_attention"]))

@@ -86,6 +86,12 @@ def test_head_sizes(poisoned: None, size: int) -> None:
     check_error_budget(SPEC.make_case(TwoStreamShape(19, 6, size=size, batch=1), torch.float32), torch.float32)
 
 
+@pytest.mark.parametrize(("tokens", "cut"), [(1025, 700), (2048, 1990)])
+def test_long_sequences(poisoned: None, tokens: int, cut: int) -> None:
+    """512-pixel images and beyond; the tiles of the launch table."""
+    check_error_budget(SPEC.make_case(TwoStreamShape(tokens, cut, 1, 1, size=16), torch.float16), torch.float16)
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> TwoStreamShape:
     """Up to 40 tokens, mostly up to 16 (the interpreter is slow), and every option of the op."""
