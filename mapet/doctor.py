@@ -21,13 +21,14 @@ from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
 from mapet_kernels.backends import available_backends
+from mapet_kernels.flash_providers import provider_for
 
 Status = Literal["ok", "absent", "problem"]
 
 OLDEST_TORCH = (2, 11)
 OPTIONAL_PACKAGES = {
-    "xformers": ("xformers", "a peer in the attention benchmarks"),
-    "flash-attn": ("flash_attn", "a peer in the attention benchmarks"),
+    "xformers": ("xformers", "one way to run attention backend flash, and a peer in the attention benchmarks"),
+    "flash-attn": ("flash_attn", "one way to run attention backend flash, and a peer in the attention benchmarks"),
     "faiss": ("faiss", "a peer in the k-means benchmarks"),
     "nvtx": ("nvtx", "named ranges in profiles"),
     "wandb": ("wandb", "train.trackers wandb"),
@@ -183,9 +184,13 @@ def triton_finding(gpus: list[Gpu]) -> Finding:
 def backend_findings(device: str, backends: dict[str, str | None]) -> list[Finding]:
     """One finding per attention backend: None means that it runs, text is the reason why not."""
     return [
-        Finding(f"attention {name} on {device}", "absent" if reason else "ok", reason or "runs")
+        Finding(f"attention {name} on {device}", "absent" if reason else "ok", reason or _how_it_runs(name, device))
         for name, reason in backends.items()
     ]
+
+
+def _how_it_runs(backend: str, device: str) -> str:
+    return f"runs, by {provider_for(device).name}" if backend == "flash" else "runs"
 
 
 def package_finding(name: str, module: str, purpose: str) -> Finding:
