@@ -172,6 +172,23 @@ def test_strided_inputs_and_poisoned_memory(standin, shape: str) -> None:
     torch.testing.assert_close(poisoned, clean, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("mask_tokens", [True, False])
+def test_memory_that_the_kernels_cannot_read_is_copied(standin, mask_tokens: bool) -> None:
+    """Rows of 18 bytes, a start off by 2 bytes, a last dimension with gaps: the stand-in refuses them as they are."""
+    case = SPEC.make_case(TwoStreamShape(9, 4, size=8, mask_tokens=mask_tokens), torch.float16)
+    tight = two_stream_attention(**case.inputs, **case.options, backend="flash")
+
+    def odd(x: Tensor, size: int, start: int, step: int) -> Tensor:
+        wide = x.new_empty(*x.shape[:-1], size)
+        return wide[..., start::step][..., : x.shape[-1]].copy_(x)
+
+    for size, start, step in ((9, 0, 1), (16, 1, 1), (16, 0, 2)):
+        case_inputs = {name: odd(x, size, start, step) for name, x in case.inputs.items()}
+        assert all(x.stride(-1) == step for x in case_inputs.values())
+        loose = two_stream_attention(**case_inputs, **case.options, backend="flash")
+        assert torch.equal(loose[0], tight[0]) and torch.equal(loose[1], tight[1])
+
+
 def test_opcheck_and_autocast(standin) -> None:
     case = SPEC.make_case(TwoStreamShape(9, 4, size=16, image_order=True), torch.float32)
     leaves = with_inputs(case, torch.float32)
@@ -367,7 +384,9 @@ def test_torch_operators_give_the_composition_what_it_needs(use, monkeypatch) ->
 
 
 def test_xformers_adapter(use) -> None:
-    use(xformers_provider(flash_standin.xformers_fmha(), "0.0.35"))
+    provider = xformers_provider(flash_standin.xformers_fmha(), "0.0.35")
+    assert (provider.name, provider.deterministic) == ("xformers 0.0.35", False)
+    use(provider)
     for shape in ADAPTER_SHAPES:
         assert_equals_reference(shape)
     with pytest.raises(ValueError, match="end at the aligned key"):
