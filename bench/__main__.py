@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         "(CONTRIBUTING.md, On a GPU machine)"
     ) from error
 
-from bench import aot, attention, plot, records, step, tune
+from bench import aot, attention, plot, random_shapes, records, step, tune
 
 SUITES = {
     "attention": attention.AttentionBenchmark,
@@ -21,6 +21,7 @@ SUITES = {
     "aot": aot.AotReport,
     "plot": plot.Plot,
     "tune": tune.Tune,
+    "random-shapes": random_shapes.RandomShapes,
 }
 
 
@@ -46,6 +47,9 @@ def run(options: object) -> None:
         results = aot.run(options)
         if options.record:
             print(f"record: {records.write('aot', 'two_stream_attention', results)}")
+    elif isinstance(options, random_shapes.RandomShapes):
+        results = random_shapes.run(options)
+        print(f"record: {records.write('random_shapes', f'two_stream_attention_{options.count}', results)}")
     else:
         results = step.run(options)
         path = records.write("step", f"{options.model}_{options.dtype}_{options.device}", results, options.output)

@@ -1,32 +1,21 @@
-"""Are results right? Against plain torch in float64, with the table of tolerances that the tests use."""
+"""Are results right? Against plain torch in float64, with the table of tolerances that the tests use too."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from bench.attention_ways import Operands
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
+from mapet_kernels.tolerances import FLOOR, FORWARD_FACTOR, GRADIENT_FACTOR
 
 RESULTS = ("out_content", "out_query", "dq_content", "dq_query", "dk", "dv")
 """What a forward and backward pass gives, in this order: two outputs, four gradients."""
 
 CHUNK_BYTES = {"cuda": 8 << 30, "cpu": 256 << 20}
-
-
-def _tolerances() -> ModuleType:
-    """tests/budget.py, the one table of tolerances; tests/ is no package."""
-    path = Path(__file__).parent.parent / "tests" / "budget.py"
-    spec = importlib.util.spec_from_file_location("budget", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,6 @@ def yardstick(operands: Operands) -> Yardstick:
     What is allowed is the tolerance table's: a factor times the largest error of plain torch in the same dtype, or the
     floor relative to the largest value.
     """
-    table = _tolerances()
     shape, dtype = operands.shape, operands.k.dtype
     per_chunk = images_per_chunk(shape, CHUNK_BYTES[operands.k.device.type])
     exact_parts, plain_errors = [], torch.zeros(len(RESULTS), dtype=torch.float64)
@@ -64,8 +52,8 @@ def yardstick(operands: Operands) -> Yardstick:
         plain_errors = torch.maximum(plain_errors, errors.cpu())
         exact_parts.append(exact)
     exact = tuple(torch.cat(parts) for parts in zip(*exact_parts, strict=True))
-    factors = (table.FORWARD_FACTOR,) * 2 + (table.GRADIENT_FACTOR,) * 4
-    floors = [table.FLOOR[dtype] * (e.abs().max().item() or 1.0) for e in exact]
+    factors = (FORWARD_FACTOR,) * 2 + (GRADIENT_FACTOR,) * 4
+    floors = [FLOOR[dtype] * (e.abs().max().item() or 1.0) for e in exact]
     allowed = (max(f * e, floor) for f, e, floor in zip(factors, plain_errors.tolist(), floors, strict=True))
     return Yardstick(exact, tuple(allowed))
 
