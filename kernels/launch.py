@@ -41,8 +41,8 @@ def known_architecture(capability: tuple[int, int]) -> int:
     return max(known)
 
 
-def two_stream_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the forward kernel for head size `size`, 1 to 128.
+def attention_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the forward kernel of an attention op for head size `size`, 1 to 128.
 
     Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU.
     """
@@ -52,8 +52,8 @@ def two_stream_forward(size: int, dtype: torch.dtype, architecture: int) -> Laun
     return LaunchConfig(rows=128, keys=32 if wide and architecture < 90 else 64, warps=8, stages=2)
 
 
-def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the kernel of dQ."""
+def attention_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dQ of an attention op."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
         return LaunchConfig(rows=64 if padded <= 32 else 32, keys=32, warps=8, stages=1)
@@ -64,8 +64,8 @@ def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) 
     return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
 
 
-def two_stream_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the kernel of dK and dV."""
+def attention_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dK and dV of an attention op."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
         return LaunchConfig(rows=32, keys=32, warps=8 if padded == 128 else 4, stages=1)

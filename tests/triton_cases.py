@@ -17,8 +17,8 @@ from mapet_kernels import launch
 from mapet_kernels.backends import choose_backend
 from mapet_kernels.launch import LaunchConfig
 from mapet_kernels.registry import REGISTRY, Case, TwoStreamShape
+from mapet_kernels.triton_launch import rows_are_aligned
 from mapet_kernels.two_stream_attention import two_stream_attention, two_stream_attention_packed
-from mapet_kernels.two_stream_attention.triton_backend import rows_are_aligned
 
 SPEC = REGISTRY["two_stream_attention"]
 SMALL = [name for name, shape in SPEC.shapes.items() if shape.tokens < 97]
@@ -55,7 +55,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch):
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, *configs: tuple[int, int]) -> None:
     """Use these (rows, keys) for the forward, dQ and dK/dV kernels."""
-    kernels = ("two_stream_forward", "two_stream_query_gradient", "two_stream_key_gradient")
+    kernels = ("attention_forward", "attention_query_gradient", "attention_key_gradient")
     for name, (rows, keys) in zip(kernels, configs, strict=True):
         config = LaunchConfig(rows, keys, warps=4, stages=1)
         monkeypatch.setattr(launch, name, lambda *_, config=config: config)
