@@ -37,6 +37,9 @@ TYPE_NAMES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+"""The compiler options among a launch's constants."""
+
 TWO_STREAM_VARIANTS = ("plain", "gather", "last_block", "pim")
 PREFIX_SUFFIX_VARIANTS = ("single", "single_per_image")
 BATCH, HEADS, TOKENS, TARGETS = 2, 12, 197, 147
@@ -161,7 +164,7 @@ def key_halves(count: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def compile_launch(part: Launch, size: int, dtype: str, variant: str, architecture: int) -> Compiled:
     """Compile one launch and read what ptxas reports."""
-    options = {name: part.constants[name] for name in ("num_warps", "num_stages")}
+    options = {name: part.constants[name] for name in OPTIONS if name in part.constants}
     compiled = triton.compile(source(part), target=GPUTarget("cuda", architecture, 32), options=options)
     report = ptxas_report(compiled.asm["ptx"], architecture)
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())

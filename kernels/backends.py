@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-PORTABLE_BACKENDS = ("reference", "sdpa")
-"""Attention backends that need no GPU."""
-
-ATTENTION_BACKENDS = (*PORTABLE_BACKENDS, "triton")
+ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
+
+TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton kernels run in Python on CPU tensors: as the process started, since kernels are made at import."""

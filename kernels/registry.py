@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_kernels import visibility
-from mapet_kernels.backends import PORTABLE_BACKENDS
+from mapet_kernels.backends import ATTENTION_BACKENDS
 from mapet_kernels.kmeans_assign import kmeans_assign
 from mapet_kernels.kmeans_update import kmeans_update
 from mapet_kernels.permuted_embed import permuted_embed
@@ -341,7 +341,7 @@ REGISTRY: dict[str, OpSpec] = {
                 "pim_cut_per_image": TwoStreamShape(23, (0, 9, 22), batch=3, mask_tokens=False, image_order=True),
             },
             cost=_two_stream_cost,
-            backends=PORTABLE_BACKENDS,
+            backends=ATTENTION_BACKENDS,
             gpu_backends=("triton",),
         ),
         OpSpec(
@@ -358,7 +358,7 @@ REGISTRY: dict[str, OpSpec] = {
                 "per_image": PrefixSuffixShape(41, 29, 13, cut=3, shift="random", per_image=True, batch=3),
             },
             cost=_prefix_suffix_cost,
-            backends=PORTABLE_BACKENDS,
+            backends=ATTENTION_BACKENDS,
             gpu_backends=("triton",),
         ),
         OpSpec(

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mapet_kernels.backends import choose_backend
+from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 from mapet_kernels.registration import register_autocast
 from mapet_kernels.two_stream_attention import image_order
 from mapet_kernels.two_stream_attention.checks import check
@@ -64,7 +64,7 @@ def two_stream_attention(
     problem = check(q_content, q_query, k, v, cut, perm, mask_tokens, scale)
     one_cut, cuts = (-1, cut.to(q_query.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
     perm = None if perm is None else perm.to(q_query.device, torch.int64)
-    name = choose_backend(backend, q_query.device, q_query.dtype)
+    name = choose_backend(backend, q_query.device, q_query.dtype, TWO_STREAM_BACKENDS)
     out, _ = two_stream_attention_op(q_content, q_query, k, v, one_cut, cuts, perm, mask_tokens, problem.scale, name)
     streams = split_flat(out, q_query.shape[0], problem, q_content is not None)
     return streams.content, streams.query
@@ -109,7 +109,7 @@ def two_stream_attention_packed(
     streams = split_flat(q, batch, Problem(tokens, targets, cut, mask_tokens, 1.0), with_content)
     k, v = kv.unbind(2)
     problem = check(streams.content, streams.query, k, v, cut, None, mask_tokens, scale)
-    name = choose_backend(backend, q.device, q.dtype)
+    name = choose_backend(backend, q.device, q.dtype, TWO_STREAM_BACKENDS)
     out, _ = two_stream_attention_packed_op(q, kv, cut, targets, mask_tokens, problem.scale, name)
     return out
 
