@@ -6,16 +6,20 @@ import json
 
 import tyro
 
-from bench import aot, records, step
+from bench import aot, random_shapes, records, step
 
 
 def main() -> None:
-    suites = {"step": step.StepBenchmark, "aot": aot.AotReport}
+    suites = {"step": step.StepBenchmark, "aot": aot.AotReport, "random-shapes": random_shapes.RandomShapes}
     options = tyro.extras.subcommand_cli_from_dict(suites, description=__doc__)
     if isinstance(options, aot.AotReport):
         results = aot.run(options)
         if options.record:
             print(f"record: {records.write('aot', 'two_stream_attention', results)}")
+        return
+    if isinstance(options, random_shapes.RandomShapes):
+        results = random_shapes.run(options)
+        print(f"record: {records.write('random_shapes', f'two_stream_attention_{options.count}', results)}")
         return
     results = step.run(options)
     path = records.write("step", f"{options.model}_{options.dtype}_{options.device}", results)

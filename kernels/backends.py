@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from mapet_kernels.flash_providers import reason_against_flash
+
 ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
 
-TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton")
+TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton", "flash")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton kernels run in Python on CPU tensors: as the process started, since kernels are made at import."""
@@ -23,7 +25,12 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype | 
     """Attention backends by name, each with None where it runs on `device` (in `dtype`) or else the reason against."""
     device = torch.device(device)
     reason = None if device.type in ("cpu", "cuda") else f"needs a CPU or CUDA device, not {device.type}"
-    return {"reference": None, "sdpa": reason, "triton": reason_against_triton(device, dtype)}
+    return {
+        "reference": None,
+        "sdpa": reason,
+        "triton": reason_against_triton(device, dtype),
+        "flash": reason_against_flash(device, dtype),
+    }
 
 
 @torch.compiler.assume_constant_result
@@ -50,21 +57,33 @@ def choose_backend(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     among: Sequence[str] = ATTENTION_BACKENDS,
+    size: int | None = None,
 ) -> str:
-    """The attention backend for a request: "auto" takes the fastest that runs on the device.
+    """The backend for a request: "auto" takes Triton's kernels where they run, else torch's, else the reference.
+
+    Args:
+        among: the op's backends.
+        size: head size, for ops that have one.
 
     Raises:
         ValueError: the op has no such backend, or it cannot run on the device in the dtype; the text says why.
     """
     device = torch.device(device)
     if requested == "auto":
-        # Never "triton" yet: no GPU has run its kernels.
-        return "sdpa" if device.type in ("cpu", "cuda") else "reference"
+        return _fastest(device, dtype, among, size)
     if requested not in among:
         raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(among)}")
     if (reason := available_backends(device, dtype)[requested]) is not None:
         raise ValueError(f"backend {requested!r} cannot run here: {reason}")
     return requested
+
+
+def _fastest(device: torch.device, dtype: torch.dtype | None, among: Sequence[str], size: int | None) -> str:
+    fits = size is None or size <= MAX_TRITON_HEAD_SIZE
+    # The interpreter is for tests: on CPU tensors Triton has to be asked for.
+    if "triton" in among and device.type == "cuda" and fits and reason_against_triton(device, dtype) is None:
+        return "triton"
+    return "sdpa" if "sdpa" in among and device.type in ("cpu", "cuda") else "reference"
 
 
 def choose_listed_backend(requested: str, listed: Mapping[str, object]) -> str:

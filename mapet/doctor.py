@@ -21,13 +21,15 @@ from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
 from mapet_kernels.backends import available_backends
+from mapet_kernels.flash_providers import provider_for
+from mapet_kernels.selfcheck import two_stream_agreement
 
 Status = Literal["ok", "absent", "problem"]
 
 OLDEST_TORCH = (2, 11)
 OPTIONAL_PACKAGES = {
-    "xformers": ("xformers", "a peer in the attention benchmarks"),
-    "flash-attn": ("flash_attn", "a peer in the attention benchmarks"),
+    "xformers": ("xformers", "one way to run attention backend flash, and a peer in the attention benchmarks"),
+    "flash-attn": ("flash_attn", "one way to run attention backend flash, and a peer in the attention benchmarks"),
     "faiss": ("faiss", "a peer in the k-means benchmarks"),
     "nvtx": ("nvtx", "named ranges in profiles"),
     "wandb": ("wandb", "train.trackers wandb"),
@@ -181,11 +183,27 @@ def triton_finding(gpus: list[Gpu]) -> Finding:
 
 
 def backend_findings(device: str, backends: dict[str, str | None]) -> list[Finding]:
-    """One finding per attention backend: None means that it runs, text is the reason why not."""
+    """One finding per attention backend: None means that it runs and is to be tried, text is the reason why not."""
     return [
-        Finding(f"attention {name} on {device}", "absent" if reason else "ok", reason or "runs")
+        Finding(subject, "absent", reason) if reason else trial_finding(subject, name, device)
         for name, reason in backends.items()
+        for subject in [f"attention {name} on {device}"]
     ]
+
+
+def trial_finding(subject: str, backend: str, device: str) -> Finding:
+    """Run MaPeT's attention once, forward and backward, and compare with plain torch in float64."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    try:
+        agreement = two_stream_agreement(backend, device, dtype)
+    except Exception as error:  # whatever a kernel's compiler or a driver raises is a finding
+        return Finding(subject, "problem", f"does not run: {error}", f"set train.backend to another than {backend}")
+    errors = f"errors are {agreement.outputs:.2f} (outputs) and {agreement.gradients:.2f} (gradients) of the tolerance"
+    if agreement.holds:
+        provider = f", by {provider_for(device).name}" if backend == "flash" else ""
+        return Finding(subject, "ok", f"agrees with plain torch{provider}: {errors}")
+    advice = f"set train.backend to another than {backend}, and please report this"
+    return Finding(subject, "problem", f"disagrees with plain torch: {errors}", advice)
 
 
 def package_finding(name: str, module: str, purpose: str) -> Finding:

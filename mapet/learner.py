@@ -25,6 +25,9 @@ from mapet.objectives import Plan, build_objective
 from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
 from mapet.rng import global_rng_state, seed_global_generators, set_global_rng_state, step_generator
 from mapet.schedule import StepPlan, learning_rate
+from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
+from mapet_kernels.registry import TwoStreamShape
+from mapet_kernels.selfcheck import two_stream_agreement
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,6 +60,7 @@ class Learner:
 
     def __init__(self, config: RunConfig, world: World, steps: StepPlan) -> None:
         check_precision(config.train.precision, world.device)
+        check_attention(config, world.device)
         train = config.train
         self.config, self.world, self.steps = config, world, steps
         seed_global_generators(train.seed)
@@ -176,4 +180,27 @@ def check_precision(precision: str, device: torch.device) -> None:
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"
+        )
+
+
+def check_attention(config: RunConfig, device: torch.device) -> None:
+    """ConfigError when the backend cannot run, or on this GPU, at this run's sizes, disagrees with plain torch."""
+    if config.objective.name == "mim":
+        return  # torch's own attention
+    model, cut, backend = config.model, config.objective.cut, config.train.backend
+    size, masks = model.width // model.heads, config.objective.name == "mapet"
+    dtype = AUTOCAST.get(config.train.precision, torch.float32)
+    try:
+        choose_backend(backend, device, dtype, TWO_STREAM_BACKENDS, size)
+    except ValueError as error:
+        raise ConfigError(f"train.backend: {error}") from error
+    if device.type != "cuda":
+        return
+    shape = TwoStreamShape(model.tokens, cut, batch=2, heads=2, size=size, mask_tokens=masks)
+    agreement = two_stream_agreement(backend, device, dtype, shape)
+    if not agreement.holds:
+        raise ConfigError(
+            f"train.backend {backend} computes wrong attention on {device}: its errors are {agreement.outputs:.1f} "
+            f"(outputs) and {agreement.gradients:.1f} (gradients) times what rounding in {config.train.precision} "
+            "explains; set train.backend sdpa, and please report this with the output of `mapet doctor`"
         )

@@ -152,7 +152,15 @@ class MaskedTokenViT(nn.Module):
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
 
-    def embed(self, images: Tensor, permutation: Tensor, layout: StreamLayout, *, normalise: bool = True) -> Tensor:
+    def embed(
+        self,
+        images: Tensor,
+        permutation: Tensor,
+        layout: StreamLayout,
+        *,
+        normalise: bool = True,
+        backend: str = "auto",
+    ) -> Tensor:
         """Flat buffer (R, D) of images (B, 3, S, S), uint8 or floating point in [0, 1], and permutations (B, N)."""
         return permuted_embed(
             images,
@@ -168,6 +176,7 @@ class MaskedTokenViT(nn.Module):
             target_content=layout.target_content,
             mask_tokens=layout.mask_tokens,
             query_stream=layout.query_stream,
+            backend=backend,
         )
 
     def encode(self, x: Tensor, layout: StreamLayout, keep: Tensor | None, attention: Attention) -> Tensor:

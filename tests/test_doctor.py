@@ -32,6 +32,7 @@ from mapet.doctor import (
 )
 from mapet.errors import DataError
 from mapet_kernels.backends import available_backends
+from mapet_kernels.selfcheck import Agreement
 
 V100, H200 = Gpu("V100", (7, 0), 16 << 30), Gpu("H200", (9, 0), 141 << 30)
 
@@ -75,9 +76,18 @@ def test_triton_needs_an_ampere_gpu(monkeypatch):
 
 
 def test_a_backend_that_cannot_run_says_why():
-    runs, cannot = backend_findings("cuda:0", {"sdpa": None, "triton": "needs sm_80, this is sm_70"})
-    assert (runs.subject, runs.status) == ("attention sdpa on cuda:0", "ok")
+    runs, cannot = backend_findings("cpu", {"sdpa": None, "triton": "needs sm_80, this is sm_70"})
+    assert (runs.subject, runs.status) == ("attention sdpa on cpu", "ok") and "agrees with plain torch" in runs.detail
     assert (cannot.status, cannot.detail) == ("absent", "needs sm_80, this is sm_70")
+
+
+def test_a_backend_that_breaks_or_is_wrong_is_a_problem(monkeypatch):
+    (broken,) = backend_findings("meta", {"sdpa": None})
+    assert broken.status == "problem" and "does not run: backend 'sdpa' cannot run here" in broken.detail
+    monkeypatch.setattr(doctor_module, "two_stream_agreement", lambda *_: Agreement(outputs=0.5, gradients=7.0))
+    (wrong,) = backend_findings("cpu", {"sdpa": None})
+    assert wrong.status == "problem" and "disagrees" in wrong.detail and "7.00 (gradients)" in wrong.detail
+    assert "another than sdpa" in wrong.advice
 
 
 def test_no_gpu_says_whose_fault_it_is(monkeypatch):

@@ -10,12 +10,15 @@ import torch
 from tiny_run import make_cache, make_config
 from torch import nn
 
+from mapet import learner as learner_module
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
 from mapet.data.loader import Batch, make_loader
 from mapet.distributed import World
-from mapet.learner import Learner
+from mapet.errors import ConfigError
+from mapet.learner import Learner, check_attention
 from mapet.schedule import plan_steps
+from mapet_kernels.selfcheck import Agreement
 
 CPU = World(torch.device("cpu"))
 
@@ -160,6 +163,25 @@ def test_precisions_compute_in_their_type(cache):
         run(learner, cache, 0, 1)
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in learner.model.parameters())
     assert seen == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def test_a_backend_that_cannot_run_or_is_wrong_stops_the_run_before_it_starts(cache, monkeypatch):
+    with pytest.raises(ConfigError, match=r"train.backend: unknown backend 'fast'; backends are auto, reference, sdpa"):
+        make_learner(cache, **{"train.backend": "fast"})
+    with pytest.raises(ConfigError, match=r"train.backend: backend 'triton' cannot run here: "):
+        make_learner(cache, **{"train.backend": "triton"})
+    config = make_config(cache.path, Path("unused"))
+    asked = []
+
+    def agreement(backend, device, dtype, shape):
+        asked.append((backend, str(device), dtype, shape.tokens, shape.size))
+        return Agreement(outputs=1.5, gradients=0.2)
+
+    monkeypatch.setattr(learner_module, "two_stream_agreement", agreement)
+    with pytest.raises(ConfigError, match=r"computes wrong attention on cuda: its errors are 1.5 .*train.backend sdpa"):
+        check_attention(config, torch.device("cuda"))
+    model = config.model
+    assert asked == [("auto", "cuda", torch.float32, model.tokens, model.width // model.heads)]
 
 
 def test_jitter_and_plan_depend_on_seed_and_step_only(cache):

@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mapet_kernels import prefix_suffix_attention, two_stream_attention, two_stream_attention_packed, visibility
-from mapet_kernels.backends import available_backends, choose_backend
+from mapet_kernels import (
+    backends,
+    prefix_suffix_attention,
+    two_stream_attention,
+    two_stream_attention_packed,
+    visibility,
+)
+from mapet_kernels.backends import TWO_STREAM_BACKENDS, available_backends, choose_backend
 from mapet_kernels.prefix_suffix_attention.op import prefix_suffix_attention_op
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
 from mapet_kernels.two_stream_attention.op import two_stream_attention_op, two_stream_attention_packed_op
@@ -179,6 +185,20 @@ def test_backend_choice_is_a_pure_function_of_the_device() -> None:
     assert choose_backend("auto", "cpu") == "sdpa" and choose_backend("auto", "cuda") == "sdpa"
     assert choose_backend("auto", "meta") == "reference"
     available = available_backends("cpu")
-    assert available.keys() == {"reference", "sdpa", "triton"} and available["sdpa"] is None
+    assert available.keys() == {"reference", "sdpa", "triton", "flash"} and available["sdpa"] is None
     with pytest.raises(ValueError, match="cannot run here: needs a CPU or CUDA device, not meta"):
         choose_backend("sdpa", "meta")
+
+
+def test_auto_takes_triton_on_a_gpu_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided by device, dtype and head size; a V100 or float64 falls back to torch's attention, or the reference."""
+    monkeypatch.setattr(backends, "reason_against_triton", lambda device, dtype: None)
+    assert choose_backend("auto", "cuda:1", torch.bfloat16, TWO_STREAM_BACKENDS, 128) == "triton"
+    assert choose_backend("auto", "cuda", torch.float32, ("reference", "triton")) == "triton"
+    assert choose_backend("auto", "cuda", torch.bfloat16, TWO_STREAM_BACKENDS, 129) == "sdpa"
+    assert choose_backend("auto", "cpu", torch.float32, TWO_STREAM_BACKENDS, 64) == "sdpa"
+    monkeypatch.setattr(backends, "reason_against_triton", lambda device, dtype: "too old")
+    assert choose_backend("auto", "cuda", torch.float16, TWO_STREAM_BACKENDS, 64) == "sdpa"
+    assert choose_backend("auto", "cuda", torch.float16, ("reference", "triton")) == "reference"
+    with pytest.raises(ValueError, match="backend 'triton' cannot run here: too old"):
+        choose_backend("triton", "cuda", torch.float16, TWO_STREAM_BACKENDS, 64)

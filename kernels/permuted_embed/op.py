@@ -54,7 +54,7 @@ def permuted_embed(
         cut: c in [1, N - 1].
         class_token: (D,) or None.
         mean, std: per channel (3,), subtracted and divided by after the division by 255; None leaves images be.
-        backend: "auto" (reference, until a GPU has run the kernels), "triton" or "reference".
+        backend: "auto" (triton where it runs, on a GPU), "triton" or "reference".
 
     Returns:
         (B * content rows + B * query rows, D) in the weights' dtype: all content streams, then all query streams.
@@ -63,7 +63,7 @@ def permuted_embed(
         ValueError: shapes, cut, permutation or backend do not fit.
     """
     _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std)
-    name = "reference" if backend == "auto" else choose_backend(backend, images.device, weight.dtype, BACKENDS)
+    name = choose_backend(backend, images.device, weight.dtype, BACKENDS)
     first = int(class_token is not None)
     perm = perm.to(torch.int64)
     patches = perm[:, first:] - first if target_content else perm[:, first:cut] - first

@@ -35,7 +35,7 @@ class Objective(nn.Module, ABC):
     Args:
         config: the network.
         cut: tokens that are not predicted, the class token included; in [1, N - 1].
-        backend: attention backend of mapet_kernels.
+        backend: attention backend of mapet_kernels; the embedding is in plain torch unless it is auto or triton.
         checkpoint_activations: see MaskedTokenViT.
     """
 
@@ -70,7 +70,8 @@ class Objective(nn.Module, ABC):
     def predictions(self, images: Tensor, permutation: Tensor, keep: Tensor | None = None, *, normalise=True) -> Tensor:
         """Features (B * T, D) before the head, by image and then by target in permuted order."""
         layout = self.layout(images.shape[0])
-        x = self.model.embed(images, permutation, layout, normalise=normalise)
+        embedding = self.backend if self.backend in ("auto", "triton") else "reference"
+        x = self.model.embed(images, permutation, layout, normalise=normalise, backend=embedding)
         return self.model.encode(x, layout, keep, self.attention)
 
     def targets(self, tokens: Tensor, permutation: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""The whole model through the Triton kernels, embedding and attention, in Triton's interpreter.
+
+test_triton_interpreter.py runs this file with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from check_golden import TOLERANCE, compare
+
+from mapet.config import ModelConfig, ObjectiveConfig
+from mapet.objectives import build_objective
+from mapet_kernels.permuted_embed import triton_backend as embed_backend
+from mapet_kernels.two_stream_attention import triton_backend as attention_backend
+
+GOLDEN = Path(__file__).parent / "data" / "mapet_official_forward_backward.safetensors"
+MODEL = ModelConfig(image_size=16, patch_size=4, width=16, depth=2, heads=1, vocabulary=64)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, TOLERANCE), (torch.float32, 1e-5)], ids=str)
+def test_golden(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float) -> None:
+    """Loss, logits and every gradient of the official code; both ops' kernels are in the run."""
+    calls = []
+    for module, name in ((embed_backend, "assemble"), (attention_backend, "forward"), (attention_backend, "backward")):
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, whole=whole, name=name: (calls.append(name), whole(*a))[1])
+    result = compare(GOLDEN, dtype=dtype, backend="triton")
+    assert result.largest <= tolerance and len(result.gradients) == 41
+    assert set(calls) == {"assemble", "forward", "backward"}
+
+
+def losses(backend: str, name: str, steps: int, *, compiled: bool = False) -> list[float]:
+    """Losses of a few steps on fixed random images; from the third step on nothing may be compiled again."""
+    torch.manual_seed(0)
+    objective = build_objective(ObjectiveConfig(name, 6), MODEL, backend=backend)
+    forward = torch.compile(objective, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else objective
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(0, 64, (2, 16), generator=generator)
+    curve = []
+    for step in range(steps):
+        plan = objective.sample_plan(2, generator, "cpu")
+        with torch._dynamo.config.patch(error_on_recompile=compiled and step >= 2):
+            loss, _ = forward(images, tokens, plan.permutation, plan.keep, with_accuracy=False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    return curve
+
+
+@pytest.mark.parametrize(("name", "steps"), [("mapet", 50), ("pim", 5)])
+def test_loss_curve_of_the_reference_backend(name: str, steps: int) -> None:
+    expected = losses("reference", name, steps)
+    assert losses("triton", name, steps) == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] < expected[0]
+
+
+def test_compiled_model_is_one_graph_and_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    assert losses("triton", "mapet", 5, compiled=True) == pytest.approx(losses("reference", "mapet", 5), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
