@@ -15,7 +15,7 @@ def main() -> None:
     if isinstance(options, aot.AotReport):
         results = aot.run(options)
         if options.record:
-            print(f"record: {records.write('aot', 'two_stream_attention', results)}")
+            print(f"record: {records.write('aot', 'attention', results)}")
         return
     if isinstance(options, random_shapes.RandomShapes):
         results = random_shapes.run(options)

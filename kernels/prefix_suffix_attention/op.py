@@ -9,11 +9,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mapet_kernels.backends import choose_backend
+from mapet_kernels.backends import PREFIX_SUFFIX_BACKENDS, choose_backend
 from mapet_kernels.checks import check_tensors, is_integer
 from mapet_kernels.prefix_suffix_attention import reference, sdpa
 from mapet_kernels.prefix_suffix_attention.problem import Problem
-from mapet_kernels.registration import register_autocast
+from mapet_kernels.registration import autocast_dtype, register_autocast
 from mapet_kernels.visibility import prefix_suffix_mask
 
 BACKENDS = {
@@ -64,7 +64,7 @@ def prefix_suffix_attention(
     _check(q, k, v, shift, cut, suffix_keys)
     one_cut, cuts = (0, cut.to(q.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
     shift = shift.to(q.device, torch.int64)
-    name = choose_backend(backend, q.device, q.dtype)
+    name = choose_backend(backend, q.device, autocast_dtype(q), PREFIX_SUFFIX_BACKENDS, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return prefix_suffix_attention_op(q, k, v, shift, one_cut, cuts, suffix_keys, scale, name)[0]
 

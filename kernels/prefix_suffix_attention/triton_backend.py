@@ -9,10 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from mapet_kernels import launch, triton_launch
+from mapet_kernels import attention_launch, launch
+from mapet_kernels.attention_launch import check, dense_rows, strides
 from mapet_kernels.prefix_suffix_attention import kernel
 from mapet_kernels.prefix_suffix_attention.problem import Problem
-from mapet_kernels.triton_launch import Launch, check, dense_rows, strides
+from mapet_kernels.triton_launch import Launch, architecture
 
 LIST_ROWS = 1024
 """Rows whose shifts `row_tile_list_kernel` holds at a time."""
@@ -22,7 +23,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: 
     """Fill `out` (B, R, H, D) and `lse` (B, R, H), both contiguous."""
     check(q, out, lse)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    forward_launch(q, k, v, out, lse, problem, triton_launch.architecture(q.device)).run(q.device)
+    forward_launch(q, k, v, out, lse, problem, architecture(q.device)).run(q.device)
 
 
 def backward(
@@ -40,8 +41,7 @@ def backward(
     """Fill the contiguous `dq`, `dk` and `dv`; `out` and `lse` are those of `forward`."""
     check(q, d_out, out, lse, dq, dk, dv)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    architecture = triton_launch.architecture(q.device)
-    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, architecture):
+    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, architecture(q.device)):
         part.run(q.device)
 
 
@@ -57,7 +57,7 @@ def forward_launch(
         kernel.forward_kernel,
         tiles * batch * heads,
         (q, k, v, out, lse, problem.shift, cuts, *strides(q, k, v), *_shift_strides(problem), *sizes, heads, tiles),
-        triton_launch.constants(config, q, k, v, out) | {"SCALE": float(problem.scale)},
+        attention_launch.constants(config, q, k, v, out) | {"SCALE": float(problem.scale)},
     )
 
 
@@ -89,7 +89,7 @@ def backward_launches(
             *(q, k, v, out, d_out, lse, *statistics, dq, shift, cuts),
             *(*strides(q, k, v), *_shift_strides(problem), *sizes, heads, tiles),
         ),
-        triton_launch.constants(config, q, k, v, out, d_out, dq) | scale,
+        attention_launch.constants(config, q, k, v, out, d_out, dq) | scale,
     )
     config = launch.attention_key_gradient(size, q.dtype, architecture)
     tiles, row_tiles = triton.cdiv(k.shape[1], config.keys), triton.cdiv(rows, config.rows)
@@ -115,7 +115,7 @@ def backward_launches(
             *(*strides(q, k, v), *_shift_strides(problem), lists.stride(0) if problem.per_image else 0),
             *(*sizes, heads, row_tiles, tiles),
         ),
-        triton_launch.constants(config, q, k, v, d_out, dk, dv) | scale,
+        attention_launch.constants(config, q, k, v, d_out, dk, dv) | scale,
     )
     return query_gradient, row_tile_list, key_gradient
 

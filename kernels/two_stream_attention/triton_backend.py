@@ -10,9 +10,10 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from mapet_kernels import launch, triton_launch
+from mapet_kernels import attention_launch, launch
+from mapet_kernels.attention_launch import check, dense_rows, strides
 from mapet_kernels.launch import LaunchConfig
-from mapet_kernels.triton_launch import Launch, check, dense_rows, strides
+from mapet_kernels.triton_launch import Launch, architecture
 from mapet_kernels.two_stream_attention import kernel
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
@@ -23,7 +24,7 @@ def forward(
     """Fill `out` (B, rows, H, D) and `lse` (B, rows, H), contiguous streams each."""
     check(q.query, *_tensors(out, lse))
     q, k, v = Streams(dense_rows(q.content), dense_rows(q.query)), dense_rows(k), dense_rows(v)
-    forward_launch(q, k, v, out, lse, problem, perm, triton_launch.architecture(k.device)).run(k.device)
+    forward_launch(q, k, v, out, lse, problem, perm, architecture(k.device)).run(k.device)
 
 
 def backward(
@@ -42,8 +43,7 @@ def backward(
     """Fill `dq` (contiguous streams), `dk` and `dv` (last stride 1); `out` and `lse` are those of `forward`."""
     check(q.query, *_tensors(d_out, out, lse, dq))
     q, k, v = Streams(dense_rows(q.content), dense_rows(q.query)), dense_rows(k), dense_rows(v)
-    architecture = triton_launch.architecture(k.device)
-    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, architecture):
+    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, architecture(k.device)):
         part.run(k.device)
 
 
@@ -149,7 +149,7 @@ def _constants(
     problem: Problem, config: LaunchConfig, with_content: bool, k: Tensor, *others: Tensor
 ) -> dict[str, Any]:
     """Constants and options of a kernel that moves the rows of k and others."""
-    return triton_launch.constants(config, k, *others) | {
+    return attention_launch.constants(config, k, *others) | {
         "SCALE": float(problem.scale),
         "WITH_CONTENT": with_content,
         "MASK_TOKENS": problem.mask_tokens,
