@@ -46,7 +46,7 @@ def run(options: object) -> None:
     elif isinstance(options, aot.AotReport):
         results = aot.run(options)
         if options.record:
-            print(f"record: {records.write('aot', 'two_stream_attention', results)}")
+            print(f"record: {records.write('aot', 'attention', results)}")
     elif isinstance(options, random_shapes.RandomShapes):
         results = random_shapes.run(options)
         print(f"record: {records.write('random_shapes', f'two_stream_attention_{options.count}', results)}")

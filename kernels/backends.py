@@ -13,6 +13,7 @@ from mapet_kernels.flash_providers import reason_against_flash
 ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
 
+PREFIX_SUFFIX_BACKENDS = (*ATTENTION_BACKENDS, "triton")
 TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton", "flash")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -21,6 +21,11 @@ class LaunchConfig:
     keys: int  # keys of a tile, BN
     warps: int
     stages: int  # key or row tiles in flight
+    registers: int | None = None  # most registers of a thread; left to the assembler where None
+
+
+ALL_REGISTERS = 255
+"""Left to itself, the assembler spills a few bytes of fp32 tiles where that lets more programs run on a processor."""
 
 
 def padded_size(size: int) -> int:
@@ -41,22 +46,24 @@ def known_architecture(capability: tuple[int, int]) -> int:
     return max(known)
 
 
-def two_stream_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the forward kernel for head size `size`, 1 to 128.
+def attention_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the forward kernel of an attention op for head size `size`, 1 to 128.
 
     Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU.
     """
-    wide = padded_size(size) == 128
-    if dtype.itemsize > 2:
-        return LaunchConfig(rows=32 if wide else 64, keys=32, warps=8, stages=1)
-    return LaunchConfig(rows=128, keys=32 if wide and architecture < 90 else 64, warps=8, stages=2)
-
-
-def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the kernel of dQ."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
-        return LaunchConfig(rows=64 if padded <= 32 else 32, keys=32, warps=8, stages=1)
+        rows, keys = 64 if padded <= 32 else 32, 16 if padded == 128 else 32
+        return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
+    return LaunchConfig(rows=128, keys=32 if padded == 128 and architecture < 90 else 64, warps=8, stages=2)
+
+
+def attention_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dQ of an attention op."""
+    padded = padded_size(size)
+    if dtype.itemsize > 2:
+        rows, keys = {16: (64, 32), 32: (64, 32), 64: (32, 32), 128: (16, 16)}[padded]
+        return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
     if architecture >= 90:
         return LaunchConfig(rows=128, keys=32 if padded == 128 else 64, warps=8, stages=2)
     if padded == 128:
@@ -64,9 +71,10 @@ def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) 
     return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
 
 
-def two_stream_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the kernel of dK and dV."""
+def attention_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dK and dV of an attention op."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
-        return LaunchConfig(rows=32, keys=32, warps=8 if padded == 128 else 4, stages=1)
+        keys, warps = (16, 8) if padded == 128 else (32, 4)
+        return LaunchConfig(rows=32, keys=keys, warps=warps, stages=1, registers=ALL_REGISTERS)
     return LaunchConfig(rows={16: 64, 128: 16}.get(padded, 32), keys=128, warps=8, stages=2)

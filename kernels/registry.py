@@ -359,6 +359,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_prefix_suffix_cost,
             backends=ATTENTION_BACKENDS,
+            gpu_backends=("triton",),
         ),
         OpSpec(
             name="permuted_embed",

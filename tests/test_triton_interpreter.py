@@ -11,9 +11,8 @@ import pytest
 
 from mapet_kernels.backends import choose_backend
 
-CASES = [
-    Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_embed_cases.py", "triton_model_cases.py")
-]
+NAMES = ("triton_cases.py", "triton_prefix_cases.py", "triton_embed_cases.py", "triton_model_cases.py")
+CASES = [Path(__file__).with_name(name) for name in NAMES]
 
 
 def test_kernels_in_the_interpreter() -> None:
