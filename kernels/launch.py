@@ -70,3 +70,40 @@ def two_stream_key_gradient(size: int, dtype: torch.dtype, architecture: int) ->
     if dtype.itemsize > 2:
         return LaunchConfig(rows=32, keys=32, warps=8 if padded == 128 else 4, stages=1)
     return LaunchConfig(rows={16: 64, 128: 16}.get(padded, 32), keys=128, warps=8, stages=2)
+
+
+@dataclass(frozen=True)
+class AssignConfig:
+    """Tile sizes and resources of the score kernel of kmeans_assign."""
+
+    rows: int  # rows of a tile, BM
+    clusters: int  # centroids of a tile, BN
+    features: int  # features of one product, BK
+    warps: int
+    stages: int  # products whose operands are in flight
+    descriptors: bool  # tiles are moved by the tensor memory accelerator
+    capacity: int = 8  # candidates a row can hold in the exact mode
+
+
+def kmeans_assign_scores(features: int, architecture: int) -> AssignConfig:
+    """Configuration of the score kernel for D = `features` and 16-bit operands."""
+    if architecture >= 90:
+        return AssignConfig(128, 256, 64, warps=8, stages=3 if features > 64 else 2, descriptors=True)
+    return AssignConfig(128, 128, 64, warps=8, stages=3 if features > 64 else 2, descriptors=False)
+
+
+def kmeans_assign_shares(rows: int, clusters: int, features: int, config: AssignConfig, processors: int) -> int:
+    """How many programs share the centroids of one row tile, each holding a part of them.
+
+    Many where rows are too few to fill the processors. At least 8, where that many tiles exist, if the row tiles that
+    run at a time would push each other out of the L2 cache: then a program re-reads its row tile from there.
+    """
+    row_tiles, cluster_tiles = -(-rows // config.rows), -(-clusters // config.clusters)
+    filled = -(-2 * processors // row_tiles)
+    cached = 8 if processors * config.rows * features * 2 > L2_ROW_BYTES else 1
+    share_tiles = -(-cluster_tiles // min(cluster_tiles, max(filled, cached)))
+    return -(-cluster_tiles // share_tiles)
+
+
+L2_ROW_BYTES = 16 * 2**20
+"""Row tiles that may be in use at a time without a thought for the L2 cache."""
