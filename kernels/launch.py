@@ -85,25 +85,35 @@ class AssignConfig:
     capacity: int = 8  # candidates a row can hold in the exact mode
 
 
-def kmeans_assign_scores(features: int, architecture: int) -> AssignConfig:
-    """Configuration of the score kernel for D = `features` and 16-bit operands."""
-    if architecture >= 90:
-        return AssignConfig(128, 256, 64, warps=8, stages=3 if features > 64 else 2, descriptors=True)
-    return AssignConfig(128, 128, 64, warps=8, stages=3 if features > 64 else 2, descriptors=False)
+def kmeans_assign_scores(features: int, exact: bool, architecture: int) -> AssignConfig:
+    """Configuration of the score kernel for D = `features` and 16-bit operands.
 
-
-def kmeans_assign_shares(rows: int, clusters: int, features: int, config: AssignConfig, processors: int) -> int:
-    """How many programs share the centroids of one row tile, each holding a part of them.
-
-    Many where rows are too few to fill the processors. At least 8, where that many tiles exist, if the row tiles that
-    run at a time would push each other out of the L2 cache: then a program re-reads its row tile from there.
+    Entries are chosen so that registers are not spilled, not yet by time on a GPU. One product a tile (D <= 64) leaves
+    the tensor cores idle while scores are looked through, so tiles are small and two programs share a processor.
     """
-    row_tiles, cluster_tiles = -(-rows // config.rows), -(-clusters // config.clusters)
-    filled = -(-2 * processors // row_tiles)
+    if architecture < 90:
+        return AssignConfig(128, 128, 64, warps=8, stages=3, descriptors=False)
+    if features <= 64:
+        rows, warps = (64, 4) if exact else (128, 8)
+        return AssignConfig(rows, 128, 64, warps, stages=3, descriptors=True)
+    rows, clusters = (256, 128) if exact else (128, 256)
+    return AssignConfig(rows, clusters, 64, warps=8, stages=4, descriptors=True)
+
+
+def kmeans_assign_shares(
+    row_tiles: int, clusters: int, features: int, config: AssignConfig, processors: int
+) -> int:
+    """How many programs share the centroids of one row tile, each taking some tiles of them.
+
+    Many where the row tiles alone would not fill the processors. At least 8, where there are as many tiles, if the row
+    tiles in use at a time would push each other out of the L2 cache, from where they are read for every centroid tile.
+    """
+    tiles = -(-clusters // config.clusters)
+    filling = -(-2 * processors // row_tiles)
     cached = 8 if processors * config.rows * features * 2 > L2_ROW_BYTES else 1
-    share_tiles = -(-cluster_tiles // min(cluster_tiles, max(filled, cached)))
-    return -(-cluster_tiles // share_tiles)
+    share_tiles = -(-tiles // min(tiles, max(filling, cached)))
+    return -(-tiles // share_tiles)
 
 
 L2_ROW_BYTES = 16 * 2**20
-"""Row tiles that may be in use at a time without a thought for the L2 cache."""
+"""Row tiles of 16 bits that may be in use at a time without a thought for the L2 cache."""

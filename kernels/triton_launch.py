@@ -34,8 +34,3 @@ def architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return launch.ARCHITECTURES[0]
     return launch.known_architecture(torch.cuda.get_device_capability(device))
-
-
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

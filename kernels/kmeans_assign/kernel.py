@@ -83,7 +83,7 @@ def centroids_kernel(
     allowance = ROUNDINGS * tl.abs(squares) + SUM_ROUNDINGS * tl.sum(b_terms, 1) + TINY
     tl.store(slope + i, error.to(tl.float32), mask=m_row)
     tl.store(slack + i, allowance.to(tl.float32), mask=m_row)
-    tl.store(bias + i, tl.where(m_real, squares, float("inf")).to(tl.float32), mask=m_row)
+    tl.store(bias + i, tl.where(m_real, squares - allowance, float("inf")).to(tl.float32), mask=m_row)
 
 
 @triton.jit(do_not_specialize=["n", "rows"])
@@ -212,7 +212,6 @@ def scores_kernel(
         k = o_k + tl.arange(0, BN)
         b_bias = tl.load(bias + i_group * padded_clusters + k)
         if EXACT:
-            b_bias -= tl.load(slack + i_group * padded_clusters + k)
             b_slope = tl.load(slope + i_group * padded_clusters + k)
             b_s = b_s * b_scale[:, None] + b_bias[None, :] - b_radius[:, None] * b_slope[None, :]
             b_min = tl.min(b_s, 1)
@@ -231,7 +230,7 @@ def scores_kernel(
                 tl.store(ids + o_list + b_held * rows, i_min, mask=m_kept)
                 b_held = tl.where(m_hit, tl.minimum(b_held + 1, CAPACITY + 1), b_held)
                 b_lowest = tl.where(m_hit, tl.minimum(b_lowest, b_min), b_lowest)
-                b_s = tl.where(m_hit[:, None] & (k[None, :] == i_min[:, None]), float("inf"), b_s)
+                b_s = tl.where(k[None, :] == i_min[:, None], float("inf"), b_s)
                 b_min = tl.min(b_s, 1)
                 m_hit = _hits(b_min, b_reach, b_held, b_lowest, CAPACITY)
         else:

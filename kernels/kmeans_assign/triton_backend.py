@@ -55,7 +55,7 @@ from mapet_kernels.backends import INTERPRETED
 from mapet_kernels.checks import check_finite_rows
 from mapet_kernels.kmeans_assign import kernel, reference
 from mapet_kernels.launch import AssignConfig
-from mapet_kernels.triton_launch import Launch, architecture, processors
+from mapet_kernels.triton_launch import Launch, architecture
 
 COPY_BYTES = 512 * 2**20
 """Largest 16-bit copy of rows."""
@@ -75,7 +75,7 @@ class Centroids:
     """What the score kernel reads of the centroids; K padded to the tile and D to the product, G problems."""
 
     values: Tensor  # (G K, D) 16 bits
-    bias: Tensor  # (G K) fp32: P^2 b_k, infinite for padding
+    bias: Tensor  # (G K) fp32: P^2 b_k - z_k, infinite for padding
     slope: Tensor  # (G K) fp32: a_k
     slack: Tensor  # (G K) fp32: z_k
     mean: Tensor  # (G, D not padded) fp32
@@ -124,9 +124,10 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bo
         return ids, distances, again
     groups = x if x.dim() == 3 else x[None]  # (G, n, D)
     group_centroids = centroids if x.dim() == 3 else centroids[None]  # (G, K, D)
-    config = launch.kmeans_assign_scores(x.shape[-1], architecture(x.device))
-    direct = _is_direct(groups, config, exact)
-    prepared = prepare_centroids(group_centroids, x.dtype, direct, config)
+    config = launch.kmeans_assign_scores(x.shape[-1], exact, architecture(x.device))
+    direct = is_direct(groups, exact, config)
+    part_launch, prepared = centroids_launch(group_centroids, x.dtype, direct, config)
+    part_launch.run(x.device)
     step = _rows_of_a_pass(groups, direct, config)
     for start in range(0, groups.shape[1], step):
         part = groups[:, start : start + step]
@@ -137,8 +138,9 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bo
         again += torch.tensor([few, len(open_rows)], device=x.device)
         ids.view(groups.shape[:2])[:, start : start + step] = nearest.view(part.shape[:2])
         if return_distance:
-            found = _squared_distances(part, group_centroids, nearest)
-            distances.view(groups.shape[:2])[:, start : start + step] = found.view(part.shape[:2])
+            part_launch, squared = distances_launch(part, group_centroids, nearest)
+            part_launch.run(x.device)
+            distances.view(groups.shape[:2])[:, start : start + step] = squared.view(part.shape[:2])
     return ids, distances, again
 
 
@@ -146,16 +148,17 @@ def _assign(
     x: Tensor, centroids: Tensor, prepared: Centroids, direct: bool, exact: bool, config: AssignConfig
 ) -> tuple[Tensor, int, Tensor]:
     """Ids (G n,) of x (G, n, D), how many of them float64 decided among a few, and the rows that are still open."""
-    groups, n, _ = x.shape
-    rows = prepare_rows(x, prepared, direct, exact, config)
-    scores, found = scores_launch(rows, prepared, n, exact, config, processors(x.device))
-    scores.run(x.device)
-    nearest = torch.empty(groups * n, dtype=torch.int64, device=x.device)
-    status = torch.empty(groups * n, dtype=torch.int8, device=x.device)
-    merge_launch(found, nearest, status, config).run(x.device)
+    device = x.device
+    rows_part, rows = rows_launch(x, prepared, direct, exact, config)
+    if rows_part is not None:
+        rows_part.run(device)
+    scores_part, found = scores_launch(rows, prepared, x.shape[1], exact, config, _processors(device))
+    scores_part.run(device)
+    merge_part, nearest, status = merge_launch(found, config)
+    merge_part.run(device)
     flagged = status.nonzero().squeeze(1)
     if len(flagged) and exact:
-        decide_launch(x, centroids, flagged, status, found, nearest, config).run(x.device)
+        decide_launch(x, centroids, flagged, status, found, nearest, config).run(device)
     open_rows = flagged[status[flagged] == kernel.OPEN.value]
     return nearest, len(flagged) - len(open_rows), open_rows
 
@@ -176,49 +179,25 @@ def _decide_open(x: Tensor, centroids: Tensor, open_rows: Tensor, exact: bool, n
             nearest[mine] = reference.kmeans_assign(x[group, mine % n], centroids[group], exact, False)[0]
 
 
-def prepare_centroids(
+def centroids_launch(
     centroids: Tensor, row_dtype: torch.dtype, direct: bool, config: AssignConfig
-) -> Centroids:
+) -> tuple[Launch, Centroids]:
     """16-bit copy and error coefficients of centroids (G, K, D), for rows that are read where they lie or copied."""
     groups, clusters, features = centroids.shape
-    padded = _padded(clusters, config.clusters), _padded(features, config.features)
-    device, dtype = centroids.device, row_dtype if direct else torch.float16
+    padded_clusters, padded_features = _padded(clusters, config.clusters), _padded(features, config.features)
+    total, device = groups * padded_clusters, centroids.device
     mean = centroids.mean(1, dtype=torch.float32)
     largest = torch.linalg.vector_norm(centroids, ord=torch.inf, dim=(1, 2)).float()
-    values = torch.empty(groups * padded[0], padded[1], dtype=dtype, device=device)
-    bias, slope, slack = torch.empty(3, groups * padded[0], dtype=torch.float32, device=device)
-    centroids_launch(centroids, mean, largest, values, bias, slope, slack, row_dtype, direct).run(device)
-    return Centroids(values, bias, slope, slack, mean, largest)
-
-
-def prepare_rows(x: Tensor, prepared: Centroids, direct: bool, exact: bool, config: AssignConfig) -> Rows:
-    """x (G, n, D) as the score kernel reads it, and what the bound needs of each row."""
-    groups, n, features = x.shape
-    if direct and not exact:
-        return Rows(_flat(x), None, None)
-    scale, radius = torch.empty(2, groups * n, dtype=torch.float32, device=x.device)
-    copy = None
-    if not direct:
-        padded = _padded(features, config.features)
-        copy = torch.empty(groups * n, padded, dtype=torch.float16, device=x.device)
-    rows_launch(x, prepared, copy, scale, radius).run(x.device)
-    return Rows(_flat(x) if copy is None else copy, scale, radius)
-
-
-def centroids_launch(
-    centroids: Tensor, mean: Tensor, largest: Tensor, values: Tensor, bias: Tensor, slope: Tensor, slack: Tensor,
-    row_dtype: torch.dtype, direct: bool,
-) -> Launch:  # fmt: skip
-    groups, clusters, features = centroids.shape
-    padded_features = values.shape[1]
+    values = torch.empty(total, padded_features, dtype=row_dtype if direct else torch.float16, device=device)
+    bias, slope, slack = torch.empty(3, total, dtype=torch.float32, device=device)
+    block, together = _feature_blocks(padded_features, 1024)
     loss = 1.5 * padded_features * 2.0**-23
-    block, together = _feature_blocks(padded_features)
     return Launch(
         kernel.centroids_kernel,
-        triton.cdiv(len(values), together),
+        triton.cdiv(total, together),
         (
             *(centroids, mean, largest, values, bias, slope, slack, *centroids.stride()),
-            *(clusters, features, len(values) // groups, padded_features, len(values)),
+            *(clusters, features, padded_clusters, padded_features, total),
         ),
         {
             "CENTRED": _is_centred(row_dtype, direct),
@@ -228,28 +207,36 @@ def centroids_launch(
             "BLOCK": block,
             "num_warps": 4,
         },
-    )
+    ), Centroids(values, bias, slope, slack, mean, largest)
 
 
-def rows_launch(x: Tensor, prepared: Centroids, copy: Tensor | None, scale: Tensor, radius: Tensor) -> Launch:
-    padded_features = x.shape[2] if copy is None else copy.shape[1]
+def rows_launch(
+    x: Tensor, prepared: Centroids, direct: bool, exact: bool, config: AssignConfig
+) -> tuple[Launch | None, Rows]:
+    """x (G, n, D) as the score kernel reads it, and what the bound needs of each row; no launch if that is nothing."""
+    groups, n, features = x.shape
+    if direct and not exact:
+        return None, Rows(_flat(x), None, None)
+    total, padded_features = groups * n, prepared.values.shape[1]
+    scale, radius = torch.empty(2, total, dtype=torch.float32, device=x.device)
+    copy = None if direct else torch.empty(total, padded_features, dtype=torch.float16, device=x.device)
     block, together = _feature_blocks(padded_features)
     return Launch(
         kernel.rows_kernel,
-        triton.cdiv(len(scale), together),
+        triton.cdiv(total, together),
         (
             *(x, prepared.mean, prepared.largest, copy, scale, radius, *x.stride()),
-            *(x.shape[1], len(scale), x.shape[2], padded_features),
+            *(n, total, features, padded_features),
         ),
         {
-            "COPY": copy is not None,
-            "CENTRED": _is_centred(x.dtype, copy is None),
+            "COPY": not direct,
+            "CENTRED": _is_centred(x.dtype, direct),
             "ROW_ROUNDING": ROW_ROUNDING,
             "R": together,
             "BLOCK": block,
             "num_warps": 4,
         },
-    )
+    ), Rows(_flat(x) if direct else copy, scale, radius)
 
 
 def scores_launch(
@@ -260,7 +247,7 @@ def scores_launch(
     groups = total // n
     padded_clusters = len(prepared.values) // groups
     row_tiles = triton.cdiv(n, config.rows)
-    shares = launch.kmeans_assign_shares(row_tiles * groups * config.rows, padded_clusters, padded_features, config, processors)  # fmt: skip
+    shares = launch.kmeans_assign_shares(groups * row_tiles, padded_clusters, padded_features, config, processors)
     found = _empty_found(shares, total, exact, config, rows.values.device)
     x, c = rows.values, prepared.values
     if config.descriptors:
@@ -285,18 +272,23 @@ def scores_launch(
     return Launch(kernel.scores_kernel, groups * row_tiles * shares, arguments, constants), found
 
 
-def merge_launch(found: Found, nearest: Tensor, status: Tensor, config: AssignConfig) -> Launch:
+def merge_launch(found: Found, config: AssignConfig) -> tuple[Launch, Tensor, Tensor]:
+    """The launch, ids (G n,) int64, and (G n,) int8: 0 where the id is final, else what is left to do."""
+    rows, device = found.best.shape[-1], found.best.device
+    nearest = torch.empty(rows, dtype=torch.int64, device=device)
+    status = torch.empty(rows, dtype=torch.int8, device=device)
     return Launch(
         kernel.merge_kernel,
-        triton.cdiv(len(nearest), MERGED_ROWS),
-        (found.best, found.ids, found.held, found.reach, nearest, status, len(nearest), len(found.best)),
+        triton.cdiv(rows, MERGED_ROWS),
+        (found.best, found.ids, found.held, found.reach, nearest, status, rows, len(found.best)),
         {"EXACT": found.held is not None, "CAPACITY": config.capacity, "BLOCK": MERGED_ROWS, "num_warps": 4},
-    )
+    ), nearest, status
 
 
 def decide_launch(
     x: Tensor, centroids: Tensor, flagged: Tensor, status: Tensor, found: Found, nearest: Tensor, config: AssignConfig
 ) -> Launch:
+    """Overwrites the ids of flagged rows that have a few candidates, by float64 distances."""
     return Launch(
         kernel.decide_kernel,
         len(flagged),
@@ -308,18 +300,22 @@ def decide_launch(
     )
 
 
-def _squared_distances(x: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:
+def distances_launch(x: Tensor, centroids: Tensor, nearest: Tensor) -> tuple[Launch, Tensor]:
     """|x - centroids[nearest]|^2 (G n,) fp32 of x (G, n, D), from the differences."""
     distances = torch.empty(len(nearest), dtype=torch.float32, device=x.device)
     block, together = _feature_blocks(x.shape[2])
-    sizes = (x.shape[1], len(nearest), x.shape[2])
-    arguments = (x, centroids, nearest, distances, *x.stride(), *centroids.stride(), *sizes)
-    constants = {"R": together, "BLOCK": block, "num_warps": 4}
-    Launch(kernel.distances_kernel, triton.cdiv(len(nearest), together), arguments, constants).run(x.device)
-    return distances
+    return Launch(
+        kernel.distances_kernel,
+        triton.cdiv(len(nearest), together),
+        (
+            *(x, centroids, nearest, distances, *x.stride(), *centroids.stride()),
+            *(x.shape[1], len(nearest), x.shape[2]),
+        ),
+        {"R": together, "BLOCK": block, "num_warps": 4},
+    ), distances
 
 
-def _is_direct(x: Tensor, config: AssignConfig, exact: bool) -> bool:
+def is_direct(x: Tensor, exact: bool, config: AssignConfig) -> bool:
     """Whether the score kernel can read the rows x (G, n, D) where they lie.
 
     In the exact mode bfloat16 rows are copied: centroids rounded to their 8 bits would leave most rows open.
@@ -366,11 +362,15 @@ def _descriptor(matrix: Tensor, rows: int, config: AssignConfig):
     return TensorDescriptor.from_tensor(matrix, [rows, config.features])
 
 
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _padded(size: int, block: int) -> int:
     return triton.cdiv(size, block) * block
 
 
-def _feature_blocks(features: int) -> tuple[int, int]:
-    """(features, rows) of a tile of the kernels that read rows once."""
+def _feature_blocks(features: int, elements: int = 2048) -> tuple[int, int]:
+    """(features, rows) of a tile of `elements`, of the kernels that go through rows once."""
     block = min(1024, max(16, triton.next_power_of_2(features)))
-    return block, 4096 // block
+    return block, elements // block
