@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from bench.aot import DTYPES, ptxas_report, source
 from mapet_kernels import launch
 from mapet_kernels.kmeans_assign import triton_backend as assign
+from mapet_kernels.kmeans_update import triton_backend as update
 from mapet_kernels.triton_launch import Launch
 
 PROCESSORS = {80: 108, 90: 132}
@@ -66,7 +67,7 @@ def run(options: KMeansAotReport) -> dict[str, Any]:
 
 
 def compile_all(options: KMeansAotReport) -> Iterator[CompiledKMeans]:
-    """Compile every kernel of kmeans_assign for each combination."""
+    """Compile every kernel of kmeans_assign and kmeans_update for each combination."""
     for features in options.features:
         for name in options.dtypes:
             for architecture in options.architectures:
@@ -92,8 +93,16 @@ def launches(
         parts += [
             assign.decide_launch(x, centroids, nearest, status, found, nearest, config),
             assign.distances_launch(x, centroids, nearest)[0],
+            *update_launches(x[0], options.clusters),
         ]
     return [part for part in parts if part is not None]
+
+
+def update_launches(x: torch.Tensor, clusters: int) -> tuple[Launch, ...]:
+    """The launches of one call of kmeans_update that adds to what is there."""
+    order, first = torch.empty(len(x), dtype=torch.int64), torch.empty(clusters + 1, dtype=torch.int64)
+    sums = torch.empty(clusters, x.shape[1])
+    return update.sums_launches(x, order, order.to(torch.int32), first, sums, add=True)
 
 
 def compile_launch(part: Launch, mode: str, features: int, dtype: str, architecture: int) -> CompiledKMeans:

@@ -100,9 +100,7 @@ def kmeans_assign_scores(features: int, exact: bool, architecture: int) -> Assig
     return AssignConfig(rows, clusters, 64, warps=8, stages=4, descriptors=True)
 
 
-def kmeans_assign_shares(
-    row_tiles: int, clusters: int, features: int, config: AssignConfig, processors: int
-) -> int:
+def kmeans_assign_shares(row_tiles: int, clusters: int, features: int, config: AssignConfig, processors: int) -> int:
     """How many programs share the centroids of one row tile, each taking some tiles of them.
 
     Many where the row tiles alone would not fill the processors. At least 8, where there are as many tiles, if the row

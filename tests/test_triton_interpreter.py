@@ -11,7 +11,9 @@ import pytest
 
 from mapet_kernels.backends import choose_backend
 
-CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_embed_cases.py")]
+CASES = [
+    Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_embed_cases.py", "triton_kmeans_cases.py")
+]
 
 
 def test_kernels_in_the_interpreter() -> None:

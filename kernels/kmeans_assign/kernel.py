@@ -157,9 +157,7 @@ def _hits(b_min, b_reach, b_held, b_lowest, CAPACITY: tl.constexpr):
     return m & ((b_held <= CAPACITY) | (b_min < b_lowest))
 
 
-@triton.jit(
-    do_not_specialize=["n", "rows", "padded_clusters", "centroid_rows", "row_tiles", "shares", "share_tiles"]
-)
+@triton.jit(do_not_specialize=["n", "rows", "padded_clusters", "centroid_rows", "row_tiles", "shares", "share_tiles"])
 def scores_kernel(
     x, c, bias, slope, slack, row_scale, radius, largest, best, ids, held, reach,
     n, rows, s_x, padded_clusters, centroid_rows, padded_features, row_tiles, shares, share_tiles,

@@ -277,12 +277,16 @@ def merge_launch(found: Found, config: AssignConfig) -> tuple[Launch, Tensor, Te
     rows, device = found.best.shape[-1], found.best.device
     nearest = torch.empty(rows, dtype=torch.int64, device=device)
     status = torch.empty(rows, dtype=torch.int8, device=device)
-    return Launch(
-        kernel.merge_kernel,
-        triton.cdiv(rows, MERGED_ROWS),
-        (found.best, found.ids, found.held, found.reach, nearest, status, rows, len(found.best)),
-        {"EXACT": found.held is not None, "CAPACITY": config.capacity, "BLOCK": MERGED_ROWS, "num_warps": 4},
-    ), nearest, status
+    return (
+        Launch(
+            kernel.merge_kernel,
+            triton.cdiv(rows, MERGED_ROWS),
+            (found.best, found.ids, found.held, found.reach, nearest, status, rows, len(found.best)),
+            {"EXACT": found.held is not None, "CAPACITY": config.capacity, "BLOCK": MERGED_ROWS, "num_warps": 4},
+        ),
+        nearest,
+        status,
+    )
 
 
 def decide_launch(

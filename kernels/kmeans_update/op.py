@@ -67,9 +67,7 @@ def _check_out(x: Tensor, clusters: int, sums: Tensor, counts: Tensor) -> None:
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, torch.float64)
     if sums.dtype not in allowed or counts.dtype != torch.int64:
         names = " or ".join(map(str, allowed))
-        raise TypeError(
-            f"out must be {names} and torch.int64 for {x.dtype} rows, got {sums.dtype} and {counts.dtype}"
-        )
+        raise TypeError(f"out must be {names} and torch.int64 for {x.dtype} rows, got {sums.dtype} and {counts.dtype}")
     if not sums.is_contiguous() or {sums.device, counts.device} != {x.device}:
         raise ValueError(f"out must be contiguous and on {x.device}, got {sums.device} and {counts.device}")
 

@@ -50,7 +50,11 @@ def sums_launches(
     constants = {"PIECE": PIECE, "R": STEP, "BD": block, "num_warps": 4}
     sizes = (*x.stride(), features, blocks)
     return (
-        *(Launch(kernel.partial_sums_kernel, slots * blocks, (x, order, ordered_ids, first, partial, *sizes), constants),)
+        *(
+            Launch(
+                kernel.partial_sums_kernel, slots * blocks, (x, order, ordered_ids, first, partial, *sizes), constants
+            ),
+        )
         * (slots > 0),
         Launch(
             kernel.sums_kernel, len(sums) * blocks, (x, order, first, partial, sums, *sizes), constants | {"ADD": add}
