@@ -26,6 +26,7 @@ test-gpu:
 
 bench-gpu:
 	for dtype in fp32 bf16; do $(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype || exit 1; done
+	$(GPU_PYTHON) -m bench kmeans
 
 lint:
 	ruff check . && ruff format --check .

@@ -6,12 +6,20 @@ import json
 
 import tyro
 
-from bench import aot, records, step
+from bench import aot, aot_kmeans, kmeans, records, step
 
 
 def main() -> None:
-    suites = {"step": step.StepBenchmark, "aot": aot.AotReport}
+    suites = {
+        "step": step.StepBenchmark,
+        "aot": aot.AotReport,
+        "kmeans": kmeans.KMeansBenchmark,
+        "aot-kmeans": aot_kmeans.KMeansAotReport,
+    }
     options = tyro.extras.subcommand_cli_from_dict(suites, description=__doc__)
+    if isinstance(options, kmeans.KMeansBenchmark | aot_kmeans.KMeansAotReport):
+        options.run()
+        return
     if isinstance(options, aot.AotReport):
         results = aot.run(options)
         if options.record:

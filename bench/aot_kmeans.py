@@ -11,6 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench import records
 from bench.aot import DTYPES, ptxas_report, source
 from mapet_kernels import launch
 from mapet_kernels.kmeans_assign import triton_backend as assign
@@ -31,6 +32,12 @@ class KMeansAotReport:
     dtypes: tuple[str, ...] = ("fp16", "bf16", "fp32")
     architectures: tuple[int, ...] = launch.ARCHITECTURES
     record: bool = True
+
+    def run(self) -> None:
+        """Compile, print, and keep a record if wanted."""
+        results = run(self)
+        if self.record:
+            print(f"record: {records.write('aot', 'kmeans', results)}")
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,8 @@ def run(options: KMeansAotReport) -> dict[str, Any]:
     for row in compile_all(options):
         rows.append(asdict(row))
         print(
-            f"{row.kernel:18} {row.mode:6} D {row.features:4} {row.dtype} sm_{row.architecture} warps {row.warps} stages "
-            f"{row.stages} registers {row.registers:3} spills {row.spill_stores:4}/{row.spill_loads:4} shared "
+            f"{row.kernel:18} {row.mode:6} D {row.features:4} {row.dtype} sm_{row.architecture} warps {row.warps} "
+            f"stages {row.stages} registers {row.registers:3} spills {row.spill_stores:4}/{row.spill_loads:4} shared "
             f"{row.shared / 1024:5.1f} KiB mma {row.mma:3} async {row.asynchronous_copies:3}",
             flush=True,
         )

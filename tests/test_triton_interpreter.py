@@ -11,9 +11,7 @@ import pytest
 
 from mapet_kernels.backends import choose_backend
 
-CASES = [
-    Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_embed_cases.py", "triton_kmeans_cases.py")
-]
+CASES = [Path(__file__).with_name(f"triton_{name}cases.py") for name in ("", "embed_", "kmeans_")]
 
 
 def test_kernels_in_the_interpreter() -> None:

@@ -110,7 +110,7 @@ def test_8192_features(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", range(16))
 def test_random_shapes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Any n, K and D, groups, tiles, shares, dtypes, scales, offsets, and few levels: ties and duplicates are common."""
+    """Any n, K, D, groups, tiles, shares, dtypes, scales and offsets; few levels make ties and duplicates common."""
     choose = random.Random(seed)
     rows, clusters = choose.choice((16, 32)), choose.choice((16, 32))
     features = choose.choice((16, 32))
@@ -119,7 +119,8 @@ def test_random_shapes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     if choose.random() < 0.2:
         monkeypatch.setattr(triton_backend, "_feature_blocks", blocks)
     if choose.random() < 0.5:
-        monkeypatch.setattr(triton_backend, "_processors", lambda _, count=choose.randint(1, 4): count)
+        count = choose.randint(1, 4)
+        monkeypatch.setattr(triton_backend, "_processors", lambda _: count)
     n, k, d = choose.randint(1, 50), choose.choice((1, 2, 17, 40)), choose.choice((1, 3, 16, 31, 64, 97))
     lead = choose.choice(((), (), (1,), (3,)))
     dtype = choose.choice((torch.float16, torch.float32))
@@ -324,11 +325,11 @@ def test_without_the_bound_the_ids_would_be_wrong(monkeypatch: pytest.MonkeyPatc
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
     x, centroids = randn(4, 3), randn(2, 3)
-    with pytest.raises(TypeError, match="takes float16, bfloat16 and float32, got float64"):
+    with pytest.raises(TypeError, match=r"takes float16, bfloat16 and float32, got float64"):
         assign(x.double(), centroids)
-    with pytest.raises(ValueError, match="wrong.* in bfloat16|computes bfloat16 wrongly"):
+    with pytest.raises(ValueError, match=r"wrong.* in bfloat16|computes bfloat16 wrongly"):
         assign(x.bfloat16(), centroids.bfloat16())
-    with pytest.raises(ValueError, match="wrong.* in bfloat16|computes bfloat16 wrongly"):
+    with pytest.raises(ValueError, match=r"wrong.* in bfloat16|computes bfloat16 wrongly"):
         kmeans_update(x.bfloat16(), torch.zeros(4, dtype=torch.int64), 1, backend="triton")
 
 

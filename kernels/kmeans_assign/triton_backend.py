@@ -5,12 +5,12 @@ What is computed. For any vector m, argmin_k |x - c_k|^2 = argmin_k S_k with
     S_k = b_k - 2 x.(c_k - m),         b_k = |c_k - m|^2 + 2 m.(c_k - m)        for rows as they are, or
     S_k = b_k - 2 (x - m).(c_k - m),   b_k = |c_k - m|^2                        for centred rows;
 
-|x|^2 is the same for every k and is left out. m is the mean centroid, so that what all centroids have in common costs no
-digits. Float16 rows are used as they lie in memory, bfloat16 rows as float16 copies, which but for the range hold all
-their digits, float32 rows as centred float16 copies: float16 keeps the 11 bits that TF32 keeps, at twice its speed, as
-each copied row is first multiplied by a power of two W of its own. The centroids are copied once a call, times one power
-of two P. With X = round(W x) (or round(W (x - m))), C_k = round(P (c_k - m)) and the tensor cores' X.C_k, the score is
-P^2 b_k - 2 (P / W) X.C_k, about P^2 S_k.
+|x|^2 is the same for every k and is left out. m is the mean centroid, so that what all centroids have in common costs
+no digits. Float16 rows are used as they lie in memory, bfloat16 rows as float16 copies, which but for the range hold
+all their digits, float32 rows as centred float16 copies: float16 keeps the 11 bits that TF32 keeps, at twice its
+speed, as each copied row is first multiplied by a power of two W of its own. The centroids are copied once a call,
+times one power of two P. With X = round(W x) (or round(W (x - m))), C_k = round(P (c_k - m)) and the tensor cores'
+X.C_k, the score is P^2 b_k - 2 (P / W) X.C_k, about P^2 S_k.
 
 The bound. Everything is scaled as said. Let d_k = C_k - P (c_k - m), known exactly, and R = X - W x, known too. Then
 
@@ -24,20 +24,23 @@ magnitudes of the terms of P^2 b_k, for its float64 sum; 2^-100 for underflow. N
 rounding. g bounds the tensor cores' sum of D (padded) exact products, |X.C_k - computed| <= g |X| |C_k|.
 
 What is assumed of tensor cores: one instruction adds t >= 4 exact products and the accumulator after cutting (not
-rounding) each off at 2^-23 of the largest one's power of two, and cuts the sum off to 24 bits. That loses at most
-(t + 1) 2^-23 + 2^-23 <= 1.5 t 2^-23 of sum |X_i C_ki| <= |X| |C_k|, for each t products: g = G / (1 - G), G = 1.5 D
-2^-23, in whatever order and with whatever t. Measurements and bit-accurate models say that they do better: Fasi, Higham,
-Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores" (PeerJ Computer Science 7:e330, 2021) for sm_70 to
-sm_80; Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (arXiv 2512.07004, 2025) up to sm_100: from sm_80 on
-t is 8 or 16 with extra bits below 2^-23. Products and subnormal operands are exact in all of them.
+rounding) each off at 2^-23 of the largest one's power of two, and cuts the sum off to 24 bits. That loses at most (t +
+1) 2^-23 + 2^-23 <= 1.5 t 2^-23 of sum |X_i C_ki| <= |X| |C_k|, for each t products: g = G / (1 - G), G = 1.5 D 2^-23,
+in whatever order and with whatever t. This is what was measured on sm_70, the coarsest: Fasi, Higham, Mikaitis and
+Pranesh, "Numerical behavior of NVIDIA tensor cores" (PeerJ Computer Science 7:e330, 2021); for later ones see Khattak
+and Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (arXiv 2512.07004, 2025): an instruction takes more products and
+more bits. Products and subnormal operands are exact in all of them.
 
-Why the ids are exact. l_k = score_k - r a_k - z_k <= P^2 S_k <= h_k = l_k + 2 (r a_k + z_k). The kernel lowers `reach`,
-the smallest h_k it has met, and holds every centroid with l_k <= reach. The nearest one k* is never missed, as l_k* <=
-P^2 S_k* <= P^2 S_k <= h_k for every k. If at the end one held centroid has l_k <= reach, all others are farther, and the
-row is decided. Else the few held ones are compared by sum((x - c)^2) in float64 from the original values, ties to the
-lowest id. Rows for which the list was too short, or whose numbers left the range of fp32 (r then is infinite), go to
-reference.py, which is exact by itself. A NaN or infinite feature makes r infinite too, so such rows are found without a
-pass of their own, and are named in the error.
+Why the ids are exact. l_k = score_k - r a_k - z_k <= P^2 S_k <= h_k = l_k + 2 (r a_k + z_k). The kernel lowers
+`reach`, the smallest h_k it has met, and holds every centroid with l_k <= reach. The nearest one k* is never missed,
+as l_k* <= P^2 S_k* <= P^2 S_k <= h_k for every k. If at the end one held centroid has l_k <= reach, all others are
+farther, and the row is decided. Else the few held ones are compared by sum((x - c)^2) in float64 from the original
+values, ties to the lowest id. Rows for which the list was too short, or whose numbers left the range of fp32 (r then
+is infinite), go to reference.py, which is exact by itself. A NaN or infinite feature makes r infinite too (in the fast
+mode, the best score): such rows are found on the way, and are named in the error.
+
+Passes over the rows: one to take their norms (and copy them), the scores, and the few that are decided again; the fast
+mode reads 16-bit rows once.
 
 Memory: a float16 copy of the centroids, the lists, and a copy of at most COPY_BYTES of rows. No (n, K) buffer.
 """
@@ -164,7 +167,7 @@ def _assign(
 
 
 def _refuse_not_finite(x: Tensor, centroids: Tensor, open_rows: Tensor) -> None:
-    """Raise ValueError if the centroids or the rows that stayed open (R, D), of which x is looked through to name them."""
+    """Raise ValueError if the centroids or the rows that stayed open (R, D) are not finite; x is read to name them."""
     check_finite_rows("centroids", centroids)
     if not torch.linalg.vector_norm(open_rows, ord=torch.inf).isfinite():
         check_finite_rows("x", x)

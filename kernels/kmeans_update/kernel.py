@@ -1,8 +1,8 @@
 """Sums of the rows of every cluster, in an order that the row numbers alone decide: no atomics.
 
 Rows are visited in the stable order by cluster: `order` (n,) holds row numbers, `first` (K + 1,) where each cluster
-starts in it. A cluster is cut into pieces of PIECE rows. Piece 0 is summed by the program that writes the cluster's sum;
-the others, of long clusters only, by programs of their own into `partial`. A cluster from `first` position a has its
+starts in it. A cluster is cut into pieces of PIECE rows. Piece 0 is summed by the program that writes the cluster's
+sum; the others, of long clusters only, by programs of their own into `partial`. A cluster from position a on has its
 piece j >= 1 in slot a // PIECE + j - 1, which no other piece has, as pieces before the last are full.
 
 Names: D features; BD features of a program; R rows of a step. i_ index, m_ mask, b_ block in registers.

@@ -36,8 +36,8 @@ def kmeans_update(
         backend: "auto" (triton on a GPU that runs it, for all but float64), "triton" or "reference".
 
     Returns:
-        sums (K, D), float64 for float64 x, else fp32, and counts (K,) int64; zeros for a cluster without rows. With out,
-        its tensors. Sums are added up in float64 and rounded once.
+        sums (K, D), float64 for float64 x, else fp32, and counts (K,) int64; zeros for a cluster without rows. With
+        out, its tensors. Sums are added up in float64 and rounded once.
 
     Raises:
         ValueError: shapes that do not fit, an id outside [0, clusters), a backend that is unknown or cannot run here.

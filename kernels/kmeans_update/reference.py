@@ -11,9 +11,9 @@ CHUNK_BYTES = 64 * 2**20
 def kmeans_update(x: Tensor, ids: Tensor, sums: Tensor, counts: Tensor, add: bool) -> None:
     """sums[k] = sum of x[i] over ids[i] = k, and how many there are, for checked inputs; on top of both, with `add`.
 
-    x is (n, D) floating point and ids (n,) int64 in [0, K). sums is (K, D), float64 or fp32, and counts (K,) int64. Added
-    up in float64 in row order, so the result does not depend on the number of threads, is the same on every call, and is
-    off by one rounding to the dtype of sums.
+    x is (n, D) floating point and ids (n,) int64 in [0, K). sums is (K, D), float64 or fp32, and counts (K,) int64.
+    Added up in float64 in row order, so the result does not depend on the number of threads, is the same on every call,
+    and is off by one rounding to the dtype of sums.
     """
     n, features = x.shape
     total = torch.zeros(sums.shape, dtype=torch.float64, device=x.device)

@@ -49,14 +49,10 @@ def sums_launches(
     partial = torch.empty(slots, features, dtype=torch.float64, device=x.device)
     constants = {"PIECE": PIECE, "R": STEP, "BD": block, "num_warps": 4}
     sizes = (*x.stride(), features, blocks)
-    return (
-        *(
-            Launch(
-                kernel.partial_sums_kernel, slots * blocks, (x, order, ordered_ids, first, partial, *sizes), constants
-            ),
-        )
-        * (slots > 0),
-        Launch(
-            kernel.sums_kernel, len(sums) * blocks, (x, order, first, partial, sums, *sizes), constants | {"ADD": add}
-        ),
+    later = Launch(
+        kernel.partial_sums_kernel, slots * blocks, (x, order, ordered_ids, first, partial, *sizes), constants
     )
+    all_sums = Launch(
+        kernel.sums_kernel, len(sums) * blocks, (x, order, first, partial, sums, *sizes), constants | {"ADD": add}
+    )
+    return (later, all_sums) if slots else (all_sums,)
