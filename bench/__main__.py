@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         "(CONTRIBUTING.md, On a GPU machine)"
     ) from error
 
-from bench import aot, attention, plot, random_shapes, records, step, tune
+from bench import aot, aot_kmeans, attention, kmeans, plot, random_shapes, records, step, tune
 
 SUITES = {
     "attention": attention.AttentionBenchmark,
@@ -22,6 +22,8 @@ SUITES = {
     "plot": plot.Plot,
     "tune": tune.Tune,
     "random-shapes": random_shapes.RandomShapes,
+    "kmeans": kmeans.KMeansBenchmark,
+    "aot-kmeans": aot_kmeans.KMeansAotReport,
 }
 
 
@@ -43,6 +45,8 @@ def run(options: object) -> None:
         tune.run(options)
     elif isinstance(options, plot.Plot):
         plot.run(options)
+    elif isinstance(options, kmeans.KMeansBenchmark | aot_kmeans.KMeansAotReport):
+        options.run()
     elif isinstance(options, aot.AotReport):
         results = aot.run(options)
         if options.record:
