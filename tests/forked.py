@@ -33,7 +33,7 @@ def run_ranks(task: Callable[[int], object], size: int = 2, timeout: float = 60.
 
 
 def killed_at_sync(task: Callable[[], object], sync: int, timeout: float = 60.0) -> bool:
-    """Run `task` and SIGKILL it when the `sync`-th file or folder is about to be flushed; False if it came to its end."""
+    """Run `task` and SIGKILL it when the `sync`-th file or folder is about to be flushed; False if it ended first."""
 
     def run() -> None:
         torch.set_num_threads(1)

@@ -21,6 +21,11 @@ from mapet_kernels.precision import full_fp32
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def default_precision(device: torch.device) -> Precision:
+    """That of the official code: fp16 on a GPU, else fp32."""
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
 class KClipTokenizer(Tokenizer):
     """A patch is the feature of the trunk's last stage at its place: 4096 non-negative numbers for RN50x64.
 
@@ -51,7 +56,7 @@ class KClipTokenizer(Tokenizer):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__(image_size, patch_size, vocabulary, device)
-        precision = precision or ("fp16" if self.device.type == "cuda" else "fp32")
+        precision = precision or default_precision(self.device)
         if precision not in DTYPES:
             raise ConfigError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
         self.precision = precision
