@@ -428,7 +428,7 @@ class TestUnfinishedWork:
         before = entries(left.parent)
         given = {"capacity": 10, "shard_images": 4, **change}
         named = {name: given.pop(name) for name in change if name.endswith("fingerprint")}
-        with pytest.raises(DataError, match=rf"\.cache\.partial holds unfinished work .*{message}.*delete that folder"):
+        with pytest.raises(DataError, match=rf"\.cache\.partial holds work of another kind .*{message}.*delete that folder"):
             CacheWriter(left, description(**named), **given).begin()
         assert entries(left.parent) == before
         writer = CacheWriter(left, description(**named), overwrite=True, **given)
@@ -440,7 +440,7 @@ class TestUnfinishedWork:
         shutil.rmtree(left.with_name(".cache.partial"))
         left.with_name(".cache.partial").mkdir()
         left.with_name(".cache.partial").joinpath("thesis.tex").write_text("years of work")
-        with pytest.raises(DataError, match="holds no unfinished work of mapet; move it away"):
+        with pytest.raises(DataError, match="holds no work of mapet; move it away"):
             CacheWriter(left, description(), capacity=10, overwrite=True).begin()
         assert left.with_name(".cache.partial").joinpath("thesis.tex").exists()
 

@@ -114,7 +114,7 @@ class TestAfterAnEnd:
         with pytest.raises(RuntimeError):
             make(tmp_path / "cache", tokenizer=Dying(6, RuntimeError()))
         before = entries(tmp_path)
-        with pytest.raises(DataError, match=rf"unfinished work of another kind .*{message}.*or delete that folder"):
+        with pytest.raises(DataError, match=rf"work of another kind .*{message}.*or delete that folder"):
             make(tmp_path / "cache", **change)
         assert entries(tmp_path) == before
         capsys.readouterr()

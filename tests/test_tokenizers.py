@@ -278,22 +278,20 @@ def test_a_compiled_trunk_sees_one_batch_size(weights: Path, monkeypatch: pytest
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kclip_on_a_gpu(weights: Path) -> None:
-    """fp16 by default, compiled or not: the tokens of fp32 on the CPU but for a few near a border."""
-    images = torch.randint(256, (8, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    """fp16 by default, compiled or not: features and tokens of fp32 on the CPU."""
     exact = small_kclip(weights)
-    features = exact.features(images)
-    exact.set_codebook(features.flatten(0, 1)[::9].clone(), "patches")
-    expected = exact.encode(images)
+    images = torch.stack([exact.prepare(photograph(seed=seed)) for seed in range(4)])
+    expected = exact.features(images)
     for compiled in (False, True):
         tokenizer = small_kclip(weights, device="cuda")
         assert tokenizer.precision == "fp16"
-        tokenizer.set_codebook(exact.codebook, "patches")
+        tokenizer.set_codebook(expected[0, :8].clone(), "patches")
         if compiled:
-            tokenizer.compile(batch_size=8)
-        torch.testing.assert_close(tokenizer.features(images).float().cpu(), features, rtol=0.02, atol=0.02)
-        ids = tokenizer.encode(images)
-        assert ids.device.type == "cuda"
-        assert (ids.cpu() == expected).float().mean() > 0.9
+            tokenizer.compile(batch_size=5)
+        features = tokenizer.features(images)
+        assert features.dtype == torch.float16
+        assert (features.float().cpu() - expected).norm() < 0.05 * expected.norm()
+        assert tokenizer.encode(images)[0, :8].tolist() == list(range(8))
 
 
 def test_kclip_without_weights_names_the_file(tmp_path: Path) -> None:

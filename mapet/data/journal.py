@@ -56,7 +56,7 @@ class Journal:
                 or it holds other things.
         """
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
-            raise DataError(f"{self.folder} exists and holds no unfinished work of mapet; move it away")
+            raise DataError(f"{self.folder} exists and holds no work of mapet; move it away")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         try:
@@ -64,8 +64,8 @@ class Journal:
             differences = self.differences(found or {})
             if found is not None and differences and not restart:
                 raise DataError(
-                    f"{self.folder} holds unfinished work of another kind ({'; '.join(differences)}); "
-                    "finish it with the command that began it, or delete that folder"
+                    f"{self.folder} holds work of another kind ({'; '.join(differences)}); finish it with the command "
+                    "that began it, or delete that folder"
                 )
             if differences:
                 self._clear()
