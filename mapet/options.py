@@ -192,6 +192,26 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Codebook:
+    """Report on the codebook behind a token cache: its usage, what entries look like, and their classes."""
+
+    cache: Annotated[Path, arg(metavar="CACHE")]
+    """Made by mapet tokenize."""
+    output: Annotated[Path, arg(metavar="DIR")] = Path("runs/codebook")
+    """Folder for report.md, the pictures and the tables."""
+    codebook: Annotated[Path | None, _wanted("FOLDER", "CACHE_tokenizer")] = None
+    """The tokenizer, to find entries that repeat another."""
+    entries: Annotated[tuple[int, ...], arg(metavar="ID...", help_behavior_hint="")] = ()
+    """Entries to draw, besides the most and the least used."""
+    rows: int = 10
+    """Entries of a picture."""
+    floor: int = 20
+    """Tokens that an entry has in a class, at least, to be tied to it."""
+    seed: int = 0
+    """Picks the patches that are drawn."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Write pre-trained weights as a folder that timm.create_model loads, and check it."""
 
@@ -235,6 +255,7 @@ COMMANDS: dict[str, type] = {
     "tokenize": Tokenize,
     "pretrain": Pretrain,
     "probe": Probe,
+    "codebook": Codebook,
     "export": Export,
     "demo": Demo,
     "doctor": Doctor,

@@ -428,7 +428,9 @@ class TestUnfinishedWork:
         before = entries(left.parent)
         given = {"capacity": 10, "shard_images": 4, **change}
         named = {name: given.pop(name) for name in change if name.endswith("fingerprint")}
-        with pytest.raises(DataError, match=rf"\.cache\.partial holds work of another kind .*{message}.*delete that folder"):
+        with pytest.raises(
+            DataError, match=rf"\.cache\.partial holds work of another kind .*{message}.*delete that folder"
+        ):
             CacheWriter(left, description(**named), **given).begin()
         assert entries(left.parent) == before
         writer = CacheWriter(left, description(**named), overwrite=True, **given)
