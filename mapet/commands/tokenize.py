@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +19,28 @@ from mapet.data.images import ImageSource, open_source
 from mapet.data.official import import_official
 from mapet.data.progress import SECONDS_BETWEEN_LINES, progress
 from mapet.data.report import TokenizeReport
-from mapet.distributed import pick_device
+from mapet.distributed import World, connect
 from mapet.errors import ConfigError
+from mapet.features import MAX_PATCHES, sample_features
 from mapet.options import Tokenize
 from mapet.tokenize import FitBatches, fit_batches, tokenize
-from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, store
+from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
 
 SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
+IN_MEMORY_BYTES = 4 * 2**30
+"""A sample for the fit that is larger goes into files."""
+PATIENCE = timedelta(days=30)
+"""How long processes wait for the slowest, and for the main one while it fits."""
 
 
 def run(options: Tokenize) -> int:
     """Make the cache, say how the codebook is used and what was skipped, and how to go on."""
     check_options(options)
-    report = import_tokens(options) if options.import_tokens else tokenize_images(options)
-    print(report.summary())
-    print(f"next: {pretrain_line(report.output)}")
+    with connect(options.device, patience=PATIENCE) as world:
+        report = import_tokens(options, world) if options.import_tokens else tokenize_images(options, world)
+        if world.is_main:
+            print(report.summary())
+            print(f"next: {pretrain_line(report.output)}")
     return 0
 
 
@@ -44,12 +53,12 @@ def check_options(options: Tokenize) -> None:
     if options.images:
         given, why = ("csv", "root", "class_names"), "--import-tokens"
     else:
-        given, why = ("codebook", "weights", "precision", "patch_size"), "--images"
+        given, why = ("codebook", "weights", "precision", "patch_size", "features_dir"), "--images"
     if foreign := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) is not None]:
         raise ConfigError(f"{', '.join(foreign)} can only be given with {why}")
 
 
-def import_tokens(options: Tokenize) -> TokenizeReport:
+def import_tokens(options: Tokenize, world: World) -> TokenizeReport:
     """A cache of the tokens in official files."""
     files = options.import_tokens
     return import_official(
@@ -65,14 +74,19 @@ def import_tokens(options: Tokenize) -> TokenizeReport:
         workers=options.workers,
         max_skipped=options.max_skipped,
         overwrite=options.overwrite,
+        shard_images=options.shard_images,
+        world=world,
     )
 
 
-def tokenize_images(options: Tokenize) -> TokenizeReport:
+def tokenize_images(options: Tokenize, world: World) -> TokenizeReport:
     """A cache of the tokens of images, by the tokenizer that is given, found or fitted."""
-    device = pick_device(options.device, None)
     source = open_source(options.images)
-    tokenizer = find_tokenizer(options, source, device)
+    tokenizer = find_tokenizer(options, source, world)
+    if options.compile:
+        if not isinstance(tokenizer, KClipTokenizer):
+            raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
+        tokenizer.compile(options.batch_size)
     return tokenize(
         source,
         tokenizer,
@@ -80,24 +94,45 @@ def tokenize_images(options: Tokenize) -> TokenizeReport:
         image_size=tokenizer.image_size,
         batch_size=options.batch_size,
         workers=options.workers,
-        device=device,
+        device=world.device,
         max_skipped=options.max_skipped,
         overwrite=options.overwrite,
+        shard_images=options.shard_images,
+        world=world,
     )
 
 
-def find_tokenizer(options: Tokenize, source: ImageSource, device: torch.device) -> Tokenizer:
+def find_tokenizer(options: Tokenize, source: ImageSource, world: World) -> Tokenizer:
     """The tokenizer in --codebook, or one with the centroids there, or a new one, fitted and saved there."""
     folder = options.codebook or options.output.with_name(f"{options.output.name}_tokenizer")
     if folder.suffix == ".npy":
-        return new_tokenizer(options, device, folder)
-    if (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite):
+        return new_tokenizer(options, world.device, folder)
+    is_saved = (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite)
+    if world.on_main(lambda: is_saved):
         check_same(options, folder)
-        tokenizer = load_tokenizer(folder, device=device, weights=options.weights)
-        print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
+        tokenizer = load_tokenizer(folder, device=world.device, weights=options.weights)
+        if world.is_main:
+            print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
         return tokenizer
-    check_places(options, folder)
-    tokenizer = new_tokenizer(options, device)
+    world.on_main(lambda: check_places(options, folder))
+    tokenizer = new_tokenizer(options, world.device)
+    fit = fit_files if features_folder(options, source, tokenizer) else fit_in_memory
+    fit(options, source, tokenizer, world)
+    world.on_main(lambda: save_fitted(tokenizer, folder))
+    return tokenizer if world.is_main else load_tokenizer(folder, device=world.device, weights=options.weights)
+
+
+def features_folder(options: Tokenize, source: ImageSource, tokenizer: Tokenizer) -> Path | None:
+    """Where the sample for the fit goes; None for memory."""
+    images = min(options.fit_images or len(source), len(source))
+    rows = min(images * tokenizer.grid**2, MAX_PATCHES)
+    if options.features_dir is None and rows * tokenizer.feature_size * 2 <= IN_MEMORY_BYTES:
+        return None
+    return options.features_dir or options.output.with_name(f"{options.output.name}_features")
+
+
+def fit_in_memory(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, world: World) -> None:
+    """Fit in the main process, over a sample that it keeps in memory."""
     batches = fit_batches(
         source,
         tokenizer,
@@ -107,16 +142,46 @@ def find_tokenizer(options: Tokenize, source: ImageSource, device: torch.device)
         limit=options.fit_images,
         max_skipped=options.max_skipped,
     )
-    report = tokenizer.fit(
-        shown(batches),
+    world.on_main(lambda: tokenizer.fit(shown(batches), **fit_settings(options)))
+
+
+def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, world: World) -> None:
+    """Share the sampling of features among the processes, into files; fit in the main process."""
+    files = sample_features(
+        source,
+        tokenizer,
+        features_folder(options, source, tokenizer),
         seed=options.seed,
-        iterations=options.fit_iterations,
-        redos=options.fit_redos,
-        on_iteration=iteration_lines(),
+        limit=options.fit_images,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        max_skipped=options.max_skipped,
+        world=world,
     )
+    if world.is_main:
+        print(files.summary(), flush=True)
+
+    def fit() -> None:
+        rows = files.load().to(tokenizer.device)
+        tokenizer.fit_rows(rows, images=files.images, patches=files.patches, **fit_settings(options))
+
+    world.on_main(fit)
+
+
+def fit_settings(options: Tokenize) -> dict[str, Any]:
+    """Arguments that the ways to fit have in common."""
+    return {
+        "seed": options.seed,
+        "iterations": options.fit_iterations,
+        "redos": options.fit_redos,
+        "on_iteration": iteration_lines(),
+    }
+
+
+def save_fitted(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save it, and say how the fit went."""
     tokenizer.save(folder)
-    print(f"{report.summary()}\nsaved in {folder}")
-    return tokenizer
+    print(f"{tokenizer.report.summary()}\nsaved in {folder}", flush=True)
 
 
 def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None = None) -> Tokenizer:

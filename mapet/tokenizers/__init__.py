@@ -41,7 +41,7 @@ def make_tokenizer(
     patch_size: int = 16,
     vocabulary: int = 8192,
     device: str | torch.device = "cpu",
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     weights: str | Path | None = None,
     codebook: str | Path | None = None,
 ) -> Tokenizer:
@@ -49,7 +49,7 @@ def make_tokenizer(
 
     Args:
         image_size, patch_size: of the model, in pixels; they fix the grid of tokens.
-        precision, weights: of the network behind kclip; pixel has none.
+        precision, weights: of the network behind kclip; pixel has none. Precision None is fp16 on a GPU, else fp32.
         codebook: .npy file of float32 centroids (vocabulary, features), such as the official k-CLIP code writes.
 
     Raises:
@@ -61,7 +61,7 @@ def make_tokenizer(
         raise ConfigError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
     options: dict[str, Any] = {"precision": precision, "weights": weights}
     if name == "pixel":
-        if weights is not None or precision != "fp32":
+        if weights is not None or precision not in (None, "fp32"):
             raise ConfigError("tokenizer pixel has no network: weights and precision are for kclip")
         options = {}
     tokenizer = TOKENIZERS[name](image_size, patch_size, vocabulary, device, **options)

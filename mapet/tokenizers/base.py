@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mapet.codebook import FitReport, measure_usage, warn_of_collapse
 from mapet.errors import ConfigError, DataError
+from mapet.stages import stage
 from mapet.tokenizers import store
 from mapet.tokenizers.sampling import Reservoir
 from mapet_kernels import kmeans, kmeans_assign
@@ -135,10 +136,39 @@ class Tokenizer(ABC):
         for batch in batches:
             sample.add(self._features(batch).flatten(0, 1))
             images += len(batch)
-        rows = sample.rows.to(self.device)
+        return self.fit_rows(
+            sample.rows.to(self.device),
+            images=images,
+            patches=sample.seen,
+            seed=seed,
+            iterations=iterations,
+            redos=redos,
+            init=init,
+            rows_per_entry=None,
+            on_iteration=on_iteration,
+        )
+
+    def fit_rows(
+        self,
+        rows: Tensor,
+        *,
+        images: int,
+        patches: int,
+        seed: int = 1234,
+        iterations: int = 20,
+        redos: int = 5,
+        init: str = "random",
+        rows_per_entry: int | None = ROWS_PER_ENTRY,
+        on_iteration: Callable[[int, int, float], None] | None = None,
+    ) -> FitReport:
+        """As `fit`, over features (n, F) on the tokenizer's device: a sample of so many `patches` of so many `images`.
+
+        Of more than `rows_per_entry` rows per codebook entry so many are used, drawn at random; None uses all.
+        """
         if len(rows) < self.vocabulary:
+            sampled = "" if len(rows) == patches else f", of which {len(rows)} were sampled"
             raise DataError(
-                f"{images} images have {sample.seen} patches, too few for a vocabulary of {self.vocabulary}: "
+                f"{images} images have {patches} patches{sampled}, too few for a vocabulary of {self.vocabulary}: "
                 "give more images or lower the vocabulary"
             )
         self._check_finite(rows)
@@ -150,18 +180,18 @@ class Tokenizer(ABC):
                 redos=redos,
                 init=init,
                 seed=seed,
-                max_points_per_centroid=None,
+                max_points_per_centroid=rows_per_entry,
                 on_iteration=on_iteration,
             )
         except ValueError as error:
             raise ConfigError(f"cannot fit tokenizer {self.name}: {error}") from error
-        self.set_codebook(result.centroids, f"k-means of {len(rows)} patches of {images} images, seed {seed}")
+        self.set_codebook(result.centroids, f"k-means of {result.rows} patches of {images} images, seed {seed}")
         self.report = FitReport(
             tokenizer=self.name,
             features=self.feature_size,
             images=images,
-            patches=sample.seen,
-            rows=len(rows),
+            patches=patches,
+            rows=result.rows,
             seed=seed,
             init=init,
             iterations=iterations,
@@ -174,12 +204,17 @@ class Tokenizer(ABC):
         return self.report
 
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2."""
-        features = self._features(images)
-        try:
-            ids = kmeans_assign(features.flatten(0, 1), self.codebook)
-        except ValueError as error:
-            raise DataError(f"tokenizer {self.name} cannot encode: {error}") from error
+        """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2.
+
+        Features and ids are made, and stay, on the tokenizer's device; the assignment is exact.
+        """
+        with stage("network", self.device):
+            features = self._features(images)
+        with stage("assign", self.device):
+            try:
+                ids = kmeans_assign(features.flatten(0, 1), self.codebook)
+            except ValueError as error:
+                raise DataError(f"tokenizer {self.name} cannot encode: {error}") from error
         return ids.view(features.shape[:2])
 
     def fingerprint(self) -> str:
@@ -245,7 +280,7 @@ class Tokenizer(ABC):
                 f"tokenizer {self.name} takes uint8 images (b, {', '.join(map(str, expected))}), "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        return self.features(images.to(self.device))
+        return self.features(images.to(self.device, non_blocking=True))
 
     def _check_finite(self, rows: Tensor) -> None:
         try:
