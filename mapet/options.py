@@ -73,6 +73,16 @@ class Tokenize:
     """k-means iterations."""
     fit_redos: int = 5
     """k-means starts, of which the best is kept."""
+    fit_init: Literal["random", "k-means++"] = "random"
+    """How k-means starts."""
+    fit_tolerance: float = 0.0
+    """Relative change of the objective at which a start ends early; 0 for never."""
+    fit_patches: int = 512
+    """Patches per codebook entry to fit on at most, drawn at random."""
+    fit_save_every: float = 60.0
+    """Seconds between saves of an unfinished fit, from which the same command goes on; 0 for none."""
+    fit: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Only fit the tokenizer and save it; make no cache."""
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
     """Token files of the official code, in order, or their folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None

@@ -73,16 +73,16 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, besides the data; the numerics aside."""
+    """What decides the result, besides the data. ValueError where it is out of range."""
 
     clusters: int
-    iterations: int
-    redos: int
-    init: str
-    seed: int
-    max_points_per_centroid: int | None
-    tolerance: float
-    exact: bool
+    iterations: int = 20
+    redos: int = 5
+    init: str = "random"
+    seed: int = 1234
+    max_points_per_centroid: int | None = 512
+    tolerance: float = 0.0
+    exact: bool = True
 
     def __post_init__(self) -> None:
         limits = {name: getattr(self, name) for name in ("clusters", "iterations", "redos")}

@@ -15,20 +15,27 @@ from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import check_replaceable
 from mapet.data.images import ImageSource, open_source
 from mapet.data.official import import_official
-from mapet.data.progress import SECONDS_BETWEEN_LINES, progress
+from mapet.data.progress import progress
 from mapet.data.report import TokenizeReport
 from mapet.distributed import pick_device
 from mapet.errors import ConfigError
 from mapet.options import Tokenize
+from mapet.progress import duration
 from mapet.tokenize import FitBatches, fit_batches, tokenize
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, store
+from mapet.tokenizers.unfinished import FOLDER, UnfinishedFit
+from mapet_kernels.kmeans import Iteration
 
 SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
+SECONDS_BETWEEN_ITERATIONS = 1.0
 
 
 def run(options: Tokenize) -> int:
     """Make the cache, say how the codebook is used and what was skipped, and how to go on."""
     check_options(options)
+    if options.fit:
+        find_tokenizer(options, open_source(options.images), pick_device(options.device, None))
+        return 0
     report = import_tokens(options) if options.import_tokens else tokenize_images(options)
     print(report.summary())
     print(f"next: {pretrain_line(report.output)}")
@@ -45,6 +52,8 @@ def check_options(options: Tokenize) -> None:
         given, why = ("csv", "root", "class_names"), "--import-tokens"
     else:
         given, why = ("codebook", "weights", "precision", "patch_size"), "--images"
+    if options.import_tokens and options.fit:
+        raise ConfigError("--fit can only be given with --images")
     if foreign := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) is not None]:
         raise ConfigError(f"{', '.join(foreign)} can only be given with {why}")
 
@@ -94,6 +103,7 @@ def find_tokenizer(options: Tokenize, source: ImageSource, device: torch.device)
     if (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite):
         check_same(options, folder)
         tokenizer = load_tokenizer(folder, device=device, weights=options.weights)
+        UnfinishedFit(folder, {}).remove()
         print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
         return tokenizer
     check_places(options, folder)
@@ -107,16 +117,42 @@ def find_tokenizer(options: Tokenize, source: ImageSource, device: torch.device)
         limit=options.fit_images,
         max_skipped=options.max_skipped,
     )
-    report = tokenizer.fit(
-        shown(batches),
-        seed=options.seed,
-        iterations=options.fit_iterations,
-        redos=options.fit_redos,
-        on_iteration=iteration_lines(),
-    )
-    tokenizer.save(folder)
-    print(f"{report.summary()}\nsaved in {folder}")
+    fit_tokenizer(options, tokenizer, batches, folder)
     return tokenizer
+
+
+def fit_tokenizer(options: Tokenize, tokenizer: Tokenizer, batches: FitBatches, folder: Path) -> None:
+    """Fit the tokenizer and save it in the folder; or go on with a fit that was stopped there."""
+    settings = {
+        "seed": options.seed,
+        "iterations": options.fit_iterations,
+        "redos": options.fit_redos,
+        "init": options.fit_init,
+        "tolerance": options.fit_tolerance,
+        "max_rows": options.fit_patches * tokenizer.vocabulary,
+        "source": batches.fingerprint(),
+    }
+    unfinished = None
+    if options.fit_save_every > 0:
+        network = tokenizer.network and tokenizer.network.sha256
+        described = {**settings, "tokenizer": tokenizer.name, **tokenizer.settings(), "network": network}
+        unfinished = UnfinishedFit(folder, described, overwrite=options.overwrite)
+    try:
+        report = tokenizer.fit(
+            shown(batches),
+            **settings,
+            unfinished=unfinished,
+            save_every=options.fit_save_every,
+            on_iteration=iteration_lines(options),
+        )
+    except KeyboardInterrupt:
+        if unfinished is None or not unfinished.folder.exists():
+            raise
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; the same command goes on with the fit in {folder}") from None
+    tokenizer.save(folder)
+    if unfinished is not None:
+        unfinished.remove()
+    print(f"{report.summary()}\nsaved in {folder}")
 
 
 def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None = None) -> Tokenizer:
@@ -145,7 +181,7 @@ def check_same(options: Tokenize, folder: Path) -> None:
 
 def check_places(options: Tokenize, folder: Path) -> None:
     """Raise before a long fit, not after it, when its results could not be kept."""
-    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    is_new = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {FOLDER})
     if not is_new and not (folder / store.MANIFEST).exists():
         raise ConfigError(f"--codebook {folder} is neither a tokenizer nor a .npy file nor a new folder")
     check_replaceable(options.output, options.overwrite)
@@ -159,17 +195,25 @@ def shown(batches: FitBatches) -> Iterator[Tensor]:
             advance(len(batch))
 
 
-def iteration_lines() -> Callable[[int, int, float], None]:
-    """Tells how far a long k-means is, now and then, on stderr."""
+def iteration_lines(options: Tokenize) -> Callable[[Iteration], None]:
+    """Tells of the iterations of a k-means on stderr, at most one a second; tokenizer.json keeps every objective."""
     last = time.monotonic()
 
-    def tell(redo: int, iteration: int, objective: float) -> None:
+    def tell(done: Iteration) -> None:
         nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+        if time.monotonic() - last >= SECONDS_BETWEEN_ITERATIONS:
             last = time.monotonic()
-            print(f"k-means: start {redo + 1}, iteration {iteration + 1}, objective {objective:.6g}", file=sys.stderr)
+            print(iteration_line(done, options), file=sys.stderr, flush=True)
 
     return tell
+
+
+def iteration_line(done: Iteration, options: Tokenize) -> str:
+    """Progress, objective and time left of a k-means, in one line."""
+    return (
+        f"k-means: start {done.redo + 1}/{options.fit_redos}, iteration {done.iteration + 1}/{options.fit_iterations}, "
+        f"objective {done.objective:.6g}, {done.splits} splits, {done.seconds:.1f} s, ETA {duration(done.eta)}"
+    )
 
 
 def pretrain_line(folder: Path) -> str:

@@ -18,11 +18,13 @@ from mapet.codebook import FitReport, measure_usage, warn_of_collapse
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
 from mapet.tokenizers.sampling import Reservoir
+from mapet.tokenizers.unfinished import Sample, UnfinishedFit
 from mapet_kernels import kmeans, kmeans_assign
 from mapet_kernels.checks import check_finite_rows
 
 ROWS_PER_ENTRY = 512
 """Patches per codebook entry that the k-means uses at most (k-CLIP's max_points_per_centroid)."""
+ROWS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,23 @@ class Tokenizer(ABC):
         iterations: int = 20,
         redos: int = 5,
         init: str = "random",
+        tolerance: float = 0.0,
         max_rows: int | None = None,
-        on_iteration: Callable[[int, int, float], None] | None = None,
+        source: str = "",
+        unfinished: UnfinishedFit | None = None,
+        save_every: float = 0.0,
+        on_iteration: Callable[[kmeans.Iteration], None] | None = None,
     ) -> FitReport:
         """Make the codebook: k-means over a uniform sample of the patches of prepared images.
 
         Args:
-            batches: uint8 (b, 3, input_size, input_size) tensors, each as `prepare` makes them.
+            batches: uint8 (b, 3, input_size, input_size) tensors, each as `prepare` makes them; not read where
+                `unfinished` has the sample already.
             max_rows: patches to sample; 512 per codebook entry when not given.
-            seed, iterations, redos, init, on_iteration: as in `mapet_kernels.kmeans.fit`.
+            source: fingerprint of the images, for the record.
+            unfinished: where sample and k-means are kept while they are made, the latter every `save_every` seconds;
+                a fit that was killed goes on from there, to the same codebook. The caller removes it in the end.
+            seed, iterations, redos, init, tolerance, on_iteration: as in `mapet_kernels.kmeans.fit`.
 
         Returns:
             The report, also kept as `report`. A collapsed codebook is reported there and as a CollapseWarning.
@@ -131,18 +141,10 @@ class Tokenizer(ABC):
         capacity = ROWS_PER_ENTRY * self.vocabulary if max_rows is None else max_rows
         if capacity < self.vocabulary:
             raise ConfigError(f"max_rows {max_rows} is less than the vocabulary {self.vocabulary}")
-        sample, images = Reservoir(capacity, seed), 0
-        for batch in batches:
-            sample.add(self._features(batch).flatten(0, 1))
-            images += len(batch)
-        rows = sample.rows.to(self.device)
-        if len(rows) < self.vocabulary:
-            raise DataError(
-                f"{images} images have {sample.seen} patches, too few for a vocabulary of {self.vocabulary}: "
-                "give more images or lower the vocabulary"
-            )
-        self._check_finite(rows)
         try:
+            kmeans.Settings(self.vocabulary, iterations, redos, init, seed, tolerance=tolerance)
+            sample = self._sample(batches, capacity, seed, unfinished)
+            rows = on_device_if_it_fits(sample.rows, self.device)
             result = kmeans.fit(
                 rows,
                 self.vocabulary,
@@ -151,16 +153,21 @@ class Tokenizer(ABC):
                 init=init,
                 seed=seed,
                 max_points_per_centroid=None,
+                tolerance=tolerance,
+                device=self.device,
+                checkpoint=unfinished and unfinished.kmeans,
+                checkpoint_seconds=save_every,
                 on_iteration=on_iteration,
             )
         except ValueError as error:
             raise ConfigError(f"cannot fit tokenizer {self.name}: {error}") from error
-        self.set_codebook(result.centroids, f"k-means of {len(rows)} patches of {images} images, seed {seed}")
+        self.set_codebook(result.centroids, f"k-means of {len(rows)} patches of {sample.images} images, seed {seed}")
+        ids = torch.cat([kmeans_assign(part.to(self.device), self.codebook) for part in rows.split(ROWS_AT_ONCE)])
         self.report = FitReport(
             tokenizer=self.name,
             features=self.feature_size,
-            images=images,
-            patches=sample.seen,
+            images=sample.images,
+            patches=sample.patches,
             rows=len(rows),
             seed=seed,
             init=init,
@@ -168,10 +175,34 @@ class Tokenizer(ABC):
             objectives=result.objectives,
             redo=result.redo,
             splits=result.splits,
-            usage=measure_usage(kmeans_assign(rows, self.codebook), self.vocabulary, self.codebook),
+            usage=measure_usage(ids, self.vocabulary, self.codebook),
+            tolerance=tolerance,
+            max_rows=capacity,
+            source=source,
         )
         warn_of_collapse(self.report.usage, self.name)
         return self.report
+
+    def _sample(self, batches: Iterable[Tensor], capacity: int, seed: int, unfinished: UnfinishedFit | None) -> Sample:
+        """Features of at most `capacity` patches, checked: those an unfinished fit has, or drawn from the batches."""
+        if unfinished is not None and (sample := unfinished.load()) is not None:
+            return sample
+        reservoir, images = Reservoir(capacity, seed), 0
+        for batch in batches:
+            reservoir.add(self._features(batch).flatten(0, 1))
+            images += len(batch)
+        if len(reservoir.rows) < self.vocabulary:
+            raise DataError(
+                f"{images} images have {reservoir.seen} patches, too few for a vocabulary of {self.vocabulary}: "
+                "give more images or lower the vocabulary"
+            )
+        self._check_finite(reservoir.rows)
+        rows = reservoir.rows
+        # A .npy file has no bfloat16; float32 holds its numbers exactly.
+        sample = Sample(rows.float() if rows.dtype == torch.bfloat16 else rows, images, reservoir.seen)
+        if unfinished is not None:
+            unfinished.save(sample)
+        return sample
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2."""
@@ -252,3 +283,10 @@ class Tokenizer(ABC):
             check_finite_rows("features", rows)
         except ValueError as error:
             raise DataError(f"tokenizer {self.name} cannot be fitted: {error}") from error
+
+
+def on_device_if_it_fits(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows on the device; where they would take more than half of a GPU's free memory, as they are."""
+    if device.type == "cuda" and rows.numel() * rows.element_size() > torch.cuda.mem_get_info(device)[0] // 2:
+        return rows
+    return rows.to(device)
