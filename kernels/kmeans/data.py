@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mapet_kernels.checks import not_finite
+from mapet_kernels.checks import all_finite, not_finite
 from mapet_kernels.kmeans.ranks import Ranks
 from mapet_kernels.kmeans.sources import RowSource, Selection, TensorRows
 from mapet_kernels.kmeans.stream import chunks
@@ -70,7 +70,7 @@ class Data:
         """
         bad, first, total = 0, [], torch.zeros((), dtype=torch.int64, device=self.device)
         for start, chunk in self.chunks():
-            if not torch.linalg.vector_norm(chunk, ord=math.inf).isfinite():
+            if not all_finite(chunk):
                 rows = (~torch.linalg.vector_norm(chunk, ord=math.inf, dim=1).isfinite()).nonzero().flatten()
                 bad, first = bad + len(rows), [*first, *(rows[:5] + self.offset + start).tolist()]
             if checksum:

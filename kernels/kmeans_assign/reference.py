@@ -82,7 +82,7 @@ def _nearest(x: Tensor, centroids: Tensor, dtype: torch.dtype, exact: bool, out:
 
 def _power_of_two(x: Tensor, centroids: Tensor, dtype: torch.dtype) -> float:
     """A normal power of two that brings the largest magnitude below 8."""
-    largest = max(torch.linalg.vector_norm(values, ord=math.inf).item() for values in (x, centroids))
+    largest = max(abs(bound.item()) for values in (x, centroids) for bound in torch.aminmax(values))
     limit = -math.frexp(torch.finfo(dtype).tiny)[1]
     return math.ldexp(1.0, -min(max(math.frexp(largest)[1], -limit), limit))
 
