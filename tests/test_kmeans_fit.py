@@ -141,6 +141,18 @@ class TestFiles:
         assert second.wait(30), "nothing is read until the next chunk is asked for"
         stream.close()
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("init", ["random", "k-means++"])
+    def test_rows_read_into_a_gpu_give_the_fit_of_rows_on_it(self, tmp_path, init):
+        x = mixture(5000)
+        options = {**FAST, "init": init, "max_points_per_centroid": 200, "chunk_bytes": 300 * 64}
+        resident = kmeans.fit(x.cuda(), 20, **options)
+        assert resident.centroids.is_cuda
+        same_result(kmeans.fit(x, 20, device="cuda", **options), resident)
+        same_result(kmeans.fit(shards(tmp_path, x, (2000, 3000)), 20, device="cuda", **options), resident)
+        torch.testing.assert_close(resident.objective, kmeans.fit(x, 20, **options).objective, rtol=1e-3, atol=0)
+
     def test_an_error_of_the_reader_is_raised(self, tmp_path):
         paths = shards(tmp_path, mixture(1000), (500, 500))
         source = NpyRows(paths)

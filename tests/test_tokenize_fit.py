@@ -148,6 +148,11 @@ def test_fit_needs_images(mapet, tmp_path):
     mapet.fail(*arguments, code=2, names=("--fit can only be given with --images",))
 
 
+def test_fit_needs_a_place_for_the_codebook(mapet, images):
+    names = ("--fit makes a codebook, and --codebook c.npy is one",)
+    mapet.fail("tokenize", "--images", images, "--fit", "--codebook", "c.npy", code=2, names=names)
+
+
 def test_kill_9_in_mid_fit_and_on_to_the_same_codebook(mapet, images, tmp_path):
     arguments = ("tokenize", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-6, "--fit-iterations", 8)
     folder = tmp_path / "killed_tokenizer"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mapet_kernels.checks import check_floating
+from mapet_kernels.kmeans.npy import NpyRows
 
 
 @runtime_checkable
@@ -97,8 +98,6 @@ def share_of_rows(source: RowSource, rank: int, size: int) -> Part:
 
 def as_source(x: Tensor | RowSource | str | os.PathLike | Sequence[str | os.PathLike]) -> RowSource:
     """A source for whatever `fit` is given: a tensor, a source, or one or several .npy files."""
-    from mapet_kernels.kmeans.npy import NpyRows
-
     if isinstance(x, Tensor):
         return TensorRows(x)
     if isinstance(x, RowSource):

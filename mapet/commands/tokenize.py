@@ -54,6 +54,10 @@ def check_options(options: Tokenize) -> None:
         given, why = ("codebook", "weights", "precision", "patch_size"), "--images"
     if options.import_tokens and options.fit:
         raise ConfigError("--fit can only be given with --images")
+    if options.fit and options.codebook and options.codebook.suffix == ".npy":
+        raise ConfigError(
+            f"--fit makes a codebook, and --codebook {options.codebook} is one; name a new folder instead"
+        )
     if foreign := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) is not None]:
         raise ConfigError(f"{', '.join(foreign)} can only be given with {why}")
 
