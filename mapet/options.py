@@ -76,11 +76,11 @@ class Tokenize:
     fit_init: Literal["random", "k-means++"] = "random"
     """How k-means starts."""
     fit_tolerance: float = 0.0
-    """Relative change of the objective at which a start ends early; 0 for never."""
+    """Relative change of the objective that ends a start early."""
     fit_patches: int = 512
     """Patches per codebook entry to fit on at most, drawn at random."""
     fit_save_every: float = 60.0
-    """Seconds between saves of an unfinished fit, from which the same command goes on; 0 for none."""
+    """Seconds between saves of an unfinished fit; 0 for none."""
     fit: Annotated[bool, arg(help_behavior_hint="")] = False
     """Only fit the tokenizer and save it; make no cache."""
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
