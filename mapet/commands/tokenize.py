@@ -55,9 +55,7 @@ def check_options(options: Tokenize) -> None:
     if options.import_tokens and options.fit:
         raise ConfigError("--fit can only be given with --images")
     if options.fit and options.codebook and options.codebook.suffix == ".npy":
-        raise ConfigError(
-            f"--fit makes a codebook, and --codebook {options.codebook} is one; name a new folder"
-        )
+        raise ConfigError(f"--fit makes a codebook, and --codebook {options.codebook} is one; name a new folder")
     if foreign := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) is not None]:
         raise ConfigError(f"{', '.join(foreign)} can only be given with {why}")
 
