@@ -15,7 +15,19 @@ except ModuleNotFoundError as error:
         "(CONTRIBUTING.md, On a GPU machine)"
     ) from error
 
-from bench import aot, aot_kmeans, attention, kmeans, plot, random_shapes, records, step, tokenize_suite, tune
+from bench import (
+    aot,
+    aot_kmeans,
+    attention,
+    kmeans,
+    kmeans_fit,
+    plot,
+    random_shapes,
+    records,
+    step,
+    tokenize_suite,
+    tune,
+)
 
 
 def run_step(options: step.StepBenchmark) -> None:
@@ -38,6 +50,13 @@ def run_random_shapes(options: random_shapes.RandomShapes) -> None:
     print(f"record: {records.write('random_shapes', f'two_stream_attention_{options.count}', results)}")
 
 
+def run_kmeans_fit(options: kmeans_fit.KMeansFitBenchmark) -> None:
+    """Compare fits, print and record them."""
+    results = kmeans_fit.run(options)
+    path = records.write("kmeans_fit", f"{options.data}_cpu", results)
+    print(f"{json.dumps(results, indent=1)}\nrecord: {path}")
+
+
 def run_tokenize(options: tokenize_suite.TokenizeBenchmark) -> None:
     """Measure, print and record the tokenizing of images."""
     results = tokenize_suite.run(options)
@@ -49,6 +68,7 @@ SUITES: dict[str, tuple[type, Callable[[Any], object]]] = {
     "attention": (attention.AttentionBenchmark, attention.run),
     "step": (step.StepBenchmark, run_step),
     "kmeans": (kmeans.KMeansBenchmark, kmeans.KMeansBenchmark.run),
+    "kmeans-fit": (kmeans_fit.KMeansFitBenchmark, run_kmeans_fit),
     "tokenize": (tokenize_suite.TokenizeBenchmark, run_tokenize),
     "plot": (plot.Plot, plot.run),
     "tune": (tune.Tune, tune.run),

@@ -131,7 +131,8 @@ class FitReport:
     Attributes:
         tokenizer: its name.
         images, patches: seen; `rows` of the patches were drawn for the k-means.
-        seed, init, iterations: settings of the k-means.
+        seed, init, iterations, tolerance, max_rows: settings of the sample and the k-means.
+        source: fingerprint of the images and their order, where it is known.
         objectives: sum of squared distances for every redo and iteration; `redo` is the one kept.
         splits: empty clusters refilled in the redo kept.
         usage: of the final codebook, by the rows.
@@ -149,6 +150,9 @@ class FitReport:
     redo: int
     splits: int
     usage: CodebookUsage
+    tolerance: float = 0.0
+    max_rows: int = 0
+    source: str = ""
 
     @property
     def objective(self) -> float:

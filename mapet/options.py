@@ -77,6 +77,16 @@ class Tokenize:
     """k-means starts, of which the best is kept."""
     features_dir: Annotated[Path | None, _wanted("DIR", "CACHE_features if above 4 GB")] = None
     """Folder for the features of the fit."""
+    fit_init: Literal["random", "k-means++"] = "random"
+    """How k-means starts."""
+    fit_tolerance: float = 0.0
+    """Relative change of the objective that ends a start early."""
+    fit_patches: int = 512
+    """Patches per codebook entry to fit on at most, drawn at random."""
+    fit_save_every: float = 60.0
+    """Seconds between saves of an unfinished fit; 0 for none."""
+    fit: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Only fit the tokenizer and save it; make no cache."""
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
     """Token files of the official code, in order, or a folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None

@@ -6,6 +6,7 @@ and fingerprint.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,12 +110,16 @@ class FitBatches:
         self, source: ImageSource, tokenizer, order: list[int], batch_size: int, workers: int, max_skipped: float
     ) -> None:
         self.source, self.tokenizer, self.workers, self.max_skipped = source, tokenizer, workers, max_skipped
-        self.images = len(order)
+        self.images, self.order = len(order), order
         self.batches = in_batches(order, batch_size)
         self.skipped: list[Skipped] = []
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hexadecimal text, of the images and their order."""
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.order}".encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Tensor]:
         log = SkipLog(self.images, self.max_skipped)

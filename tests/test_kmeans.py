@@ -13,6 +13,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from mapet_kernels import kmeans, kmeans_assign, kmeans_update, launch
+from mapet_kernels.kmeans.split import pick_cluster, split_empty
 from mapet_kernels.kmeans_assign import reference as assign_reference
 from mapet_kernels.kmeans_update import reference as update_reference
 
@@ -439,9 +440,11 @@ def test_fit_finds_well_separated_centres_in_every_dtype(dtype: torch.dtype) -> 
 
 def test_fit_keeps_the_best_redo_and_never_worsens() -> None:
     calls = []
-    result = kmeans.fit(blobs(12, 600), 12, redos=3, iterations=6, on_iteration=lambda *call: calls.append(call))
-    assert [call[:2] for call in calls] == [(redo, iteration) for redo in range(3) for iteration in range(6)]
-    assert [call[2] for call in calls] == [value for curve in result.objectives for value in curve]
+    result = kmeans.fit(blobs(12, 600), 12, redos=3, iterations=6, on_iteration=calls.append)
+    assert [(call.redo, call.iteration) for call in calls] == [
+        (redo, iteration) for redo in range(3) for iteration in range(6)
+    ]
+    assert [call.objective for call in calls] == [value for curve in result.objectives for value in curve]
     last = [curve[-1] for curve in result.objectives]
     assert len(set(last)) > 1
     assert result.objective == min(last)
@@ -486,7 +489,7 @@ def test_fit_splits_a_cluster_for_every_empty_one() -> None:
 
 def test_a_split_moves_two_halves_apart_as_faiss_does() -> None:
     centroids, counts = torch.tensor([[8.0, 8, 8], [1, 1, 1]]), torch.tensor([20, 0])
-    assert kmeans._split_empty(centroids, counts, torch.Generator().manual_seed(0)) == 1
+    assert split_empty(centroids, counts, torch.Generator().manual_seed(0)) == 1
     step = 8 / 1024
     assert centroids.tolist() == [[8 - step, 8 + step, 8 - step], [8 + step, 8 - step, 8 + step]]
 
@@ -494,7 +497,7 @@ def test_a_split_moves_two_halves_apart_as_faiss_does() -> None:
 def test_the_cluster_to_split_is_drawn_in_proportion_to_its_size() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [1, 31, 11, 0]
-    drawn = np.bincount([kmeans._pick_cluster(sizes, 400, generator) for _ in range(2000)], minlength=4)
+    drawn = np.bincount([pick_cluster(sizes, 400, generator) for _ in range(2000)], minlength=4)
     assert drawn[0] == drawn[3] == 0
     assert drawn[1] / drawn[2] == pytest.approx(3, rel=0.2)
 

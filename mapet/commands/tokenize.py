@@ -17,26 +17,33 @@ from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import check_replaceable
 from mapet.data.images import ImageSource, open_source
 from mapet.data.official import import_official
-from mapet.data.progress import SECONDS_BETWEEN_LINES, progress
+from mapet.data.progress import progress
 from mapet.data.report import TokenizeReport
 from mapet.distributed import World, connect
 from mapet.errors import ConfigError
 from mapet.features import MAX_PATCHES, sample_features
 from mapet.options import Tokenize
+from mapet.progress import duration
 from mapet.tokenize import FitBatches, fit_batches, tokenize
 from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
+from mapet.tokenizers.unfinished import FOLDER, UnfinishedFit
+from mapet_kernels.kmeans import Iteration, NpyRows, share_of_rows
 
 SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
 IN_MEMORY_BYTES = 4 * 2**30
 """A sample for the fit that is larger goes into files."""
 PATIENCE = timedelta(days=30)
 """How long processes wait for the slowest, and for the main one while it fits."""
+SECONDS_BETWEEN_ITERATIONS = 1.0
 
 
 def run(options: Tokenize) -> int:
     """Make the cache, say how the codebook is used and what was skipped, and how to go on."""
     check_options(options)
     with connect(options.device, patience=PATIENCE) as world:
+        if options.fit:
+            find_tokenizer(options, open_source(options.images), world)
+            return 0
         report = import_tokens(options, world) if options.import_tokens else tokenize_images(options, world)
         if world.is_main:
             print(report.summary())
@@ -54,6 +61,10 @@ def check_options(options: Tokenize) -> None:
         given, why = ("csv", "root", "class_names"), "--import-tokens"
     else:
         given, why = ("codebook", "weights", "precision", "patch_size", "features_dir"), "--images"
+    if options.import_tokens and options.fit:
+        raise ConfigError("--fit can only be given with --images")
+    if options.fit and options.codebook and options.codebook.suffix == ".npy":
+        raise ConfigError(f"--fit makes a codebook, and --codebook {options.codebook} is one; name a new folder")
     if foreign := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) is not None]:
         raise ConfigError(f"{', '.join(foreign)} can only be given with {why}")
 
@@ -112,13 +123,15 @@ def find_tokenizer(options: Tokenize, source: ImageSource, world: World) -> Toke
         check_same(options, folder)
         tokenizer = load_tokenizer(folder, device=world.device, weights=options.weights)
         if world.is_main:
+            UnfinishedFit(folder, {}).remove()
             print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
         return tokenizer
     world.on_main(lambda: check_places(options, folder))
     tokenizer = new_tokenizer(options, world.device)
-    fit = fit_files if features_folder(options, source, tokenizer) else fit_in_memory
-    fit(options, source, tokenizer, world)
-    world.on_main(lambda: save_fitted(tokenizer, folder))
+    if features_folder(options, source, tokenizer):
+        fit_files(options, source, tokenizer, folder, world)
+        return tokenizer
+    world.on_main(lambda: fit_in_memory(options, source, tokenizer, folder))
     return tokenizer if world.is_main else load_tokenizer(folder, device=world.device, weights=options.weights)
 
 
@@ -131,8 +144,19 @@ def features_folder(options: Tokenize, source: ImageSource, tokenizer: Tokenizer
     return options.features_dir or options.output.with_name(f"{options.output.name}_features")
 
 
-def fit_in_memory(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, world: World) -> None:
-    """Fit in the main process, over a sample that it keeps in memory."""
+def fit_settings(options: Tokenize) -> dict[str, Any]:
+    """Settings of the k-means, whatever it is over."""
+    return {
+        "seed": options.seed,
+        "iterations": options.fit_iterations,
+        "redos": options.fit_redos,
+        "init": options.fit_init,
+        "tolerance": options.fit_tolerance,
+    }
+
+
+def fit_in_memory(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, folder: Path) -> None:
+    """Fit over a sample in this process's memory and save the tokenizer; or go on with a fit that was stopped there."""
     batches = fit_batches(
         source,
         tokenizer,
@@ -142,11 +166,34 @@ def fit_in_memory(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, 
         limit=options.fit_images,
         max_skipped=options.max_skipped,
     )
-    world.on_main(lambda: tokenizer.fit(shown(batches), **fit_settings(options)))
+    settings = fit_settings(options) | {
+        "max_rows": options.fit_patches * tokenizer.vocabulary,
+        "source": batches.fingerprint(),
+    }
+    unfinished = None
+    if options.fit_save_every > 0:
+        network = tokenizer.network and tokenizer.network.sha256
+        described = {**settings, "tokenizer": tokenizer.name, **tokenizer.settings(), "network": network}
+        unfinished = UnfinishedFit(folder, described, overwrite=options.overwrite)
+    try:
+        tokenizer.fit(
+            shown(batches),
+            **settings,
+            unfinished=unfinished,
+            save_every=options.fit_save_every,
+            on_iteration=iteration_lines(options),
+        )
+    except KeyboardInterrupt:
+        if unfinished is None or not unfinished.folder.exists():
+            raise
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; the same command goes on with the fit in {folder}") from None
+    save_fitted(tokenizer, folder)
+    if unfinished is not None:
+        unfinished.remove()
 
 
-def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, world: World) -> None:
-    """Share the sampling of features among the processes, into files; fit in the main process."""
+def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, folder: Path, world: World) -> None:
+    """Sample features into files and fit over them, both shared among the processes; save the tokenizer."""
     files = sample_features(
         source,
         tokenizer,
@@ -158,24 +205,25 @@ def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, worl
         max_skipped=options.max_skipped,
         world=world,
     )
+    checkpoint = files.folder / "kmeans" if options.fit_save_every > 0 else None
     if world.is_main:
         print(files.summary(), flush=True)
-
-    def fit() -> None:
-        rows = files.load().to(tokenizer.device)
-        tokenizer.fit_rows(rows, images=files.images, patches=files.patches, **fit_settings(options))
-
-    world.on_main(fit)
-
-
-def fit_settings(options: Tokenize) -> dict[str, Any]:
-    """Arguments that the ways to fit have in common."""
-    return {
-        "seed": options.seed,
-        "iterations": options.fit_iterations,
-        "redos": options.fit_redos,
-        "on_iteration": iteration_lines(),
-    }
+        if checkpoint and options.overwrite:
+            checkpoint.unlink(missing_ok=True)
+    tokenizer.fit_rows(
+        share_of_rows(NpyRows(files.paths), world.rank, world.size),
+        images=files.images,
+        patches=files.patches,
+        **fit_settings(options),
+        rows_per_entry=options.fit_patches,
+        source=source.fingerprint(),
+        checkpoint=checkpoint,
+        save_every=options.fit_save_every,
+        on_iteration=iteration_lines(options) if world.is_main else None,
+    )
+    world.on_main(lambda: save_fitted(tokenizer, folder))
+    if world.is_main and checkpoint:
+        checkpoint.unlink(missing_ok=True)
 
 
 def save_fitted(tokenizer: Tokenizer, folder: Path) -> None:
@@ -210,7 +258,7 @@ def check_same(options: Tokenize, folder: Path) -> None:
 
 def check_places(options: Tokenize, folder: Path) -> None:
     """Raise before a long fit, not after it, when its results could not be kept."""
-    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    is_new = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {FOLDER})
     if not is_new and not (folder / store.MANIFEST).exists():
         raise ConfigError(f"--codebook {folder} is neither a tokenizer nor a .npy file nor a new folder")
     check_replaceable(options.output, options.overwrite)
@@ -224,17 +272,25 @@ def shown(batches: FitBatches) -> Iterator[Tensor]:
             advance(len(batch))
 
 
-def iteration_lines() -> Callable[[int, int, float], None]:
-    """Tells how far a long k-means is, now and then, on stderr."""
+def iteration_lines(options: Tokenize) -> Callable[[Iteration], None]:
+    """Tells of the iterations of a k-means on stderr, at most one a second; tokenizer.json keeps every objective."""
     last = time.monotonic()
 
-    def tell(redo: int, iteration: int, objective: float) -> None:
+    def tell(done: Iteration) -> None:
         nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+        if time.monotonic() - last >= SECONDS_BETWEEN_ITERATIONS:
             last = time.monotonic()
-            print(f"k-means: start {redo + 1}, iteration {iteration + 1}, objective {objective:.6g}", file=sys.stderr)
+            print(iteration_line(done, options), file=sys.stderr, flush=True)
 
     return tell
+
+
+def iteration_line(done: Iteration, options: Tokenize) -> str:
+    """Progress, objective and time left of a k-means, in one line."""
+    return (
+        f"k-means: start {done.redo + 1}/{options.fit_redos}, iteration {done.iteration + 1}/{options.fit_iterations}, "
+        f"objective {done.objective:.6g}, {done.splits} splits, {done.seconds:.1f} s, ETA {duration(done.eta)}"
+    )
 
 
 def pretrain_line(folder: Path) -> str:

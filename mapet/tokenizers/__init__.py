@@ -13,8 +13,8 @@ from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
 from mapet.tokenizers.base import Network, Tokenizer
 from mapet.tokenizers.kclip import KClipTokenizer
+from mapet.tokenizers.official import read_official_codebook, write_faiss_index, write_official_centroids
 from mapet.tokenizers.pixel import PixelTokenizer
-from mapet.tokenizers.store import read_official_codebook
 
 __all__ = [
     "TOKENIZERS",
@@ -29,6 +29,8 @@ __all__ = [
     "make_tokenizer",
     "measure_usage",
     "read_official_codebook",
+    "write_faiss_index",
+    "write_official_centroids",
 ]
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"pixel": PixelTokenizer, "kclip": KClipTokenizer}
@@ -50,7 +52,8 @@ def make_tokenizer(
     Args:
         image_size, patch_size: of the model, in pixels; they fix the grid of tokens.
         precision, weights: of the network behind kclip; pixel has none. Precision None is fp16 on a GPU, else fp32.
-        codebook: .npy file of float32 centroids (vocabulary, features), such as the official k-CLIP code writes.
+        codebook: .npy file of float32 centroids (vocabulary, features), or a faiss IndexFlatL2 of them, such as the
+            official k-CLIP code writes.
 
     Raises:
         ConfigError: unknown name, sizes that do not fit, or a network option for pixel.
