@@ -62,10 +62,10 @@ class Tokenize:
     vocabulary: Annotated[int | None, _wanted("INT", "8192, or the codebook's")] = None
     """Codebook entries."""
     codebook: Annotated[Path | None, _wanted("FOLDER|NPY", "CACHE_tokenizer")] = None
-    """Saved tokenizer, or centroids; a new folder gets the one fitted."""
+    """Saved tokenizer, or centroids, or a new folder for one."""
     weights: Annotated[Path | None, _wanted("FILE", "found in caches or on the hub")] = None
     """Weights of CLIP RN50x64, for kclip."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("DTYPE", "fp16 on a GPU, else fp32")] = None
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("TYPE", "fp16 on a GPU, else fp32")] = None
     """fp32, fp16 or bf16, of the network of kclip."""
     compile: Annotated[bool, arg(help_behavior_hint="")] = False
     """Compile the network of kclip."""
@@ -102,7 +102,7 @@ class Tokenize:
     batch_size: int = 64
     """Images per batch."""
     shard_images: int = 0
-    """Images of a shard, after which a killed run goes on; 0 for 1024 or more."""
+    """Images of a shard, the unit of resuming; 0 for about 1024."""
     max_skipped: float = 0.01
     """Part of the images that may be unreadable; they are listed."""
     seed: int = 1234

@@ -229,7 +229,7 @@ class Tokenizer(ABC):
             images=images,
             patches=patches,
             rows=result.rows,
-            **settings,
+            **{name: settings[name] for name in ("seed", "init", "iterations", "tolerance")},
             objectives=result.objectives,
             redo=result.redo,
             splits=result.splits,
