@@ -77,8 +77,8 @@ class Tokenize:
     """k-means starts, of which the best is kept."""
     features_dir: Annotated[Path | None, _wanted("DIR", "CACHE_features if above 4 GB")] = None
     """Folder for the features of the fit."""
-    fit_init: Literal["random", "k-means++"] = "random"
-    """How k-means starts."""
+    fit_init: Annotated[Literal["random", "k-means++"], arg(metavar="NAME")] = "random"
+    """How k-means starts: random or k-means++."""
     fit_tolerance: float = 0.0
     """Relative change of the objective that ends a start early."""
     fit_patches: int = 512
