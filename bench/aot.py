@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mapet_kernels import launch
 from mapet_kernels.prefix_suffix_attention import problem as prefix_suffix_problem
@@ -34,6 +35,8 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -196,6 +199,10 @@ def source(part: Launch) -> ASTSource:
         specialised = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialised):
             signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype][1:]}[{block}]>"
             continue
         signature[name] = TYPE_NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
         number = value.data_ptr() if isinstance(value, Tensor) else value

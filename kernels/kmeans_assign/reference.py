@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from mapet_kernels.checks import check_finite_rows
 from mapet_kernels.precision import full_fp32
 
 CHUNK_BYTES = 64 * 2**20
@@ -15,11 +16,12 @@ PRODUCTS_PER_PAIR = 64
 """Entries of a float64 matrix product that take about as long as one row and one centroid compared directly."""
 
 
-def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bool) -> tuple[Tensor, Tensor]:
+def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest centroid of every row, for checked inputs.
 
-    x is ([G,] n, D) and centroids ([G,] K, D), floating point and finite. Returns ids ([G,] n) int64 and squared
-    distances ([G,] n), an empty tensor if not wanted; they are float64 if either input is, else fp32.
+    x is ([G,] n, D) and centroids ([G,] K, D), floating point. Returns ids ([G,] n) int64; squared distances ([G,] n),
+    an empty tensor if not wanted, float64 if either input is, else fp32; and (2,) int64, how many rows were decided
+    again in float64 among a few centroids, and how many among all. Raises ValueError for rows that are not finite.
 
     Scores. With x' = x - m and c' = c - m for any fixed m (here the mean centroid, so that a common offset costs no
     digits), the nearest centroid minimises S_k = |c'_k|^2 - 2 x'.c'_k; |x'|^2 is the same for every k and is left out.
@@ -46,21 +48,28 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bo
     than the gaps between centroids), the same is done in float64 first, whose bound is 10^8 times tighter.
     """
     dtype = torch.float64 if torch.float64 in (x.dtype, centroids.dtype) else torch.float32
+    check_finite_rows("centroids", centroids)
+    check_finite_rows("x", x)
     ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
     distances = x.new_empty(x.shape[:-1] if return_distance else (0,), dtype=dtype)
+    again = torch.zeros(2, dtype=torch.int64)
     if ids.numel() == 0:
-        return ids, distances
+        return ids, distances, again.to(x.device)
     with full_fp32(x.device.type) if exact else torch.autocast(x.device.type, enabled=False):
         for group in range(x.shape[0] if x.dim() == 3 else 1):
             here = group if x.dim() == 3 else ...
-            _nearest(x[here], centroids[here], dtype, exact, out=ids[here])
+            again += _nearest(x[here], centroids[here], dtype, exact, out=ids[here])
             if return_distance:
                 _squared_distances(x[here], centroids[here], ids[here], out=distances[here])
-    return ids, distances
+    return ids, distances, again.to(x.device)
 
 
-def _nearest(x: Tensor, centroids: Tensor, dtype: torch.dtype, exact: bool, out: Tensor) -> None:
-    """Write into out (n,) the id of the nearest centroid (K, D) of every row of x (n, D)."""
+def _nearest(x: Tensor, centroids: Tensor, dtype: torch.dtype, exact: bool, out: Tensor) -> Tensor:
+    """Write into out (n,) the id of the nearest centroid (K, D) of every row of x (n, D).
+
+    Returns how many rows were decided again: (2,) int64 on the CPU, among a few centroids and among all.
+    """
+    again = torch.zeros(2, dtype=torch.int64)
     scale = _power_of_two(x, centroids, dtype)
     centred = centroids.to(dtype) * scale
     mean = centred.mean(0)
@@ -76,8 +85,9 @@ def _nearest(x: Tensor, centroids: Tensor, dtype: torch.dtype, exact: bool, out:
         ids = scores.argmin(1)
         if exact and len(centroids) > 1:
             margin = 3 * _score_error(shifted, norms.max())
-            _decide_near_ties(ids, scores, margin.to(dtype), part, centroids, scale)
+            again += _decide_near_ties(ids, scores, margin.to(dtype), part, centroids, scale)
         out[start : start + rows] = ids
+    return again
 
 
 def _power_of_two(x: Tensor, centroids: Tensor, dtype: torch.dtype) -> float:
@@ -99,20 +109,26 @@ def _score_error(shifted: Tensor, largest_norm: Tensor) -> Tensor:
     return relative * largest_norm * (largest_norm + 2 * row_norm) + 2**9 * factors * limits.tiny
 
 
-def _decide_near_ties(ids: Tensor, scores: Tensor, margin: Tensor, x: Tensor, centroids: Tensor, scale: float) -> None:
-    """Overwrite the ids (n,) of rows with a second score within the margin of the best, by float64 distances."""
+def _decide_near_ties(
+    ids: Tensor, scores: Tensor, margin: Tensor, x: Tensor, centroids: Tensor, scale: float
+) -> Tensor:
+    """Overwrite the ids (n,) of rows with a second score within the margin of the best, by float64 distances.
+
+    Returns what `_nearest` returns.
+    """
     best_two = scores.topk(2, dim=1, largest=False).values
     threshold = best_two[:, 0] + margin
     tied = (best_two[:, 1] <= threshold).nonzero().squeeze(1)
     if len(tied) == 0:
-        return
+        return torch.tensor([0, 0])
     rows, candidates = x[tied], scores[tied] <= threshold[tied, None]
     if scores.dtype == torch.float32 and candidates.sum() * PRODUCTS_PER_PAIR > candidates.numel():
         decided = torch.empty_like(tied)
         _nearest(rows, centroids, torch.float64, exact=True, out=decided)
         ids[tied] = decided
-    else:
-        ids[tied] = _nearest_candidate(rows, centroids, candidates, scale)
+        return torch.tensor([0, len(tied)])
+    ids[tied] = _nearest_candidate(rows, centroids, candidates, scale)
+    return torch.tensor([len(tied), 0])
 
 
 def _nearest_candidate(x: Tensor, centroids: Tensor, candidates: Tensor, scale: float) -> Tensor:
