@@ -49,7 +49,8 @@ MAY_CHANGE = frozenset(
         "train.output",
         "train.device",
         "train.micro_batch",
-        "train.activation_checkpointing",
+        "train.activation_checkpointing",  # of runs from before train.recompute
+        "train.recompute",
         "train.compile",
         "train.backend",
         "train.save_every",

@@ -15,6 +15,7 @@ from mapet.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ObjectiveName = Literal["mapet", "pim", "mim"]
+Recompute = Literal["none", "cheap", "blocks"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -175,8 +176,9 @@ class TrainConfig:
     """Of the forward pass; weights stay fp32. fp16 scales the loss."""
     micro_batch: int = 0
     """Images per forward pass and process; 0 means the process's whole share of the global batch."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it: nothing; norms and GELU (cheap); or all of every
+    block (blocks). Less memory, more time, the same gradients."""
     compile: bool = False
     """Compile the step with torch.compile."""
     backend: str = "auto"

@@ -68,7 +68,7 @@ class Learner:
             config.objective,
             config.model,
             backend=train.backend,
-            checkpoint_activations=train.activation_checkpointing,
+            recompute=train.recompute,
         ).to(world.device)
         self.model = self.objective.model
         self.optimizer = make_optimizer(self.objective, config.optim)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mapet.config import ModelConfig, check_cut
+from mapet.config import ModelConfig, Recompute, check_cut
 from mapet.model import MaskedTokenViT
 from mapet.objectives.loss import token_accuracy, token_cross_entropy
 from mapet.streams import StreamLayout
+
+RECOMPUTED_AT_ONCE = 128
+"""Images whose block is recomputed at a time: all activations of one block exist for so many images only."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,16 @@ class Objective(nn.Module, ABC):
         config: the network.
         cut: tokens that are not predicted, the class token included; in [1, N - 1].
         backend: attention backend of mapet_kernels; the embedding is in plain torch unless it is auto or triton.
-        checkpoint_activations: see MaskedTokenViT.
+        recompute: see MaskedTokenViT. With "blocks" images go through the network RECOMPUTED_AT_ONCE at a time.
     """
 
     def __init__(
-        self, config: ModelConfig, cut: int, *, backend: str = "auto", checkpoint_activations: bool = False
+        self, config: ModelConfig, cut: int, *, backend: str = "auto", recompute: Recompute = "none"
     ) -> None:
         super().__init__()
         check_cut(cut, config.tokens)
         self.config, self.cut, self.backend = config, cut, backend
-        self.model = MaskedTokenViT(config, checkpoint_activations=checkpoint_activations)
+        self.model = MaskedTokenViT(config, recompute=recompute)
 
     @abstractmethod
     def layout(self, batch: int) -> StreamLayout:
@@ -69,6 +72,15 @@ class Objective(nn.Module, ABC):
 
     def predictions(self, images: Tensor, permutation: Tensor, keep: Tensor | None = None, *, normalise=True) -> Tensor:
         """Features (B * T, D) before the head, by image and then by target in permuted order."""
+        size = RECOMPUTED_AT_ONCE if self.model.recompute == "blocks" else images.shape[0]
+        parts = [slice(first, first + size) for first in range(0, images.shape[0], size)]
+        if len(parts) == 1:
+            return self._features(images, permutation, keep, normalise)
+        return torch.cat(
+            [self._features(images[p], permutation[p], None if keep is None else keep[:, :, p], normalise) for p in parts]
+        )
+
+    def _features(self, images: Tensor, permutation: Tensor, keep: Tensor | None, normalise: bool) -> Tensor:
         layout = self.layout(images.shape[0])
         embedding = self.backend if self.backend in ("auto", "triton") else "reference"
         x = self.model.embed(images, permutation, layout, normalise=normalise, backend=embedding)
