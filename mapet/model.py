@@ -98,23 +98,41 @@ class Block(nn.Module):
         keep: Tensor | None,
         attention: Attention,
         predicted_only: bool,
-        cheap: bool = False,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """Map the buffer (R, D) to (R, D), or to its predicted rows (B * T, D) where nothing else is needed any more.
 
-        keep: (2, B) factors of the attention and MLP branches, or None. cheap: norms and GELU are computed again in the
-        backward pass. Each region of that ends in the product that keeps its input, where the recomputation stops; the
-        first has two products, and keeps what they return, as the attention does.
+        keep: (2, B) factors of the attention and MLP branches, or None. recompute: see MaskedTokenViT.
+
+        A region that is computed again ends in the product that keeps its input, for there the recomputation stops; so
+        the last addition is outside.
         """
-        again = _again if cheap else _call
-        kept = {"context_fn": _keep_products} if cheap else {}
-        q, kv = again(self._queries_and_keys, x, layout, predicted_only, **kept)
+        keep1, keep2 = (None, None) if keep is None else (layout.per_row(k, predicted_only) for k in keep)
+        arguments = (x, layout, keep1, attention, predicted_only, recompute == "cheap")
+        x, branch = _again(self._branches, *arguments) if recompute == "blocks" else self._branches(*arguments)
+        return _add(x, branch, keep2)
+
+    def _branches(
+        self,
+        x: Tensor,
+        layout: StreamLayout,
+        keep: Tensor | None,
+        attention: Attention,
+        predicted_only: bool,
+        cheap: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """x with the attention's branch added, and the MLP's branch."""
+        if cheap:
+            # Two products end this region: their results are kept, as the attention keeps them anyway.
+            q, kv = _again(self._queries_and_keys, x, layout, predicted_only, context_fn=_keep_products)
+        else:
+            q, kv = self._queries_and_keys(x, layout, predicted_only)
         if predicted_only:
             x = layout.predicted(x)
-        keep1, keep2 = (None, None) if keep is None else (layout.per_row(k, predicted_only) for k in keep)
-        x = _add(x, self.attn.output(attention(q, kv, layout), self.ls1), keep1)
-        hidden = again(self._hidden, x)
-        return _add(x, again(self.mlp.output, hidden, self.ls2), keep2)
+        x = _add(x, self.attn.output(attention(q, kv, layout), self.ls1), keep)
+        if not cheap:
+            return x, self.mlp.output(self._hidden(x), self.ls2)
+        return x, _again(self.mlp.output, _again(self._hidden, x), self.ls2)
 
     def _queries_and_keys(self, x: Tensor, layout: StreamLayout, predicted_only: bool) -> tuple[Tensor, Tensor]:
         h = _for_products(self.norm1(x))
@@ -122,10 +140,6 @@ class Block(nn.Module):
 
     def _hidden(self, x: Tensor) -> Tensor:
         return self.mlp.fc1(self.norm2(x))
-
-
-def _call(function: Callable, *arguments: object) -> object:
-    return function(*arguments)
 
 
 def _again(function: Callable, *arguments: object, **options: object) -> object:
@@ -233,8 +247,8 @@ class MaskedTokenViT(nn.Module):
         The last block needs keys and values of the content stream, but no other of its outputs.
         """
         for i, block in enumerate(self.blocks):
-            arguments = (x, layout, None if keep is None else keep[i], attention, i == len(self.blocks) - 1)
-            x = _again(block, *arguments) if self.recompute == "blocks" else block(*arguments, self.recompute == "cheap")
+            last = i == len(self.blocks) - 1
+            x = block(x, layout, None if keep is None else keep[i], attention, last, self.recompute)
         return self.norm(x)
 
 

@@ -14,7 +14,7 @@ from mapet.objectives.loss import token_accuracy, token_cross_entropy
 from mapet.streams import StreamLayout
 
 RECOMPUTED_AT_ONCE = 128
-"""Images whose block is recomputed at a time: all activations of one block exist for so many images only."""
+"""Images whose block is recomputed at a time, at most: all activations of one block exist for so many images only."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,10 @@ class Objective(nn.Module, ABC):
         config: the network.
         cut: tokens that are not predicted, the class token included; in [1, N - 1].
         backend: attention backend of mapet_kernels; the embedding is in plain torch unless it is auto or triton.
-        recompute: see MaskedTokenViT. With "blocks" images go through the network RECOMPUTED_AT_ONCE at a time.
+        recompute: see MaskedTokenViT. With "blocks" images go through the network in parts.
     """
 
-    def __init__(
-        self, config: ModelConfig, cut: int, *, backend: str = "auto", recompute: Recompute = "none"
-    ) -> None:
+    def __init__(self, config: ModelConfig, cut: int, *, backend: str = "auto", recompute: Recompute = "none") -> None:
         super().__init__()
         check_cut(cut, config.tokens)
         self.config, self.cut, self.backend = config, cut, backend
@@ -72,12 +70,13 @@ class Objective(nn.Module, ABC):
 
     def predictions(self, images: Tensor, permutation: Tensor, keep: Tensor | None = None, *, normalise=True) -> Tensor:
         """Features (B * T, D) before the head, by image and then by target in permuted order."""
-        size = RECOMPUTED_AT_ONCE if self.model.recompute == "blocks" else images.shape[0]
-        parts = [slice(first, first + size) for first in range(0, images.shape[0], size)]
-        if len(parts) == 1:
+        if self.model.recompute != "blocks" or images.shape[0] <= RECOMPUTED_AT_ONCE:
             return self._features(images, permutation, keep, normalise)
+        size = part_size(images.shape[0])
+        parts = [slice(first, first + size) for first in range(0, images.shape[0], size)]
+        keeps = [None if keep is None else keep[:, :, part] for part in parts]
         return torch.cat(
-            [self._features(images[p], permutation[p], None if keep is None else keep[:, :, p], normalise) for p in parts]
+            [self._features(images[p], permutation[p], k, normalise) for p, k in zip(parts, keeps, strict=True)]
         )
 
     def _features(self, images: Tensor, permutation: Tensor, keep: Tensor | None, normalise: bool) -> Tensor:
@@ -117,3 +116,8 @@ class Objective(nn.Module, ABC):
         if not with_accuracy:
             return loss, torch.full_like(loss.detach(), float("nan"))
         return loss, token_accuracy(features.detach(), head.weight.detach(), head.bias.detach(), targets)
+
+
+def part_size(images: int) -> int:
+    """Images of a part when blocks are recomputed: the fewest parts of RECOMPUTED_AT_ONCE at most, as even as can be."""
+    return -(-images // -(-images // RECOMPUTED_AT_ONCE))
