@@ -51,6 +51,9 @@ MAY_CHANGE = frozenset(
         "train.micro_batch",
         "train.activation_checkpointing",  # of runs from before train.recompute
         "train.recompute",
+        "train.gpu_memory",
+        "train.auto_batch",
+        "train.budget",  # the epochs it led to may not change
         "train.compile",
         "train.backend",
         "train.save_every",

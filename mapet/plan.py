@@ -39,8 +39,6 @@ torch allocates for the real objectives, operator by operator.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -50,6 +48,7 @@ from mapet.errors import ConfigError
 from mapet.objectives.base import part_size
 from mapet.objectives.loss import CHUNK_BYTES
 from mapet.streams import StreamLayout
+from mapet.units import gib
 
 LEVELS: tuple[Recompute, ...] = get_args(Recompute)
 """Fastest first."""
@@ -295,3 +294,107 @@ def head_bytes(size: StepSize) -> int:
     # Of earlier chunks, where there are any.
     sums = size.element * vocabulary * width + FP32 * predicted * width if predicted > chunk else 0
     return 3 * FP32 * chunk * vocabulary + casts + sums
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a process's share of a step is divided, and what it takes."""
+
+    micro_batch: int
+    accumulation: int
+    recompute: Recompute
+    memory: Memory
+
+
+def step_size(config: RunConfig, processes: int) -> StepSize:
+    """The step of a configuration; the micro-batch is the whole share where none is set. ConfigError if it is uneven."""
+    share = config.optim.global_batch // processes
+    if config.optim.global_batch % processes:
+        raise ConfigError(f"optim.global_batch {config.optim.global_batch} is not divisible by {processes} processes")
+    if share % (config.train.micro_batch or share):
+        raise ConfigError(f"train.micro_batch {config.train.micro_batch} does not divide a process's {share} images")
+    return StepSize(
+        config.model,
+        config.objective,
+        config.train.micro_batch or share,
+        share,
+        config.train.precision,
+        config.train.recompute,
+        config.train.ema_decay > 0,
+        processes,
+    )
+
+
+def plan_memory(size: StepSize, limit: int, *, levels: Sequence[Recompute] = LEVELS, micro_batch: int = 0) -> Plan:
+    """The fastest level that fits `limit` bytes, with the largest micro-batch that divides the share and fits.
+
+    A level is passed over for a slower one while its micro-batch would leave the GPU idle (BUSY_ROWS), if that helps.
+
+    Args:
+        levels: those to choose from.
+        micro_batch: the one to take; 0 to choose.
+
+    Raises:
+        ConfigError: nothing fits; the text says what would.
+    """
+    candidates = [plan for level in levels if (plan := _largest(size, level, limit, micro_batch))]
+    if not candidates:
+        raise ConfigError(nothing_fits(size, limit, levels, micro_batch))
+    for plan in candidates:
+        if plan.micro_batch in (size.share, micro_batch) or size.layout(plan.micro_batch).rows >= BUSY_ROWS:
+            return plan
+    return max(candidates, key=lambda plan: plan.micro_batch)
+
+
+def nothing_fits(size: StepSize, limit: int, levels: Sequence[Recompute] = LEVELS, micro_batch: int = 0) -> str:
+    """Why no plan fits, and what would: other settings first, then more memory."""
+    level, smallest = levels[-1], micro_batch or 1
+    needed = predict_memory(replace(size, micro_batch=smallest, recompute=level))
+    text = f"{gib(limit)} are too little: micro-batch {smallest} with recompute {level} takes {gib(needed.total)}"
+    try:
+        other = plan_memory(size, limit) if len(levels) < len(LEVELS) or micro_batch else None
+    except ConfigError:
+        other = None
+    if other is not None:
+        fits = f"micro-batch {other.micro_batch} with recompute {other.recompute}"
+        return f"{text}; {fits} fits, {gib(other.memory.total)}"
+    smallest_of_all = predict_memory(replace(size, micro_batch=1, recompute=LEVELS[-1])).total
+    images = gib(needed.images)
+    return (
+        f"{text} of which images {images}; the least that would do is {gib(round(smallest_of_all / USABLE))}: give more, "
+        "spread the global batch over more GPUs, or take a smaller model"
+    )
+
+
+def out_of_memory_advice(size: StepSize, limit: int) -> str:
+    """What to change after a step of `size` did not fit into `limit` bytes, with numbers."""
+    predicted = predict_memory(size)
+    said = (
+        f"out of memory with micro-batch {size.micro_batch} and recompute {size.recompute}: {gib(predicted.total)} were "
+        f"predicted, and there are {gib(limit)}"
+    )
+    smaller = [d for d in divisors(size.share) if d < size.micro_batch]
+    options = [(smaller[-1], size.recompute)] if smaller else []
+    slower = LEVELS[LEVELS.index(size.recompute) + 1 :]
+    options += [(size.micro_batch, level) for level in slower]
+    choices = [
+        f"train.micro_batch={micro} train.recompute={level} (predicted {gib(memory.total)})"
+        for micro, level in options
+        for memory in [predict_memory(replace(size, micro_batch=micro, recompute=level))]
+    ]
+    advice = f"; set {', or '.join(choices)}" if choices else "; take a smaller model or more memory"
+    return f"{said}{advice}, or give --auto-batch. The results stay the same" if choices else said + advice
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _largest(size: StepSize, level: Recompute, limit: int, micro_batch: int) -> Plan | None:
+    """The largest micro-batch that fits at a level."""
+    for micro in [micro_batch] if micro_batch else reversed(divisors(size.share)):
+        memory = predict_memory(replace(size, micro_batch=micro, recompute=level))
+        if memory.total <= USABLE * limit:
+            return Plan(micro, size.share // micro, level, memory)
+    return None
