@@ -212,7 +212,9 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         _require(self.micro_batch >= 0, f"train.micro_batch must not be negative, got {self.micro_batch}")
         _require(0.0 <= self.ema_decay < 1.0, f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
-        _require(self.recompute in get_args(Recompute), f"train.recompute must be one of {', '.join(get_args(Recompute))}")
+        _require(
+            self.recompute in get_args(Recompute), f"train.recompute must be one of {', '.join(get_args(Recompute))}"
+        )
         if self.gpu_memory:
             parse_bytes(self.gpu_memory)
         if self.budget:

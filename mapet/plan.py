@@ -306,17 +306,17 @@ class Plan:
     memory: Memory
 
 
-def step_size(config: RunConfig, processes: int) -> StepSize:
-    """The step of a configuration; the micro-batch is the whole share where none is set. ConfigError if it is uneven."""
-    share = config.optim.global_batch // processes
+def step_size(config: RunConfig, processes: int, micro_batch: int = 0) -> StepSize:
+    """The step of a configuration with this micro-batch, its own, or the whole share. ConfigError if it is uneven."""
+    share, micro = config.optim.global_batch // processes, micro_batch or config.train.micro_batch
     if config.optim.global_batch % processes:
         raise ConfigError(f"optim.global_batch {config.optim.global_batch} is not divisible by {processes} processes")
-    if share % (config.train.micro_batch or share):
-        raise ConfigError(f"train.micro_batch {config.train.micro_batch} does not divide a process's {share} images")
+    if share % (micro or share):
+        raise ConfigError(f"train.micro_batch {micro} does not divide the {share} images of one process in a step")
     return StepSize(
         config.model,
         config.objective,
-        config.train.micro_batch or share,
+        micro or share,
         share,
         config.train.precision,
         config.train.recompute,
@@ -359,19 +359,18 @@ def nothing_fits(size: StepSize, limit: int, levels: Sequence[Recompute] = LEVEL
         fits = f"micro-batch {other.micro_batch} with recompute {other.recompute}"
         return f"{text}; {fits} fits, {gib(other.memory.total)}"
     smallest_of_all = predict_memory(replace(size, micro_batch=1, recompute=LEVELS[-1])).total
-    images = gib(needed.images)
     return (
-        f"{text} of which images {images}; the least that would do is {gib(round(smallest_of_all / USABLE))}: give more, "
-        "spread the global batch over more GPUs, or take a smaller model"
+        f"{text} ({gib(needed.images)} of that for all images of a step); the least that would do is "
+        f"{gib(smallest_of_all / USABLE)}: give more, spread the global batch over more GPUs, or take a smaller model"
     )
 
 
 def out_of_memory_advice(size: StepSize, limit: int) -> str:
-    """What to change after a step of `size` did not fit into `limit` bytes, with numbers."""
+    """What to change after a step of `size` did not fit into `limit` bytes (0: unknown), with numbers."""
     predicted = predict_memory(size)
     said = (
-        f"out of memory with micro-batch {size.micro_batch} and recompute {size.recompute}: {gib(predicted.total)} were "
-        f"predicted, and there are {gib(limit)}"
+        f"out of memory with micro-batch {size.micro_batch} and recompute {size.recompute}, which by "
+        f"`mapet plan` take {gib(predicted.total)}" + (f" of {gib(limit)}" if limit else "")
     )
     smaller = [d for d in divisors(size.share) if d < size.micro_batch]
     options = [(smaller[-1], size.recompute)] if smaller else []
@@ -383,7 +382,7 @@ def out_of_memory_advice(size: StepSize, limit: int) -> str:
         for memory in [predict_memory(replace(size, micro_batch=micro, recompute=level))]
     ]
     advice = f"; set {', or '.join(choices)}" if choices else "; take a smaller model or more memory"
-    return f"{said}{advice}, or give --auto-batch. The results stay the same" if choices else said + advice
+    return f"{said}{advice}, or give --auto-batch; what is learned stays the same" if choices else said + advice
 
 
 def divisors(number: int) -> list[int]:

@@ -23,8 +23,8 @@ your own:
 
     mapet plan --model base --gpus 64 --interconnect {LINK} --images 1.28M --images-per-second RATE
 
-At 1,024 GPUs the paper's batch of 2048 leaves two images to each, and the all-reduce is most of the step; with 32 images
-each, as in the paper, the batch is 32,768, for which the learning rate has to be found anew.
+At 1,024 GPUs the paper's batch of 2048 leaves two images to each, and the all-reduce is most of the step; with 32
+images each, as in the paper, the batch is 32,768, for which the learning rate has to be found anew.
 """
 
 

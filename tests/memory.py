@@ -62,6 +62,8 @@ class Measured:
     average: int = 0
     kept: int = 0
     """Live after the forward pass, beyond what was there before it."""
+    attention: int = 0
+    """Of it: queries, keys, values, results and log-sum-exps of attention."""
     peak: int = 0
     update_peak: int = 0
     at: str = field(default="")
@@ -78,7 +80,7 @@ def measure_step(
     accumulation: int = 1,
     library_loss: bool = False,
 ) -> Measured:
-    """One step as the learner takes it (draws excepted), after a first one that made the optimizer's moments."""
+    """One step as the learner takes it (draws excepted), with the optimizer's moments made before."""
     with (
         mock.patch.object(loss, "HAS_LIBRARY_LOSS", library_loss),
         mock.patch.dict(loss.CHUNK_BYTES, cpu=loss.CHUNK_BYTES["cuda"]),
@@ -92,28 +94,56 @@ def measure_step(
 def _measure(model, objective, images, precision, recompute, ema, accumulation, live) -> Measured:
     measured = Measured()
     network = build_objective(objective, model, backend="sdpa", recompute=recompute)
+    attention = AttentionBytes(network)
     optimizer = make_optimizer(network, OptimConfig())
     average = WeightAverage(network.model, 0.9) if ema else None
     measured.weights = _bytes(list(network.parameters()) + list(network.buffers()))
     measured.average = _bytes(average.weights.values()) if average else 0
-    for _ in range(2):
-        optimizer.zero_grad(set_to_none=True)
-        live.peak = 0
-        for _ in range(accumulation):
-            _forward_backward(network, images, precision, live, measured)
-        measured.peak, measured.at = live.peak, live.at_peak
-        live.peak = 0
-        clip_gradients(network.parameters(), 1.0)
-        gated_step(optimizer, torch.zeros(()))
-        if average:
-            average.update(network.model, torch.zeros(()))
-        measured.update_peak = live.peak
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gated_step(optimizer, torch.zeros(()))  # makes the moments
+    optimizer.zero_grad(set_to_none=True)
+    live.peak = 0
+    for _ in range(accumulation):
+        _forward_backward(network, images, precision, live, measured, attention)
+    measured.peak, measured.at = live.peak, live.at_peak
+    live.peak = 0
+    clip_gradients(network.parameters(), 1.0)
+    gated_step(optimizer, torch.zeros(()))
+    if average:
+        average.update(network.model, torch.zeros(()))
+    measured.update_peak = live.peak
     measured.gradients = _bytes(p.grad for p in network.parameters())
     measured.optimizer = _bytes(leaf for leaf in tree_leaves(optimizer.state_dict()) if isinstance(leaf, Tensor))
     return measured
 
 
-def _forward_backward(network: Objective, images: int, precision: str, live: LiveBytes, measured: Measured) -> None:
+class AttentionBytes:
+    """Bytes that the attention of an objective keeps for its backward pass, by storage; none where blocks are recomputed.
+
+    There the hooks of this class would take the place of those that keep nothing.
+    """
+
+    def __init__(self, network: Objective) -> None:
+        self.kept: dict[int, int] = {}
+        if network.model.recompute == "blocks":
+            return
+        attend = network.attention
+
+        def attention(q: Tensor, kv: Tensor, layout) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x):
+                return attend(q, kv, layout)
+
+        network.attention = attention
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self.kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _forward_backward(
+    network: Objective, images: int, precision: str, live: LiveBytes, measured: Measured, attention: AttentionBytes
+) -> None:
     config = network.config
     pixels = torch.empty(images, 3, config.image_size, config.image_size, dtype=torch.uint8)
     tokens = torch.empty(images, config.patches, dtype=torch.int64)
@@ -121,9 +151,11 @@ def _forward_backward(network: Objective, images: int, precision: str, live: Liv
     keep = torch.empty(config.depth, 2, images) if config.drop_path else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     before = live.live
+    attention.kept.clear()
     with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
         loss, _ = network(pixels, tokens, permutation, keep, False)
     measured.kept = live.live - before
+    measured.attention = sum(attention.kept.values())
     loss.backward()
 
 

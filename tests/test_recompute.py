@@ -52,9 +52,9 @@ def kept_bytes(objective: Objective, precision: torch.dtype | None) -> int:
         return x
 
     arguments = batch_for(objective)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with nullcontext() if precision is None else torch.autocast("cpu", precision):
-            objective(*arguments, False)
+    cast = nullcontext() if precision is None else torch.autocast("cpu", precision)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), cast:
+        objective(*arguments, False)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 

@@ -119,5 +119,5 @@ class Objective(nn.Module, ABC):
 
 
 def part_size(images: int) -> int:
-    """Images of a part when blocks are recomputed: the fewest parts of RECOMPUTED_AT_ONCE at most, as even as can be."""
+    """Images of a part when blocks are recomputed: RECOMPUTED_AT_ONCE at most, in few parts, as even as can be."""
     return -(-images // -(-images // RECOMPUTED_AT_ONCE))
