@@ -119,7 +119,7 @@ def _measure(model, objective, images, precision, recompute, ema, accumulation, 
 
 
 class AttentionBytes:
-    """Bytes that the attention of an objective keeps for its backward pass, by storage; none where blocks are recomputed.
+    """Bytes that the attention of an objective keeps for its backward pass, by storage; none with recompute blocks.
 
     There the hooks of this class would take the place of those that keep nothing.
     """

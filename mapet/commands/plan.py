@@ -84,7 +84,7 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
     """The choice in words, and how to run it."""
     share = plan.micro_batch * plan.accumulation
     lines = [
-        f"micro-batch {plan.micro_batch}, accumulation {plan.accumulation}, recompute {plan.recompute}",
+        f"micro-batch {plan.micro_batch}, accumulation {plan.accumulation}, recompute {plan.recompute}, "
         f"GPUs: {options.gpus}, each with {share} images of a step",
         "computed, not measured; for eager mode and without the memory of the CUDA context",
     ]
