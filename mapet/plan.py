@@ -24,6 +24,8 @@ its result f Q D, and the targets 8 Q.
 The peak is the largest of these moments; what was kept for later blocks is free by then, gradients of later blocks (of
 all, if they add up over micro-batches) exist:
 
+    loss        of a chunk of n rows: logits e n V, their fp32 copy under autocast and log-softmax, f n V each; the
+                chunk's features and the decoder as below; with colour jitter the pictures in fp32, f B 3 S S
     head        of a chunk of n rows: log-softmax, its gradient, the logits' gradient, 3 f n V; its features e n D, the
                 decoder's cast e V D (both under autocast only); after the first chunk the decoder's gradient e V D and
                 that of all features f Q D
@@ -76,6 +78,7 @@ class StepSize:
         share: images of this process in a step, all on the device at once.
         ema: whether a moving average of the weights is kept.
         processes: with several, gradients exist all the time.
+        jitter: whether the pictures' colours are changed.
     """
 
     model: ModelConfig
@@ -86,6 +89,7 @@ class StepSize:
     recompute: Recompute = "none"
     ema: bool = False
     processes: int = 1
+    jitter: bool = False
 
     @property
     def element(self) -> int:
@@ -206,6 +210,8 @@ def moments(size: StepSize) -> Iterator[Memory]:
         )
 
     everything = kept_in_all(size)
+    pictures = FP32 * size.micro_batch * 3 * model.image_size**2 if size.jitter else 0
+    yield moment("loss", everything, 0, head=loss_bytes(size), temporary=pictures)
     yield moment("head", everything, 0, head=head_bytes(size))
     last, images = model.depth - 1, recomputed_images(size)
     others = kept_before_head(size, size.micro_batch - images)  # of parts that the backward pass comes to later
@@ -286,14 +292,29 @@ def fc2_temporary(size: StepSize, last: bool, images: int) -> int:
     return gradients + whole.total - x.total
 
 
+def chunk_rows(size: StepSize) -> int:
+    """n, rows of a chunk of the head."""
+    return min(size.predicted(size.micro_batch), max(1, CHUNK_BYTES["cuda"] // (FP32 * size.model.vocabulary)))
+
+
+def head_casts(size: StepSize) -> int:
+    """Decoder and a chunk's features in the dtype of matrix products."""
+    rows = size.model.vocabulary + chunk_rows(size)
+    return 0 if size.precision == "fp32" else size.element * rows * size.model.width
+
+
+def loss_bytes(size: StepSize) -> int:
+    """Logits of a chunk and their log-softmax, in the forward pass."""
+    copies = 2 * FP32 if size.precision == "fp32" else size.element + 2 * FP32
+    return copies * chunk_rows(size) * size.model.vocabulary + head_casts(size)
+
+
 def head_bytes(size: StepSize) -> int:
-    """Logits of a chunk and their gradients, and the gradients of features and decoder; while the head is at work."""
+    """Logits of a chunk and their gradients, and the gradients of features and decoder, in the backward pass."""
     width, vocabulary, predicted = size.model.width, size.model.vocabulary, size.predicted(size.micro_batch)
-    chunk = min(predicted, max(1, CHUNK_BYTES["cuda"] // (FP32 * vocabulary)))
-    casts = 0 if size.precision == "fp32" else size.element * (vocabulary + chunk) * width
-    # Of earlier chunks, where there are any.
-    sums = size.element * vocabulary * width + FP32 * predicted * width if predicted > chunk else 0
-    return 3 * FP32 * chunk * vocabulary + casts + sums
+    several = predicted > chunk_rows(size)
+    sums = size.element * vocabulary * width + FP32 * predicted * width if several else 0  # of earlier chunks
+    return 3 * FP32 * chunk_rows(size) * vocabulary + head_casts(size) + sums
 
 
 @dataclass(frozen=True)
@@ -322,6 +343,7 @@ def step_size(config: RunConfig, processes: int, micro_batch: int = 0) -> StepSi
         config.train.recompute,
         config.train.ema_decay > 0,
         processes,
+        config.data.color_jitter > 0,
     )
 
 

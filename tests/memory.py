@@ -79,6 +79,7 @@ def measure_step(
     ema: bool = False,
     accumulation: int = 1,
     library_loss: bool = False,
+    jitter: bool = False,
 ) -> Measured:
     """One step as the learner takes it (draws excepted), with the optimizer's moments made before."""
     with (
@@ -88,10 +89,10 @@ def measure_step(
         FakeTensorMode(allow_non_fake_inputs=True),
         LiveBytes() as live,
     ):
-        return _measure(model, objective, images, precision, recompute, ema, accumulation, live)
+        return _measure(model, objective, images, precision, recompute, ema, accumulation, jitter, live)
 
 
-def _measure(model, objective, images, precision, recompute, ema, accumulation, live) -> Measured:
+def _measure(model, objective, images, precision, recompute, ema, accumulation, jitter, live) -> Measured:
     measured = Measured()
     network = build_objective(objective, model, backend="sdpa", recompute=recompute)
     attention = AttentionBytes(network)
@@ -105,7 +106,7 @@ def _measure(model, objective, images, precision, recompute, ema, accumulation, 
     optimizer.zero_grad(set_to_none=True)
     live.peak = 0
     for _ in range(accumulation):
-        _forward_backward(network, images, precision, live, measured, attention)
+        _forward_backward(network, images, precision, jitter, live, measured, attention)
     measured.peak, measured.at = live.peak, live.at_peak
     live.peak = 0
     clip_gradients(network.parameters(), 1.0)
@@ -142,7 +143,13 @@ class AttentionBytes:
 
 
 def _forward_backward(
-    network: Objective, images: int, precision: str, live: LiveBytes, measured: Measured, attention: AttentionBytes
+    network: Objective,
+    images: int,
+    precision: str,
+    jitter: bool,
+    live: LiveBytes,
+    measured: Measured,
+    attention: AttentionBytes,
 ) -> None:
     config = network.config
     pixels = torch.empty(images, 3, config.image_size, config.image_size, dtype=torch.uint8)
@@ -153,7 +160,9 @@ def _forward_backward(
     before = live.live
     attention.kept.clear()
     with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
-        loss, _ = network(pixels, tokens, permutation, keep, False)
+        pictures = pixels.float() if jitter else pixels
+        loss, _ = network(pictures, tokens, permutation, keep, False)
+        del pictures
     measured.kept = live.live - before
     measured.attention = sum(attention.kept.values())
     loss.backward()

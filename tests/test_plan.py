@@ -51,6 +51,7 @@ CASES = {
         ModelConfig.preset("tiny", depth=3), 40, precision="fp32", objective=ObjectiveConfig("mim", 122)
     ),
     "mim_blocks": size_of(ModelConfig.preset("tiny", depth=3), 40, "blocks", objective=ObjectiveConfig("mim", 122)),
+    "jitter": size_of(ModelConfig.preset("tiny", depth=4), 256, "blocks", jitter=True),
     "no_drop_path": size_of(ModelConfig.preset("tiny", depth=3, drop_path=0.0, class_token=False), 24, "cheap"),
 }
 
@@ -67,6 +68,7 @@ def test_prediction_is_what_torch_allocates(case: str) -> None:
         recompute=size.recompute,
         ema=size.ema,
         accumulation=accumulation,
+        jitter=size.jitter,
     )
     predicted, kept = predict_memory(size), kept_in_all(size)
     for name in ("weights", "optimizer", "average"):
