@@ -104,6 +104,8 @@ def test_parts_add_up_and_the_peak_is_the_largest_moment() -> None:
     memory = predict_memory(size)
     assert memory.total == sum(memory.parts().values()) == max(moment.total for moment in moments(size))
     assert memory.activations + memory.attention == kept_in_all(size).total and memory.moment == "head"
+    assert predict_memory(CASES["jitter"]).moment == "loss", "pictures in fp32 exist in the forward pass only"
+    assert predict_memory(CASES["small_average"]).moment == "update"
 
 
 def test_slower_levels_and_smaller_batches_take_less() -> None:

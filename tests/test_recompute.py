@@ -127,6 +127,6 @@ def test_blocks_go_through_the_network_in_parts(monkeypatch) -> None:
         parts.predictions(images, permutation, keep), whole.predictions(images, permutation, keep)
     )
     rows = parts.layout(1).rows
-    assert seen == [3 * rows, 1 * rows]
+    assert seen == [2 * rows, 2 * rows], "as even as can be"
     for a, b in zip(gradients(parts), gradients(whole), strict=True):
         torch.testing.assert_close(a, b)
