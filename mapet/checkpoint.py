@@ -34,6 +34,7 @@ from torch import Tensor
 
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, model_config_from_dict, to_dict
 from mapet.errors import CheckpointError
+from mapet.settings import REPLACED
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -49,7 +50,10 @@ MAY_CHANGE = frozenset(
         "train.output",
         "train.device",
         "train.micro_batch",
-        "train.activation_checkpointing",
+        "train.recompute",
+        "train.gpu_memory",
+        "train.auto_batch",
+        "train.budget",  # the epochs it led to may not change
         "train.compile",
         "train.backend",
         "train.save_every",
@@ -225,9 +229,9 @@ def verify(folder: Path) -> int:
 
 
 def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Fields that differ and are not in MAY_CHANGE, each as "section.field was A, is B"."""
+    """Fields that differ and are not in MAY_CHANGE, nor of earlier versions; each as "section.field was A, is B"."""
     before, now = _flatten(saved), _flatten(current)
-    fields = [name for name in sorted(before | now) if name not in MAY_CHANGE]
+    fields = [name for name in sorted(before | now) if name not in MAY_CHANGE and name not in REPLACED]
     return [
         f"{name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')}"
         for name in fields

@@ -9,12 +9,14 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mapet.errors import ConfigError
+from mapet.units import parse_bytes, parse_duration
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ObjectiveName = Literal["mapet", "pim", "mim"]
+Recompute = Literal["none", "cheap", "blocks"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -175,8 +177,9 @@ class TrainConfig:
     """Of the forward pass; weights stay fp32. fp16 scales the loss."""
     micro_batch: int = 0
     """Images per forward pass and process; 0 means the process's whole share of the global batch."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it: nothing; norms and GELU (cheap); or all of every
+    block (blocks). Less memory, more time, the same gradients."""
     compile: bool = False
     """Compile the step with torch.compile."""
     backend: str = "auto"
@@ -189,6 +192,12 @@ class TrainConfig:
     """Checkpoints kept, the newest ones."""
     resume: bool = True
     """Go on from the newest valid checkpoint in `output`, where there is one."""
+    gpu_memory: str = ""
+    """Most memory that the process may take of its GPU, such as 16GB; empty for all of it."""
+    auto_batch: bool = False
+    """When memory runs out, halve the micro-batch and go on with the same step."""
+    budget: str = ""
+    """Time for the run from its first start, such as 24h: a measurement then sets optim.epochs and the warm-up."""
     max_steps: int = 0
     """Stop after so many optimizer steps in all, with a checkpoint; 0 means run to the end of the last epoch."""
     log_every: int = 10
@@ -203,6 +212,13 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         _require(self.micro_batch >= 0, f"train.micro_batch must not be negative, got {self.micro_batch}")
         _require(0.0 <= self.ema_decay < 1.0, f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(
+            self.recompute in get_args(Recompute), f"train.recompute must be one of {', '.join(get_args(Recompute))}"
+        )
+        if self.gpu_memory:
+            parse_bytes(self.gpu_memory)
+        if self.budget:
+            parse_duration(self.budget)
         _require(self.max_steps >= 0, f"train.max_steps must not be negative, got {self.max_steps}")
 
 

@@ -58,6 +58,20 @@ class World:
             values /= self.size
         return values
 
+    def mean_gradients(self, module: nn.Module) -> None:
+        """What the last backward pass of a step does for `wrap`'s module, for gradients that were left unreduced."""
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                self.mean(parameter.grad)
+
+    def any(self, here: bool) -> bool:
+        """Whether something is so in some process; all of them ask, on the host."""
+        if self.size == 1:
+            return here
+        shared = torch.tensor([int(here)])
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        return bool(shared)
+
     def on_main(self, task: Callable[[], T]) -> T:
         """Run `task` in the main process, while the others wait, and give its result to all.
 

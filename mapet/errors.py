@@ -25,5 +25,9 @@ class WeightsMissingError(MapetError, FileNotFoundError):
     """Weights of a tokenizer network that are neither given, cached nor downloadable."""
 
 
+class OutOfMemory(MapetError):
+    """A step that does not fit the memory of its device; the text says what to change."""
+
+
 class TrainingError(MapetError):
     """Training that cannot go on: a loss or gradient that is not finite."""

@@ -3,13 +3,18 @@
 Nothing in a step makes the host wait for the device: losses add up on the device until `read`. In fp32 and bf16 a loss
 or gradient that is not finite calls off, on the device, its own update and all later ones, so that the weights stay as
 they were before it until the host reads of it. In fp16 the step is skipped and the loss scale halved.
+
+With train.auto_batch, a step whose micro-batch does not fit the memory is begun again with smaller ones; it is the same
+step, since its randomness is drawn for the whole batch. Several processes agree on that in the first step with a
+micro-batch, and only there, since they would wait for each other's gradients otherwise.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +24,8 @@ from mapet.config import RunConfig, to_dict
 from mapet.data.augment import JitterDraws, color_jitter, sample_color_jitter
 from mapet.data.loader import Batch
 from mapet.distributed import World
-from mapet.errors import ConfigError
+from mapet.errors import ConfigError, OutOfMemory
+from mapet.limits import advice, halved
 from mapet.model import load_official
 from mapet.objectives import Plan, build_objective
 from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
@@ -68,7 +74,7 @@ class Learner:
             config.objective,
             config.model,
             backend=train.backend,
-            checkpoint_activations=train.activation_checkpointing,
+            recompute=train.recompute,
         ).to(world.device)
         self.model = self.objective.model
         self.optimizer = make_optimizer(self.objective, config.optim)
@@ -80,22 +86,23 @@ class Learner:
         if train.compile:
             self.objective.compile(dynamic=False)
         self.network = world.wrap(self.objective)
+        self.fits = False  # a step was done with this micro-batch
 
     def step(self, step: int, batch: Batch, *, with_accuracy: bool) -> None:
-        """One optimizer step on this process's share of the global batch."""
+        """One optimizer step on this process's share of the global batch; OutOfMemory when it does not fit."""
+        try:
+            self._step(step, batch, with_accuracy)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(self._advice()) from error
+
+    def _step(self, step: int, batch: Batch, with_accuracy: bool) -> None:
         batch = batch.to(self.world.device)
         plan, jitter = self._draw(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(2, device=self.world.device)  # loss, accuracy
-        for first in range(0, self.steps.share, self.steps.micro):
-            part = slice(first, first + self.steps.micro)
-            ends = part.stop == self.steps.share
-            with nullcontext() if ends or self.world.size == 1 else self.network.no_sync():
-                loss, accuracy = self._forward(batch[part], plan[part], jitter and jitter[part], with_accuracy)
-                self.scaler.scale(loss / self.steps.accumulation).backward()
-            sums += torch.stack([loss.detach(), accuracy])
+        while (sums := self._gradients(batch, plan, jitter, with_accuracy)) is None:
+            self._halve_micro_batch()
         loss, accuracy = self.world.mean(sums / self.steps.accumulation)
         norm = self._update(step, loss)
+        self.fits = True
         self.loss_sum, self.last, self.unread = self.loss_sum + loss, torch.stack([accuracy, norm]), self.unread + 1
 
     def read(self) -> Numbers:
@@ -144,6 +151,57 @@ class Learner:
             return plan, None
         generator = step_generator(seed, step, "color_jitter", device)
         return plan, sample_color_jitter(batch, strength, generator, device)[mine]
+
+    def _gradients(self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool) -> Tensor | None:
+        """Gradients of a step, from nothing, and sums of loss and accuracy (2,).
+
+        None if some process ran out of memory and the step can be begun again.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        several, auto = self.world.size > 1, self.config.train.auto_batch
+        trial = auto and several and not self.fits
+        sums = None
+        try:
+            sums = self._accumulate(batch, plan, jitter, with_accuracy, reduces=not trial)
+        except torch.OutOfMemoryError:
+            if not auto or (several and not trial):  # in the latter case the others wait for this process's gradients
+                raise
+        if trial:
+            if self.world.any(sums is None):
+                return None
+            self.world.mean_gradients(self.objective)
+        return sums
+
+    def _accumulate(
+        self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool, *, reduces: bool
+    ) -> Tensor:
+        """Add up the gradients of all micro-batches; the last one's backward pass averages them over the processes."""
+        sums = torch.zeros(2, device=self.world.device)  # loss, accuracy
+        for first in range(0, self.steps.share, self.steps.micro):
+            part = slice(first, first + self.steps.micro)
+            ends = reduces and part.stop == self.steps.share
+            with nullcontext() if ends or self.world.size == 1 else self.network.no_sync():
+                loss, accuracy = self._forward(batch[part], plan[part], jitter and jitter[part], with_accuracy)
+                self.scaler.scale(loss / self.steps.accumulation).backward()
+            sums += torch.stack([loss.detach(), accuracy])
+        return sums
+
+    def _halve_micro_batch(self) -> None:
+        """Take smaller micro-batches from now on; OutOfMemory where they cannot be smaller."""
+        micro = halved(self.steps.micro, self.steps.share)
+        if not micro:
+            raise OutOfMemory(self._advice())
+        if self.world.is_main:
+            warnings.warn(
+                f"out of memory with micro-batch {self.steps.micro}: going on with {micro}, same batch", stacklevel=2
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.steps, self.fits = replace(self.steps, micro=micro), False
+
+    def _advice(self) -> str:
+        return advice(self.config, self.world.device, self.world.size, self.steps.micro)
 
     def _forward(
         self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool

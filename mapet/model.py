@@ -7,15 +7,16 @@ D width, H heads, R rows of the buffer.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mapet.config import ModelConfig
+from mapet.config import ModelConfig, Recompute
 from mapet.errors import CheckpointError
 from mapet.streams import StreamLayout
 from mapet_kernels import permuted_embed
@@ -54,17 +55,18 @@ class StreamAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(
-        self, rows: Tensor, content: Tensor, layout: StreamLayout, attention: Attention, scale: LayerScale
-    ) -> Tensor:
-        """rows (R, D) attend over content (B * content_rows, D); the result is scaled."""
+    def project(self, rows: Tensor, content: Tensor, layout: StreamLayout) -> tuple[Tensor, Tensor]:
+        """q (R, H, d) of rows (R, D), and kv (B, content_rows, 2, H, d) of content (B * content_rows, D)."""
         q = self.q(rows).unflatten(1, (self.heads, -1))
-        kv = self.kv(content).view(layout.batch, layout.content_rows, 2, self.heads, -1)
-        return scaled_linear(attention(q, kv, layout).flatten(1), self.proj, scale)
+        return q, self.kv(content).view(layout.batch, layout.content_rows, 2, self.heads, -1)
+
+    def output(self, attended: Tensor, scale: LayerScale) -> Tensor:
+        """The attention's result (R, H, d) projected to (R, D) and scaled."""
+        return scaled_linear(attended.flatten(1), self.proj, scale)
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))), the exact GELU; the result is scaled."""
+    """fc2(GELU(fc1(x))), the exact GELU, in two halves; the result is scaled."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -72,8 +74,9 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
-        return scaled_linear(self.act(self.fc1(x)), self.fc2, scale)
+    def output(self, hidden: Tensor, scale: LayerScale) -> Tensor:
+        """The scaled result from what fc1 returned."""
+        return scaled_linear(self.act(hidden), self.fc2, scale)
 
 
 class Block(nn.Module):
@@ -89,19 +92,77 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config.width, config.layer_scale)
 
     def forward(
-        self, x: Tensor, layout: StreamLayout, keep: Tensor | None, attention: Attention, predicted_only: bool
+        self,
+        x: Tensor,
+        layout: StreamLayout,
+        keep: Tensor | None,
+        attention: Attention,
+        predicted_only: bool,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """Map the buffer (R, D) to (R, D), or to its predicted rows (B * T, D) where nothing else is needed any more.
 
-        keep: (2, B) factors of the attention and MLP branches, or None.
+        keep: (2, B) factors of the attention and MLP branches, or None. recompute: see MaskedTokenViT.
+
+        A region that is computed again ends in the product that keeps its input, for there the recomputation stops; so
+        the last addition is outside.
         """
-        h = self.norm1(x)
-        content = layout.content(h)
-        if predicted_only:
-            x, h = layout.predicted(x), layout.predicted(h)
         keep1, keep2 = (None, None) if keep is None else (layout.per_row(k, predicted_only) for k in keep)
-        x = _add(x, self.attn(h, content, layout, attention, self.ls1), keep1)
-        return _add(x, self.mlp(self.norm2(x), self.ls2), keep2)
+        arguments = (x, layout, keep1, attention, predicted_only, recompute == "cheap")
+        x, branch = _again(self._branches, *arguments) if recompute == "blocks" else self._branches(*arguments)
+        return _add(x, branch, keep2)
+
+    def _branches(
+        self,
+        x: Tensor,
+        layout: StreamLayout,
+        keep: Tensor | None,
+        attention: Attention,
+        predicted_only: bool,
+        cheap: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """x with the attention's branch added, and the MLP's branch."""
+        if cheap:
+            # Two products end this region: their results are kept, as the attention keeps them anyway.
+            q, kv = _again(self._queries_and_keys, x, layout, predicted_only, context_fn=_keep_products)
+        else:
+            q, kv = self._queries_and_keys(x, layout, predicted_only)
+        if predicted_only:
+            x = layout.predicted(x)
+        x = _add(x, self.attn.output(attention(q, kv, layout), self.ls1), keep)
+        if not cheap:
+            return x, self.mlp.output(self._hidden(x), self.ls2)
+        return x, _again(self.mlp.output, _again(self._hidden, x), self.ls2)
+
+    def _queries_and_keys(self, x: Tensor, layout: StreamLayout, predicted_only: bool) -> tuple[Tensor, Tensor]:
+        h = _for_products(self.norm1(x))
+        return self.attn.project(layout.predicted(h) if predicted_only else h, layout.content(h), layout)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return self.mlp.fc1(self.norm2(x))
+
+
+def _again(function: Callable, *arguments: object, **options: object) -> object:
+    """function(*arguments), of which the backward pass keeps the arguments only. The function draws nothing random."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _policy(context: object, op: object, *arguments: object, **options: object) -> CheckpointPolicy:
+    products = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """x in the dtype that matrix products take under autocast, cast once and not by each of them."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
@@ -122,13 +183,14 @@ class MaskedTokenViT(nn.Module):
 
     Args:
         config: sizes; the state dict's names and shapes follow the official MaPeT models.
-        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+        recompute: what the backward pass computes again: nothing, the norms and the GELU of a block ("cheap"; its
+            matrix products and its attention are kept), or whole blocks ("blocks").
     """
 
-    def __init__(self, config: ModelConfig, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = checkpoint_activations
+        self.recompute = recompute
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.mask_positional_token = nn.Parameter(torch.empty(1, 1, config.width))
@@ -185,11 +247,8 @@ class MaskedTokenViT(nn.Module):
         The last block needs keys and values of the content stream, but no other of its outputs.
         """
         for i, block in enumerate(self.blocks):
-            arguments = (x, layout, None if keep is None else keep[i], attention, i == len(self.blocks) - 1)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
+            last = i == len(self.blocks) - 1
+            x = block(x, layout, None if keep is None else keep[i], attention, last, self.recompute)
         return self.norm(x)
 
 

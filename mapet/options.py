@@ -30,6 +30,8 @@ FIELD_OF = {
     "seed": "train.seed",
     "save_every": "train.save_every",
     "max_steps": "train.max_steps",
+    "gpu_memory": "train.gpu_memory",
+    "budget": "train.budget",
 }
 """Options of `mapet pretrain` that are short for a field of RunConfig."""
 
@@ -149,12 +151,52 @@ class Pretrain:
     """Steps between checkpoints."""
     max_steps: Annotated[int | None, _short_for("max_steps")] = None
     """Stop after so many steps; 0 for never."""
+    gpu_memory: Annotated[str | None, _wanted("16GB", "all of the GPU's")] = None
+    """Most memory of a GPU to take; sets micro-batch and recomputation that fit, where they are not given."""
+    auto_batch: Annotated[bool, arg(help_behavior_hint="")] = False
+    """When memory runs out, halve the micro-batch and go on with the same step."""
+    budget: Annotated[str | None, _wanted("24h")] = None
+    """Measure for a minute, then set the epochs so that the run ends in time."""
+    gpus: Annotated[int | None, _wanted("INT", "those of torchrun")] = None
+    """GPUs that the run is meant for; another number of processes is refused."""
     set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
     """Any field of the configuration; the options above are short for some of them."""
     fresh: Annotated[bool, arg(help_behavior_hint="")] = False
     """Start again, setting earlier checkpoints in --output aside."""
     list_options: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print every field, its value with the options given, and what it means; then stop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict the memory of a step, by part, and choose micro-batch and recomputation; nothing is run."""
+
+    recipe: Annotated[str | None, _wanted("NAME")] = None
+    """Begin with one of the paper's runs, as mapet pretrain does."""
+    model: Annotated[Literal["tiny", "small", "base"] | None, _wanted("tiny|small|base", "tiny")] = None
+    """Width and heads of ViT-T, ViT-S or ViT-B."""
+    objective: Annotated[Literal["mapet", "pim", "mim"] | None, _short_for("objective")] = None
+    """What is predicted from what."""
+    cut: Annotated[int | None, _short_for("cut")] = None
+    """Tokens that are not predicted."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
+    """Of the forward pass."""
+    micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
+    """Images of a forward pass; the largest that fits where it is not given."""
+    global_batch: Annotated[int | None, _wanted("INT", "optim.global_batch, 2048")] = None
+    """Images of a step, over all GPUs."""
+    gpus: int = 1
+    """GPUs that share a step."""
+    gpu_memory: Annotated[str | None, _wanted("16GB", "no limit")] = None
+    """Memory of one GPU: GB is 10^9 bytes, GiB 2^30."""
+    interconnect: Annotated[str | None, _wanted("400Gb")] = None
+    """Bits (Gb) or bytes (GB) per second of one GPU's slowest link: adds traffic and times of several GPUs."""
+    images: Annotated[str, arg(metavar="1.28M")] = "1281167"
+    """Images of an epoch, for --interconnect."""
+    images_per_second: Annotated[float | None, _wanted("FLOAT", "unknown")] = None
+    """What one GPU trains on its own, measured, for --interconnect."""
+    set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
+    """Any field of the configuration."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +306,7 @@ class Doctor:
 COMMANDS: dict[str, type] = {
     "tokenize": Tokenize,
     "pretrain": Pretrain,
+    "plan": Plan,
     "probe": Probe,
     "codebook": Codebook,
     "export": Export,

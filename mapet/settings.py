@@ -17,6 +17,9 @@ from typing import Any, Literal
 from mapet.config import RunConfig
 from mapet.errors import ConfigError
 
+REPLACED = {"train.activation_checkpointing": "train.recompute: none for false, blocks for true, or cheap in between"}
+"""Fields of earlier versions, and what took their place."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -63,6 +66,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set takes SECTION.FIELD=VALUE, such as optim.lr=1e-3; got {assignment!r}")
+        if name in REPLACED:
+            raise ConfigError(f"--set {assignment}: {name} is now {REPLACED[name]}")
         if name not in settings():
             raise ConfigError(f"--set {assignment}: there is no field {name!r}{_near(name)}")
         if name in values:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
+from mapet.budget import Clocks, budgeted
 from mapet.checkpoint import FOLDER, CheckpointStore
 from mapet.config import RunConfig, to_dict
 from mapet.data.cache import TokenCache
@@ -26,6 +27,7 @@ from mapet.data.loader import make_loader, step_ids
 from mapet.distributed import StopRequest, World, connect
 from mapet.errors import CheckpointError, TrainingError
 from mapet.learner import Learner
+from mapet.limits import cap_memory
 from mapet.metrics import MetricsLog, StepMetrics, import_trackers
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
@@ -60,23 +62,30 @@ class TrainResult:
         return 128 + self.signal if self.signal else 0
 
 
-def pretrain(config: RunConfig) -> TrainResult:
-    """Run pre-training, or go on with it; in every process of torchrun alike.
+def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
+    """Run pre-training, or go on with it; in every process of torchrun alike. `clocks` are those of train.budget.
 
     Raises:
         ConfigError: options that cannot work, here, together or with this data.
         DataError: the cache is damaged, or not for this model.
         CheckpointError: every checkpoint is damaged, one is of another configuration, or one cannot be written.
         TrainingError: a loss or gradient norm is not finite; the text names step and images.
+        OutOfMemory: a step does not fit the device; the text says what to change.
     """
     with ExitStack() as stack:
         world = stack.enter_context(connect(config.train.device))
         stop = stack.enter_context(StopRequest(world))
         stack.enter_context(deterministic_algorithms(config.train.deterministic))
+        cap_memory(config.train.gpu_memory, world.device)
         cache = TokenCache.open(config.data.cache)
         cache.check_model(config.model)
         steps = plan_steps(config, len(cache), world.size)
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
+        if config.train.budget:
+            config, decision = budgeted(config, world, cache, steps, clocks)
+            steps = plan_steps(config, len(cache), world.size)
+            if world.is_main:
+                print(decision, flush=True)
         run = Run(config, world, cache, steps)
         start = run.resume()
         if world.is_main:

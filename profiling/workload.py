@@ -16,7 +16,7 @@ from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, T
 from mapet.data.loader import Batch
 from mapet.distributed import World
 from mapet.learner import Learner
-from mapet.model import Block, MaskedTokenViT, Mlp, StreamAttention
+from mapet.model import Block, MaskedTokenViT
 from mapet.objectives import Objective
 from mapet.schedule import StepPlan
 
@@ -80,12 +80,16 @@ def named_parts(learner: Learner, open_range: Callable[[str], Any] | None = None
             if (name := _part_of(module)) is not None:
                 _hook(module, name, open_range, undo)
         model: MaskedTokenViT = learner.model
-        for owner, method, name in (
+        methods = [
             (model, "embed", "embedding"),
             (learner, "_draw", "draw and jitter"),
             (learner, "_forward", "draw and jitter"),  # what is in it and in no part of the model is the jitter
             (learner, "_update", "optimizer"),
-        ):
+        ]
+        for block in model.blocks:
+            methods += [(block, "_queries_and_keys", "attention projections"), (block, "_hidden", "mlp")]
+            methods += [(block.attn, "output", "attention projections"), (block.mlp, "output", "mlp")]
+        for owner, method, name in methods:
             setattr(owner, method, _in_range(getattr(owner, method), name, open_range))
             undo.callback(delattr, owner, method)
         yield
@@ -99,18 +103,14 @@ def profiler_range(name: str) -> Iterator[None]:
 
 
 def refine(part: str, op: str) -> str:
-    """The part of an op in a range: what attention's module does outside its kernel is projections."""
-    if part == "attention" and "two_stream_attention" not in op and "scaled_dot_product" not in op:
-        return "attention projections"
-    return part
+    """The part of an op in a range: attention is told by its name."""
+    return "attention" if "two_stream_attention" in op or "scaled_dot_product" in op else part
 
 
 def _part_of(module: nn.Module) -> str | None:
     kinds = (
         (Objective, "head and loss"),
         (Block, "residuals"),
-        (StreamAttention, "attention"),
-        (Mlp, "mlp"),
         (nn.LayerNorm, "norms"),
     )
     return next((name for kind, name in kinds if isinstance(module, kind)), None)

@@ -333,6 +333,14 @@ def test_a_checkpoint_of_another_configuration_is_refused_field_by_field(tmp_pat
     assert "micro_batch" not in str(caught.value)
 
 
+def test_a_checkpoint_from_before_recompute_goes_on():
+    before = to_dict(RunConfig())
+    del before["train"]["recompute"]
+    before["train"]["activation_checkpointing"] = True
+    now = to_dict(dataclasses.replace(RunConfig(), train=TrainConfig(recompute="blocks")))
+    assert config_differences(before, now) == []
+
+
 def test_a_field_that_one_of_two_configurations_lacks_is_a_difference():
     now = to_dict(RunConfig())
     before = json.loads(json.dumps(now))

@@ -30,7 +30,7 @@ def cache(tmp_path_factory) -> Path:
     return make_cache(tmp_path_factory.mktemp("data") / "cache")
 
 
-def start_ranks(*arguments: object, size: int = 2) -> list[subprocess.Popen]:
+def start_ranks(*arguments: object, size: int = 2, script: Path = SCRIPT) -> list[subprocess.Popen]:
     """What torchrun does on one machine, without its own seconds of start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -38,7 +38,7 @@ def start_ranks(*arguments: object, size: int = 2) -> list[subprocess.Popen]:
     shared = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, SCRIPT, *map(str, arguments)],
+            [sys.executable, script, *map(str, arguments)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -135,8 +135,11 @@ def test_accumulation_is_the_same_step(changes, cache):
     assert (ours.loss, ours.accuracy) == pytest.approx((theirs.loss, theirs.accuracy), rel=1e-5)
 
 
-def test_activation_checkpointing_is_the_same_step(cache):
-    plain, recomputed = make_learner(cache), make_learner(cache, **{"train.activation_checkpointing": True})
+@pytest.mark.parametrize("level", ["cheap", "blocks"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputation_is_the_same_step(level, precision, cache):
+    changes = {"train.precision": precision}
+    plain, recomputed = make_learner(cache, **changes), make_learner(cache, **changes, **{"train.recompute": level})
     for learner in (plain, recomputed):
         run(learner, cache, 0, 2)
     assert_same(snapshot(recomputed), snapshot(plain))

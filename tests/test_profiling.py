@@ -63,7 +63,7 @@ def test_ranges_leave_nothing_behind() -> None:
 
     with workload.named_parts(learner, note):
         learner.step(0, batch, with_accuracy=False)
-    assert set(seen) == set(workload.PARTS) - {"attention projections", "other"}
+    assert set(seen) == set(workload.PARTS) - {"attention", "other"}
     before = len(seen)
     learner.step(1, batch, with_accuracy=False)
     assert len(seen) == before

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from mapet.config import MODEL_PRESETS, RunConfig
 from mapet.errors import ConfigError
-from mapet.options import FIELD_OF, Pretrain
+from mapet.options import FIELD_OF, Plan, Pretrain
 from mapet.recipes import recipe
 from mapet.settings import as_text, change, parse_assignments, settings, value_of
+from mapet.units import gib, parse_bytes
 
 if TYPE_CHECKING:
     from mapet.train import TrainResult
@@ -21,9 +22,12 @@ DOC_WIDTH = 96
 def run(options: Pretrain) -> int:
     """Pre-train, and say where the results are. The exit code is 130 or 143 for a run that a signal ended."""
     config = run_config(options)
+    config, decision = planned(config, options, processes(options))
     if options.list_options:
         print_options(config)
         return 0
+    if decision and os.environ.get("RANK", "0") == "0":
+        print(decision, flush=True)
     from mapet.train import pretrain  # imports torch, which --list-options has no need of
 
     result = pretrain(config)
@@ -35,14 +39,53 @@ def run(options: Pretrain) -> int:
 def run_config(options: Pretrain) -> RunConfig:
     """The recipe, or the defaults, the model's preset, then every option given. ConfigError if they cannot work."""
     config = recipe(options.recipe) if options.recipe else RunConfig()
-    values = parse_assignments(options.set)
+    values = given(options)
     if options.fresh:
         _add(values, "train.resume", False, "--fresh")
-    for option, name in FIELD_OF.items():
-        if (value := getattr(options, option)) is not None:
-            _add(values, name, value, f"--{option.replace('_', '-')}")
+    if options.auto_batch:
+        _add(values, "train.auto_batch", True, "--auto-batch")
+    if values.get("train.budget") and "optim.epochs" in values:
+        raise ConfigError("a budget sets the epochs: give train.budget or optim.epochs, not both")
     preset = MODEL_PRESETS[options.model] if options.model else {}
     return change(config, {f"model.{name}": size for name, size in preset.items()} | values)
+
+
+def given(options: Pretrain | Plan) -> dict[str, object]:
+    """Fields that the options name, by --set or by their short names. ConfigError where they do so twice."""
+    values = parse_assignments(options.set)
+    for option, name in FIELD_OF.items():
+        if (value := getattr(options, option, None)) is not None:
+            _add(values, name, value, f"--{option.replace('_', '-')}")
+    return values
+
+
+def processes(options: Pretrain) -> int:
+    """Processes of this run; ConfigError if --gpus says another number."""
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    if options.gpus is not None and options.gpus != size:
+        raise ConfigError(
+            f"--gpus {options.gpus}, but this run has {size} process{'es' * (size > 1)}, one per GPU: start it with "
+            f"`torchrun --nproc-per-node {options.gpus} -m mapet pretrain`, or ask `mapet plan --gpus {options.gpus}`"
+        )
+    return size
+
+
+def planned(config: RunConfig, options: Pretrain, processes: int) -> tuple[RunConfig, str]:
+    """With a limit on memory: the micro-batch and recomputation that fit, unless they are given, and what to say."""
+    values = given(options)
+    if not config.train.gpu_memory or {"train.micro_batch", "train.recompute"} <= values.keys():
+        return config, ""
+    from mapet.plan import LEVELS, plan_memory, step_size  # imports torch
+
+    levels = [config.train.recompute] if "train.recompute" in values else LEVELS
+    size, limit = step_size(config, processes), parse_bytes(config.train.gpu_memory)
+    micro = size.micro_batch if "train.micro_batch" in values else 0
+    plan = plan_memory(size, limit, levels=levels, micro_batch=micro)
+    changed = change(config, {"train.micro_batch": plan.micro_batch, "train.recompute": plan.recompute})
+    return changed, (
+        f"planned for {config.train.gpu_memory}: micro-batch {plan.micro_batch}, accumulation {plan.accumulation}, "
+        f"recompute {plan.recompute}; {gib(plan.memory.total)} predicted"
+    )
 
 
 def print_options(config: RunConfig) -> None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mapet.config import ModelConfig, check_cut
+from mapet.config import ModelConfig, Recompute, check_cut
 from mapet.model import MaskedTokenViT
 from mapet.objectives.loss import token_accuracy, token_cross_entropy
 from mapet.streams import StreamLayout
+
+RECOMPUTED_AT_ONCE = 128
+"""Images whose block is recomputed at a time, at most: all activations of one block exist for so many images only."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,14 @@ class Objective(nn.Module, ABC):
         config: the network.
         cut: tokens that are not predicted, the class token included; in [1, N - 1].
         backend: attention backend of mapet_kernels; the embedding is in plain torch unless it is auto or triton.
-        checkpoint_activations: see MaskedTokenViT.
+        recompute: see MaskedTokenViT. With "blocks" images go through the network in parts.
     """
 
-    def __init__(
-        self, config: ModelConfig, cut: int, *, backend: str = "auto", checkpoint_activations: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, cut: int, *, backend: str = "auto", recompute: Recompute = "none") -> None:
         super().__init__()
         check_cut(cut, config.tokens)
         self.config, self.cut, self.backend = config, cut, backend
-        self.model = MaskedTokenViT(config, checkpoint_activations=checkpoint_activations)
+        self.model = MaskedTokenViT(config, recompute=recompute)
 
     @abstractmethod
     def layout(self, batch: int) -> StreamLayout:
@@ -69,6 +70,16 @@ class Objective(nn.Module, ABC):
 
     def predictions(self, images: Tensor, permutation: Tensor, keep: Tensor | None = None, *, normalise=True) -> Tensor:
         """Features (B * T, D) before the head, by image and then by target in permuted order."""
+        if self.model.recompute != "blocks" or images.shape[0] <= RECOMPUTED_AT_ONCE:
+            return self._features(images, permutation, keep, normalise)
+        size = part_size(images.shape[0])
+        parts = [slice(first, first + size) for first in range(0, images.shape[0], size)]
+        keeps = [None if keep is None else keep[:, :, part] for part in parts]
+        return torch.cat(
+            [self._features(images[p], permutation[p], k, normalise) for p, k in zip(parts, keeps, strict=True)]
+        )
+
+    def _features(self, images: Tensor, permutation: Tensor, keep: Tensor | None, normalise: bool) -> Tensor:
         layout = self.layout(images.shape[0])
         embedding = self.backend if self.backend in ("auto", "triton") else "reference"
         x = self.model.embed(images, permutation, layout, normalise=normalise, backend=embedding)
@@ -105,3 +116,8 @@ class Objective(nn.Module, ABC):
         if not with_accuracy:
             return loss, torch.full_like(loss.detach(), float("nan"))
         return loss, token_accuracy(features.detach(), head.weight.detach(), head.bias.detach(), targets)
+
+
+def part_size(images: int) -> int:
+    """Images of a part when blocks are recomputed: RECOMPUTED_AT_ONCE at most, in few parts, as even as can be."""
+    return -(-images // -(-images // RECOMPUTED_AT_ONCE))

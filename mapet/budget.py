@@ -1,0 +1,153 @@
+"""A run that ends in time: measure its steps, then set epochs and warm-up, once and for all.
+
+The decision is kept beside the checkpoints, in budget.json, and a run that goes on keeps it: the schedule of the
+learning rate cannot change under way. The time counts from the first start.
+
+    epochs = floor((budget (1 - MARGIN) - time spent) / (steps of an epoch * seconds of a step)) - cooldown_epochs
+    warm-up = the configured one, a fifth of the epochs at most
+
+Seconds of a step are those of the real steps of a learner that is thrown away, data included, after a few that warm up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from mapet.config import RunConfig
+from mapet.data.cache import TokenCache
+from mapet.data.loader import make_loader
+from mapet.distributed import World
+from mapet.errors import CheckpointError, ConfigError
+from mapet.learner import Learner
+from mapet.schedule import StepPlan
+from mapet.units import duration, parse_duration
+
+FILE = "budget.json"
+MARGIN = 0.05
+"""Part of the time left for checkpoints, reports, and steps that are slower than those measured."""
+
+WARM_UP_STEPS = 5
+MEASURED_SECONDS = 60.0
+WARM_UP_PART = 5
+"""At most one in so many epochs warms up."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was set, and from what."""
+
+    budget: str
+    started: float
+    """Unix time of the first start."""
+    seconds_per_step: float
+    steps_per_epoch: int
+    epochs: int
+    warmup_epochs: int
+
+    def __str__(self) -> str:
+        ends = datetime.fromtimestamp(self.started + parse_duration(self.budget))
+        return (
+            f"budget {self.budget}: {self.epochs} epochs, {self.warmup_epochs} of them warm-up, "
+            f"{self.steps_per_epoch} steps of {duration(self.seconds_per_step)} each, {100 * MARGIN:.0f} % to spare; "
+            f"to end by {ends:%Y-%m-%d %H:%M}"
+        )
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Where time is read: `wall` goes on while nothing runs, `steady` never jumps."""
+
+    wall: Callable[[], float] = time.time
+    steady: Callable[[], float] = time.perf_counter
+
+
+def budgeted(
+    config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, clocks: Clocks | None = None
+) -> tuple[RunConfig, Decision]:
+    """The configuration with the epochs and warm-up that its budget allows: those decided earlier, or measured now.
+
+    ConfigError when not even one epoch fits; CheckpointError when budget.json cannot be read.
+    """
+    clocks, path = clocks or Clocks(), config.train.output / FILE
+    decision = world.on_main(lambda: read(path) if config.train.resume else None)
+    if decision is None:
+        started = clocks.wall()
+        seconds = measure(config, world, cache, steps, clocks)
+        decision = world.on_main(lambda: _decided(config, path, steps, seconds, started, clocks))
+    optim = replace(config.optim, epochs=decision.epochs, warmup_epochs=decision.warmup_epochs)
+    return replace(config, optim=optim), decision
+
+
+def measure(config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, clocks: Clocks) -> float:
+    """Seconds of an optimizer step, over MEASURED_SECONDS; what they learn is thrown away."""
+    learner = Learner(config, world, steps)
+    batches = make_loader(
+        cache,
+        seed=config.train.seed,
+        global_batch=config.optim.global_batch,
+        start_step=0,
+        stop_step=2**31,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+    )
+    began = 0.0
+    for step, batch in zip(count(), batches, strict=False):
+        learner.step(step, batch, with_accuracy=False)
+        learner.read()  # waits for the device
+        if step + 1 < WARM_UP_STEPS:
+            continue
+        if step + 1 == WARM_UP_STEPS:
+            began = clocks.steady()
+            continue
+        spent = clocks.steady() - began
+        if world.on_main(lambda spent=spent: spent >= MEASURED_SECONDS):
+            break
+    if world.device.type == "cuda":
+        del learner
+        torch.cuda.empty_cache()
+    return spent / (step + 1 - WARM_UP_STEPS)
+
+
+def decide(config: RunConfig, steps: StepPlan, seconds: float, started: float, now: float) -> Decision:
+    """Epochs and warm-up for steps of so many seconds; see the top of the file. ConfigError when no epoch fits."""
+    budget, cooldown = config.train.budget, config.optim.cooldown_epochs
+    left = parse_duration(budget) * (1 - MARGIN) - (now - started)
+    epoch = steps.per_epoch * seconds
+    epochs = int(left / epoch) - cooldown
+    if epochs < 1:
+        least = ((1 + cooldown) * epoch + now - started) / (1 - MARGIN)
+        raise ConfigError(
+            f"train.budget {budget} is too short: an epoch takes {duration(epoch)} here ({steps.per_epoch} steps of "
+            f"{duration(seconds)}); give at least {duration(least)}, more GPUs or a smaller model"
+        )
+    warmup = min(config.optim.warmup_epochs, epochs // WARM_UP_PART)
+    return Decision(budget, started, seconds, steps.per_epoch, epochs, warmup)
+
+
+def read(path: Path) -> Decision | None:
+    """The decision of an earlier start, if there was one."""
+    if not path.exists():
+        return None
+    try:
+        return Decision(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read; start afresh with `mapet pretrain --fresh`") from error
+
+
+def _decided(
+    config: RunConfig, path: Path, steps: StepPlan, seconds: float, started: float, clocks: Clocks
+) -> Decision:
+    decision = decide(config, steps, seconds, started, clocks.wall())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(decision), indent=1))
+    return decision

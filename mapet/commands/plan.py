@@ -1,0 +1,114 @@
+"""`mapet plan`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from mapet.commands.pretrain import given
+from mapet.config import MODEL_PRESETS, RunConfig
+from mapet.errors import ConfigError
+from mapet.options import Plan as Options
+from mapet.plan import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
+from mapet.recipes import recipe
+from mapet.scaling import Cluster, scaling_rows
+from mapet.settings import change
+from mapet.units import gib, parse_bytes, parse_count, parse_link
+
+PARTS = {
+    "weights": "fp32 weights",
+    "gradients": "their gradients",
+    "optimizer": "AdamW's two moments",
+    "average": "moving average of the weights",
+    "images": "images and tokens of the step",
+    "activations": "activations: residual stream, norms, MLP",
+    "attention": "attention: q, kv, result, log-sum-exp",
+    "head": "head: a chunk of logits, its gradients",
+    "temporary": "gradients of activations, recomputed parts",
+    "workspace": "workspace of cuBLAS",
+}
+
+
+def run(options: Options) -> int:
+    """Print the plan, and with --interconnect what several GPUs would do. ConfigError where nothing fits."""
+    config, values = plan_config(options)
+    plan = make_plan(config, options, values)
+    console = Console()
+    console.print(memory_table(plan.memory))
+    print("\n".join(summary(config, options, plan)), flush=True)
+    if options.interconnect:
+        console.print(scaling_table(config, options))
+    return 0
+
+
+def plan_config(options: Options) -> tuple[RunConfig, dict[str, object]]:
+    """The configuration, and the fields that were given."""
+    values = given(options)
+    if options.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, got {options.gpus}")
+    if options.global_batch is not None:
+        if "optim.global_batch" in values:
+            raise ConfigError("--global-batch and --set optim.global_batch=... say the same; give one of them")
+        values["optim.global_batch"] = options.global_batch
+    preset = MODEL_PRESETS[options.model] if options.model else {}
+    start = recipe(options.recipe) if options.recipe else RunConfig()
+    return change(start, {f"model.{name}": size for name, size in preset.items()} | values), values
+
+
+def make_plan(config: RunConfig, options: Options, values: dict[str, object]) -> Plan:
+    """The choice within the limit; without one, what the configuration says."""
+    size = step_size(config, options.gpus)
+    if not config.train.gpu_memory:
+        memory = predict_memory(size)
+        return Plan(size.micro_batch, size.share // size.micro_batch, size.recompute, memory)
+    levels = [config.train.recompute] if "train.recompute" in values else LEVELS
+    micro = config.train.micro_batch
+    return plan_memory(size, parse_bytes(config.train.gpu_memory), levels=levels, micro_batch=micro)
+
+
+def memory_table(memory: Memory) -> Table:
+    """The parts of the peak."""
+    table = Table("at the peak of a step", "predicted", title="mapet plan", title_justify="left", show_edge=False)
+    table.columns[1].justify = "right"
+    for name, value in memory.parts().items():
+        if value:
+            table.add_row(PARTS[name], gib(value))
+    table.add_section()
+    table.add_row(f"in all (reached at: {memory.moment})", gib(memory.total))
+    return table
+
+
+def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
+    """The choice in words, and how to run it."""
+    share = plan.micro_batch * plan.accumulation
+    lines = [
+        f"micro-batch {plan.micro_batch}, accumulation {plan.accumulation}, recompute {plan.recompute}, "
+        f"GPUs: {options.gpus}, each with {share} images of a step",
+        "computed, not measured; for eager mode and without the memory of the CUDA context",
+    ]
+    size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch)
+    levels = [f"{level} {gib(predict_memory(replace(size, recompute=level)).total)}" for level in LEVELS]
+    lines.append(f"this micro-batch at each level: {', '.join(levels)}")
+    if config.train.gpu_memory:
+        lines.append(
+            f"a plan fills {100 * USABLE:.0f} % of {config.train.gpu_memory}, for gaps between the allocator's blocks"
+        )
+    return lines
+
+
+def scaling_table(config: RunConfig, options: Options) -> Table:
+    """mapet/scaling.py for these GPUs."""
+    cluster = Cluster(
+        options.gpus,
+        parse_link(options.interconnect),
+        config.optim.global_batch,
+        parse_count(options.images),
+        options.images_per_second,
+    )
+    title = f"{options.gpus} GPUs, {options.interconnect} per second each, global batch {cluster.global_batch}"
+    table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
+    for name, value in scaling_rows(config.model, cluster):
+        table.add_row(name, value)
+    return table

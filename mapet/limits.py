@@ -1,0 +1,44 @@
+"""The memory of the device: a cap on it, and what to say and do when it runs out."""
+
+from __future__ import annotations
+
+import torch
+
+from mapet.config import RunConfig
+from mapet.errors import ConfigError
+from mapet.plan import divisors, out_of_memory_advice, step_size
+from mapet.units import gib, parse_bytes
+
+
+def cap_memory(limit: str, device: torch.device) -> None:
+    """Let this process take so much of its GPU at most, the CUDA context excepted; an empty limit changes nothing.
+
+    So a smaller card is rehearsed on a larger one. ConfigError on a CPU, or when the GPU has less.
+    """
+    if not limit:
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"train.gpu_memory {limit} caps the memory of a GPU, and this run is on {device}: leave it out"
+        )
+    wanted, total = parse_bytes(limit), torch.cuda.get_device_properties(device).total_memory
+    if wanted > total:
+        raise ConfigError(f"train.gpu_memory {limit} is more than {device} has, {gib(total)}")
+    torch.cuda.set_per_process_memory_fraction(wanted / total, device)
+
+
+def memory_limit(config: RunConfig, device: torch.device) -> int:
+    """Bytes that the process may take of its device; 0 for unknown (a CPU)."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return min(parse_bytes(config.train.gpu_memory), total or 2**63) if config.train.gpu_memory else total
+
+
+def advice(config: RunConfig, device: torch.device, processes: int, micro_batch: int) -> str:
+    """What to change after a step with this micro-batch ran out of memory."""
+    size = step_size(config, processes, micro_batch)
+    return out_of_memory_advice(size, memory_limit(config, device))
+
+
+def halved(micro_batch: int, share: int) -> int:
+    """The largest divisor of the share that is at most half the micro-batch; 0 where there is none."""
+    return max((d for d in divisors(share) if 2 * d <= micro_batch), default=0)

@@ -1,0 +1,123 @@
+"""`mapet plan`, and the options of `mapet pretrain` that plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TRAINING, Mapet
+from tiny_run import make_cache
+
+from mapet.commands import pretrain as command
+from mapet.config import RunConfig
+from mapet.errors import ConfigError
+from mapet.options import Pretrain
+
+BASE = ("--model", "base", "--cut", 60, "--precision", "bf16")
+
+
+@pytest.fixture
+def mapet(capsys) -> Mapet:
+    return Mapet(capsys)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("data") / "cache", vocabulary=16)
+
+
+def test_the_plan_for_16_gb(mapet) -> None:
+    said = mapet.succeed("plan", *BASE, "--gpu-memory", "16GB", "--global-batch", 2048).out
+    for part in ("weights", "gradients", "AdamW", "activations", "attention", "head", "in all"):
+        assert part in said
+    assert "micro-batch 64, accumulation 32, recompute none, GPUs: 1, each with 2048 images of a step" in said
+    assert "none 10.99 GiB" in said and "computed, not measured" in said
+    assert "accumulation 4, recompute none" in mapet.succeed("plan", *BASE, "--gpu-memory", "16GB", "--gpus", 8).out
+
+
+def test_what_is_given_is_kept(mapet) -> None:
+    given = mapet.succeed("plan", *BASE, "--micro-batch", 128, "--gpu-memory", "16GiB").out
+    assert "micro-batch 128, accumulation 16, recompute cheap" in given
+    level = mapet.succeed("plan", *BASE, "--set", "train.recompute=blocks", "--gpu-memory", "16GiB").out
+    assert "micro-batch 512, accumulation 4, recompute blocks" in level
+    free = mapet.succeed("plan", *BASE, "--global-batch", 96).out
+    assert "micro-batch 96, accumulation 1, recompute none" in free
+
+
+def test_several_gpus(mapet) -> None:
+    options = ("--gpus", 64, "--interconnect", "400Gb", "--images", "1.28M")
+    said = mapet.succeed("plan", *BASE, *options).out
+    assert "725 MB" in said and "14.5 ms" in said and "193 GB" in said and "unknown" in said
+    assert "20 s to 29.1 s" in mapet.succeed("plan", *BASE, *options, "--images-per-second", 1000).out
+
+
+def test_bad_plans_say_what_is_wrong(mapet) -> None:
+    mapet.fail(
+        "plan", *BASE, "--gpu-memory", "1GiB", code=2, names=("1.00 GiB are too little", "the least that would do")
+    )
+    mapet.fail("plan", "--gpu-memory", "16", code=2, names=("'16'", "16GB"))
+    mapet.fail("plan", "--gpus", 3, code=2, names=("2048", "3 processes"))
+    mapet.fail("plan", "--gpus", 0, code=2, names=("--gpus must be at least 1",))
+    mapet.fail("plan", "--interconnect", "fast", code=2, names=("400Gb", "'fast'"))
+    mapet.fail("plan", "--micro-batch", 7, code=2, names=("train.micro_batch 7", "2048"))
+    twice = ("--global-batch", 8, "--set", "optim.global_batch=8")
+    mapet.fail("plan", *twice, code=2, names=("--global-batch",))
+
+
+def test_pretrain_plans_what_is_not_given() -> None:
+    def planned(**options) -> tuple[RunConfig, str]:
+        given = Pretrain(**{"model": "base", "cut": 60, "precision": "bf16", **options})
+        return command.planned(command.run_config(given), given, processes=1)
+
+    config, said = planned(gpu_memory="16GB")
+    assert (config.train.micro_batch, config.train.recompute) == (64, "none")
+    assert said == "planned for 16GB: micro-batch 64, accumulation 32, recompute none; 10.99 GiB predicted"
+    config, _ = planned(gpu_memory="16GiB", micro_batch=128)
+    assert (config.train.micro_batch, config.train.recompute) == (128, "cheap")
+    config, _ = planned(gpu_memory="16GiB", set=("train.recompute=blocks",))
+    assert (config.train.micro_batch, config.train.recompute) == (512, "blocks")
+    config, said = planned(gpu_memory="16GiB", micro_batch=2, set=("train.recompute=blocks",))
+    assert (config.train.micro_batch, config.train.recompute, said) == (2, "blocks", "")
+    config, said = planned()
+    assert (config.train.micro_batch, config.train.recompute, said) == (0, "none", "")
+    with pytest.raises(ConfigError, match="too little"):
+        planned(gpu_memory="1GiB")
+
+
+def test_memory_of_a_cpu_is_not_capped(mapet, cache, tmp_path) -> None:
+    options = ("--cache", cache, "--output", tmp_path, *TRAINING, "--gpu-memory", "16GB")
+    mapet.fail("pretrain", *options, code=2, names=("16GB", "this run is on cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpus_are_the_processes(mapet, cache, tmp_path) -> None:
+    options = ("--cache", cache, "--output", tmp_path, *TRAINING)
+    mapet.fail(
+        "pretrain", *options, "--gpus", 4, code=2, names=("--gpus 4", "1 process", "torchrun", "mapet plan --gpus 4")
+    )
+    mapet.succeed("pretrain", *options, "--gpus", 1, "--max-steps", 1)
+
+
+def test_a_budget_and_epochs_contradict_each_other(mapet, cache) -> None:
+    options = ("--cache", cache, *TRAINING, "--budget", "24h")
+    mapet.fail("pretrain", *options, code=2, names=("train.budget", "optim.epochs"))
+    mapet.fail("pretrain", "--cache", cache, "--budget", "soon", code=2, names=("'soon'", "24h"))
+
+
+def test_out_of_memory_is_an_error_without_traceback(mapet, cache, tmp_path, monkeypatch) -> None:
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr("mapet.learner.Learner._forward", no_memory)
+    options = ("--cache", cache, "--output", tmp_path, *TRAINING)
+    mapet.fail("pretrain", *options, code=1, names=("micro-batch 8", "train.micro_batch=4", "--auto-batch"))
+    failed = mapet("pretrain", *options, "--auto-batch")
+    assert failed.code == 1 and "going on with 4" in failed.err and "micro-batch 1 and" in failed.err
+
+
+def test_the_field_of_old_says_what_took_its_place(mapet, cache) -> None:
+    option = "train.activation_checkpointing=true"
+    mapet.fail("pretrain", "--cache", cache, "--set", option, code=2, names=("train.recompute", "blocks for true"))
+    option = "train.recompute=some"
+    mapet.fail("pretrain", "--cache", cache, "--set", option, code=2, names=("none|cheap|blocks", "'some'"))
