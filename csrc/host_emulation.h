@@ -8,6 +8,7 @@
 // A broken rule (a barrier that not all reach, an operand that is not aligned) ends the process with a message.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -39,7 +40,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on, once it has started
+  bool started;
   std::vector<char> stack;
   std::vector<std::vector<Copy>> copies;  // by group; the last one is still open
   Wait wait;
@@ -51,7 +54,8 @@ struct Block {
   std::vector<unsigned char> memory;
   unsigned char* shared;
   int shared_size;
-  ucontext_t scheduler;
+  ucontext_t starter;
+  jmp_buf scheduler;
   std::function<void()> body;
   int current;
 };
@@ -85,14 +89,24 @@ inline void enter() {
   Block& b = block();
   b.body();
   b.fibers[b.current].wait = Wait::ended;
-  swapcontext(&b.fibers[b.current].context, &b.scheduler);
+  _longjmp(b.scheduler, 1);
 }
 
 inline void wait(Wait what) {
   Block& b = block();
   Fiber& me = b.fibers[b.current];
   me.wait = what;
-  swapcontext(&me.context, &b.scheduler);
+  if (_setjmp(me.place) == 0) _longjmp(b.scheduler, 1);
+}
+
+// Let the current fiber run to its next barrier. swapcontext alone would ask the kernel for each switch.
+inline void resume() {
+  Block& b = block();
+  Fiber& fiber = b.fibers[b.current];
+  if (_setjmp(b.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  swapcontext(&b.starter, &fiber.context);
 }
 
 // Let the fibers [lo, hi) go on if all of them have come to the same barrier.
@@ -114,6 +128,7 @@ inline void run_block(bool descending) {
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     fiber.context.uc_link = nullptr;
+    fiber.started = false;
     fiber.copies.assign(1, {});
     fiber.wait = Wait::none;
     makecontext(&fiber.context, enter, 0);
@@ -124,7 +139,7 @@ inline void run_block(bool descending) {
       b.current = descending ? threads - 1 - i : i;
       if (b.fibers[b.current].wait != Wait::none) continue;
       thread_index().x = b.current;
-      swapcontext(&b.scheduler, &b.fibers[b.current].context);
+      resume();
       moved = true;
     }
     for (int i = 0; i < threads; i += WARP) moved |= release(i, i + WARP, Wait::warp);

@@ -95,6 +95,8 @@ MAPET_HD int statistic_offset(const Image& image, RowTile tile, int r) {
 // Keys [lo, hi) are seen by some row of a tile, keys [full_lo, full_hi) by all that see.
 struct KeyRange {
   int lo, hi, full_lo, full_hi;
+
+  MAPET_HD bool meets(int p0) const { return p0 < hi && p0 + ROWS > lo; }  // does a row see any of ROWS keys from p0?
 };
 
 MAPET_HD KeyRange keys_of_tile(const Image& image, RowTile tile) {

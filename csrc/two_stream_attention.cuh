@@ -307,6 +307,7 @@ struct ForwardTile {
   MAPET_DEVICE void step(const E* k, const E* v, int p0) {
 #pragma unroll
     for (int n = 0; n < KEYS / ROWS; n++) {
+      if (!range.meets(p0 + n * ROWS)) continue;
       Sum sum;
       multiply_rows<E, BD>(sum, q, k + n * ROWS * BD);
       store(warp.scores() + n * TILE, sum);
@@ -357,7 +358,8 @@ struct ForwardTile {
       for (int d = 0; d < BD / ROWS; d++) out[d].x[i] *= of_row;
     }
 #pragma unroll
-    for (int n = 0; n < KEYS / ROWS; n++) add_product<E, BD>(out, warp.weights() + n * TILE, v + n * ROWS * BD);
+    for (int n = 0; n < KEYS / ROWS; n++)
+      if (range.meets(p0 + n * ROWS)) add_product<E, BD>(out, warp.weights() + n * TILE, v + n * ROWS * BD);
     warp_barrier();
   }
 
@@ -438,6 +440,7 @@ struct QueryGradientTile {
     const float scale = call.rule.sizes.scale * LOG2_E;
 #pragma unroll
     for (int n = 0; n < KEYS / ROWS; n++) {
+      if (!range.meets(p0 + n * ROWS)) continue;
       Sum scores, d_weights;
       multiply_rows<E, BD>(scores, q, k + n * ROWS * BD);
       multiply_rows<E, BD>(d_weights, d_out, v + n * ROWS * BD);
@@ -452,7 +455,8 @@ struct QueryGradientTile {
     }
     warp_barrier();
 #pragma unroll
-    for (int n = 0; n < KEYS / ROWS; n++) add_product<E, BD>(dq, warp.weights() + n * TILE, k + n * ROWS * BD);
+    for (int n = 0; n < KEYS / ROWS; n++)
+      if (range.meets(p0 + n * ROWS)) add_product<E, BD>(dq, warp.weights() + n * TILE, k + n * ROWS * BD);
     warp_barrier();
   }
 
@@ -651,7 +655,7 @@ MAPET_DEVICE void walk_rows(const KeyGradientCall& call, unsigned char* memory) 
     const RowStage<E, BD> stage = stage_of(n);
     for (int t = 0; t < smaller(STEP_TILES, count - n); t++) {
       const KeyRange range = keys_of_tile(head.image, nth_tile(head.image, ranges, n + t));
-      if (p0 + ROWS <= range.lo || p0 >= range.hi) continue;
+      if (!range.meets(p0)) continue;
       const E* q = stage.q + t * ROWS * BD;
       const E* d_out = stage.d_out + t * ROWS * BD;
       // All products transposed: (keys, rows).
