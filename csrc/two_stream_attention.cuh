@@ -242,11 +242,11 @@ struct Warp {
   }
 };
 
-// sums[n] = A B_n^T for 16 x 16 tiles: 16 own rows against ROWS rows of B in shared memory.
-template <class E, int BD>
+// sum = A B^T: 16 own rows against ROWS rows of B in shared memory, UNROLL products at once.
+template <class E, int BD, int UNROLL = BD / ROWS>
 MAPET_DEVICE void multiply_rows(Sum& sum, const Operand<E, BD>& a, const E* b) {
   clear(sum);
-#pragma unroll
+#pragma unroll(UNROLL)
   for (int d = 0; d < BD / ROWS; d++) {
     RightTransposed<E> right;
     load(right, b + d * TILE);
@@ -615,6 +615,8 @@ MAPET_DEVICE void copy_row_tiles(
 // One program: KEY_WARPS tiles of 16 keys, one a warp; rows stream past them.
 template <class E, int BD>
 MAPET_DEVICE void walk_rows(const KeyGradientCall& call, unsigned char* memory) {
+  // Where K and V are not held, all their fragments at once would not fit the registers beside dK and dV.
+  constexpr int UNROLL = held(BD) ? BD / ROWS : 1;
   const Rule& rule = call.rule;
   const int stages = call.plan.stages;
   const Head head(rule, blockIdx.x / call.plan.blocks_per_head);
@@ -660,8 +662,8 @@ MAPET_DEVICE void walk_rows(const KeyGradientCall& call, unsigned char* memory) 
       const E* d_out = stage.d_out + t * ROWS * BD;
       // All products transposed: (keys, rows).
       Sum scores, d_weights;
-      multiply_rows<E, BD>(scores, k, q);
-      multiply_rows<E, BD>(d_weights, v, d_out);
+      multiply_rows<E, BD, UNROLL>(scores, k, q);
+      multiply_rows<E, BD, UNROLL>(d_weights, v, d_out);
 #pragma unroll
       for (int i = 0; i < Sum::num_elements; i++) {
         const int p = p0 + positions.row(i), r = t * ROWS + positions.column(i);
