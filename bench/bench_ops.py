@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mapet_kernels.backends import available_backends
 from mapet_kernels.registry import REGISTRY, OpSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,6 +19,11 @@ CASES = [
     for shape in spec.shapes
     for backend in (*spec.backends, *(spec.gpu_backends if DEVICE == "cuda" else ()))
 ]
+
+
+def _skip_if_refused(backend: str) -> None:
+    if reason := available_backends(DEVICE, torch.float32).get(backend):
+        pytest.skip(f"backend {backend} does not run here: {reason}")
 
 
 def _synchronize() -> None:
@@ -32,6 +38,7 @@ def _describe(benchmark, spec: OpSpec, shape: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("spec", "shape", "backend"), CASES)
 def test_forward(benchmark, spec: OpSpec, shape: str, backend: str) -> None:
+    _skip_if_refused(backend)
     case = spec.make_case(spec.shapes[shape], torch.float32, DEVICE)
     _describe(benchmark, spec, shape, torch.float32)
 
@@ -44,6 +51,7 @@ def test_forward(benchmark, spec: OpSpec, shape: str, backend: str) -> None:
 
 @pytest.mark.parametrize(("spec", "shape", "backend"), [c for c in CASES if c.values[0].differentiable])
 def test_forward_backward(benchmark, spec: OpSpec, shape: str, backend: str) -> None:
+    _skip_if_refused(backend)
     case = spec.make_case(spec.shapes[shape], torch.float32, DEVICE)
     inputs = {name: x if name in case.fixed else x.requires_grad_() for name, x in case.inputs.items()}
     wanted = [x for x in inputs.values() if x.requires_grad]

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from mapet_kernels.flash_providers import reason_against_flash
+
 ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
 
-TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton")
+TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton", "flash")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton kernels run in Python on CPU tensors: as the process started, since kernels are made at import."""
@@ -23,7 +25,12 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype | 
     """Attention backends by name, each with None where it runs on `device` (in `dtype`) or else the reason against."""
     device = torch.device(device)
     reason = None if device.type in ("cpu", "cuda") else f"needs a CPU or CUDA device, not {device.type}"
-    return {"reference": None, "sdpa": reason, "triton": reason_against_triton(device, dtype)}
+    return {
+        "reference": None,
+        "sdpa": reason,
+        "triton": reason_against_triton(device, dtype),
+        "flash": reason_against_flash(device, dtype),
+    }
 
 
 @torch.compiler.assume_constant_result

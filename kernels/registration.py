@@ -18,6 +18,14 @@ def register_autocast(op: torch.library.CustomOpDef) -> None:
     op._mapet_autocast_library = library  # the registration lives as long as its Library object
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an op registered here runs on x: under autocast the region's, otherwise its own."""
+    device_type = x.device.type
+    if device_type in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
 def _autocast_kernel(overload, device_type: str, key: str):
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 

@@ -21,14 +21,15 @@ from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
 from mapet_kernels.backends import available_backends
+from mapet_kernels.flash_providers import provider_for
 from mapet_kernels.selfcheck import two_stream_agreement
 
 Status = Literal["ok", "absent", "problem"]
 
 OLDEST_TORCH = (2, 11)
 OPTIONAL_PACKAGES = {
-    "xformers": ("xformers", "a peer in the attention benchmarks"),
-    "flash-attn": ("flash_attn", "a peer in the attention benchmarks"),
+    "xformers": ("xformers", "one way to run attention backend flash, and a peer in the attention benchmarks"),
+    "flash-attn": ("flash_attn", "one way to run attention backend flash, and a peer in the attention benchmarks"),
     "faiss": ("faiss", "a peer in the k-means benchmarks"),
     "nvtx": ("nvtx", "named ranges in profiles"),
     "wandb": ("wandb", "train.trackers wandb"),
@@ -199,7 +200,8 @@ def trial_finding(subject: str, backend: str, device: str) -> Finding:
         return Finding(subject, "problem", f"does not run: {error}", f"set train.backend to another than {backend}")
     errors = f"errors are {agreement.outputs:.2f} (outputs) and {agreement.gradients:.2f} (gradients) of the tolerance"
     if agreement.holds:
-        return Finding(subject, "ok", f"agrees with plain torch: {errors}")
+        provider = f", by {provider_for(device).name}" if backend == "flash" else ""
+        return Finding(subject, "ok", f"agrees with plain torch{provider}: {errors}")
     advice = f"set train.backend to another than {backend}, and please report this"
     return Finding(subject, "problem", f"disagrees with plain torch: {errors}", advice)
 

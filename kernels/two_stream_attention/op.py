@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
-from mapet_kernels.registration import register_autocast
+from mapet_kernels.registration import autocast_dtype, register_autocast
 from mapet_kernels.two_stream_attention import image_order
 from mapet_kernels.two_stream_attention.checks import check
 from mapet_kernels.two_stream_attention.problem import Problem, Streams, split_flat
+
+GATHERING_BACKENDS = ("triton", "flash")
+"""Backends that take `perm` themselves."""
 
 
 @functools.cache
@@ -51,7 +54,8 @@ def two_stream_attention(
             M and query rows stay in target order. Without it content rows are in permuted order.
         scale: factor of the scores; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
-        backend: "auto", "triton" (head sizes up to 128), "sdpa" or "reference".
+        backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "sdpa" or
+            "reference".
 
     Returns:
         (out_content, out_query), shaped as q_content (None where it is) and q_query, in their dtype (under autocast,
@@ -64,7 +68,7 @@ def two_stream_attention(
     problem = check(q_content, q_query, k, v, cut, perm, mask_tokens, scale)
     one_cut, cuts = (-1, cut.to(q_query.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
     perm = None if perm is None else perm.to(q_query.device, torch.int64)
-    name = choose_backend(backend, q_query.device, q_query.dtype, TWO_STREAM_BACKENDS, q_query.shape[-1])
+    name = choose_backend(backend, q_query.device, autocast_dtype(q_query), TWO_STREAM_BACKENDS, q_query.shape[-1])
     out, _ = two_stream_attention_op(q_content, q_query, k, v, one_cut, cuts, perm, mask_tokens, problem.scale, name)
     streams = split_flat(out, q_query.shape[0], problem, q_content is not None)
     return streams.content, streams.query
@@ -109,7 +113,7 @@ def two_stream_attention_packed(
     streams = split_flat(q, batch, Problem(tokens, targets, cut, mask_tokens, 1.0), with_content)
     k, v = kv.unbind(2)
     problem = check(streams.content, streams.query, k, v, cut, None, mask_tokens, scale)
-    name = choose_backend(backend, q.device, q.dtype, TWO_STREAM_BACKENDS, q.shape[-1])
+    name = choose_backend(backend, q.device, autocast_dtype(q), TWO_STREAM_BACKENDS, q.shape[-1])
     out, _ = two_stream_attention_packed_op(q, kv, cut, targets, mask_tokens, problem.scale, name)
     return out
 
@@ -159,7 +163,7 @@ def two_stream_attention_op(
     q = Streams(q_content, q_query)
     if perm is None:
         _backend(backend).forward(q, k, v, out, lse, problem)
-    elif backend == "triton":  # gathers in its kernels
+    elif backend in GATHERING_BACKENDS:
         _backend(backend).forward(q, k, v, out, lse, problem, perm)
     else:
         image_order.forward(_backend(backend), perm, q, k, v, out, lse, problem)
@@ -196,7 +200,7 @@ def two_stream_attention_backward_op(
     q, dq = Streams(q_content, q_query), Streams(None if q_content is None else dq_content, dq_query)
     if perm is None:
         _backend(backend).backward(d_out, q, k, v, out, lse, dq, dk, dv, problem)
-    elif backend == "triton":
+    elif backend in GATHERING_BACKENDS:
         _backend(backend).backward(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm)
     else:
         image_order.backward(_backend(backend), perm, d_out, q, k, v, out, lse, dq, dk, dv, problem)

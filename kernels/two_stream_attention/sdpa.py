@@ -12,12 +12,13 @@ Without mask tokens (PIM) the windows start at 0: [0, c) for A, [0, c + i1) for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mapet_kernels.dense_attention import attend, attend_backward, attention_bias
+from mapet_kernels.two_stream_attention import by_cut
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
 TARGET_TILE = 96
@@ -27,12 +28,7 @@ TARGET_TILE = 96
 def forward(q: Streams, k: Tensor, v: Tensor, out: Streams, lse: Streams, problem: Problem) -> None:
     """Fill `out` (B, rows, H, D) and `lse` (B, rows, H); content rows in permuted order."""
     if isinstance(problem.cut, Tensor):
-        _zero(out.content, out.query, lse.content, lse.query)
-        for index, one in _by_cut(problem):
-            part_out, part_lse = _trim(out, index, one), _trim(lse, index, one)
-            forward(_trim(q, index, one), _trim_keys(k, index, one), _trim_keys(v, index, one), part_out, part_lse, one)
-            _untrim(part_out, out, index, one)
-            _untrim(part_lse, lse, index, one)
+        by_cut.forward(forward, q, k, v, out, lse, problem)
         return
     k, v = _mask_keys_first(k, problem.tokens), _mask_keys_first(v, problem.tokens)
     for tile in _tiles(q, problem):
@@ -57,14 +53,7 @@ def backward(
 ) -> None:
     """Fill `dq` (content, query), `dk` and `dv`; `out` and `lse` are those of `forward`."""
     if isinstance(problem.cut, Tensor):
-        _zero(dq.content, dq.query, dk, dv)
-        for index, one in _by_cut(problem):
-            parts = [_trim(s, index, one) for s in (d_out, q, out, lse, dq)]
-            keys = [_trim_keys(x, index, one) for x in (k, v, dk, dv)]
-            backward(parts[0], parts[1], keys[0], keys[1], parts[2], parts[3], parts[4], keys[2], keys[3], one)
-            _untrim(parts[4], dq, index, one)
-            dk[index, : keys[2].shape[1]] = keys[2]
-            dv[index, : keys[3].shape[1]] = keys[3]
+        by_cut.backward(backward, d_out, q, k, v, out, lse, dq, dk, dv, problem)
         return
     k, v = _mask_keys_first(k, problem.tokens), _mask_keys_first(v, problem.tokens)
     # Several tiles add to one key's gradient, so it is kept in fp32 until the end.
@@ -164,31 +153,3 @@ def _content_keys_first(x: Tensor, out: Tensor, tokens: int) -> None:
     x = x.transpose(1, 2)
     out[:, :tokens] = x[:, x.shape[1] - tokens :]
     out[:, tokens:] = x[:, : x.shape[1] - tokens]
-
-
-def _by_cut(problem: Problem) -> Iterator[tuple[Tensor, Problem]]:
-    """The images of each distinct cut, and their problem without padding. Reads the cuts on the host."""
-    for cut in problem.cut.unique().tolist():
-        index = (problem.cut == cut).nonzero().squeeze(1)
-        yield index, replace(problem, cut=cut, targets=problem.tokens - cut)
-
-
-def _trim_keys(x: Tensor, index: Tensor, one: Problem) -> Tensor:
-    return x[index, : one.tokens + (one.targets if one.mask_tokens else 0)]
-
-
-def _trim(streams: Streams, index: Tensor, one: Problem) -> Streams:
-    content = None if streams.content is None else _trim_keys(streams.content, index, one)
-    return Streams(content, streams.query[index, : one.targets])
-
-
-def _untrim(part: Streams, whole: Streams, index: Tensor, one: Problem) -> None:
-    if whole.content is not None:
-        whole.content[index, : part.content.shape[1]] = part.content
-    whole.query[index, : one.targets] = part.query
-
-
-def _zero(*tensors: Tensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.zero_()

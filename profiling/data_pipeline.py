@@ -1,0 +1,114 @@
+"""How fast the data side feeds a step: python profiling/data_pipeline.py --cache runs/cache --batch 256 --workers 0 2 4
+
+Images a second of each stage alone: reading batches from the token cache in this process, through a loader with so many
+workers, copying them to the device, and the colour jitter that runs there. A training step can be no faster than the
+slowest. Without --cache, a temporary one of random images is made.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from mapet.data.augment import color_jitter, sample_color_jitter
+from mapet.data.cache import TokenCache
+from mapet.data.cache_writer import CacheWriter
+from mapet.data.loader import Batch, make_loader
+from mapet.data.manifest import CacheDescription
+
+
+@dataclass(frozen=True)
+class DataPipeline:
+    """What to measure."""
+
+    cache: Annotated[Path | None, tyro.conf.arg(metavar="CACHE")] = None
+    """A token cache; a temporary one of random images when not given."""
+    images: int = 2048
+    """Of the temporary cache."""
+    batch: int = 256
+    """Images of a step."""
+    workers: tuple[int, ...] = (0, 2)
+    """Loader processes to try."""
+    steps: int = 20
+    """Steps a measurement takes, the first left out."""
+    device: str = "cpu"
+    """Where the step runs."""
+    output: Path = Path("runs/profile")
+    """Folder for the numbers."""
+
+
+def run(options: DataPipeline) -> dict[str, float]:
+    """Images a second, by stage."""
+    with ExitStack() as stack:
+        path = options.cache or random_cache(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.images)
+        cache, device = TokenCache.open(path), torch.device(options.device)
+        speeds = {}
+        for workers in options.workers:
+            batches = make_loader(
+                cache, seed=0, global_batch=options.batch, start_step=0, stop_step=options.steps, workers=workers
+            )
+            speeds[f"cache and loader, {workers} workers"] = images_per_second(batches, lambda batch: None, device)
+        ids = torch.arange(options.batch)
+        batch = Batch(cache.images(ids), cache.tokens(ids), ids)
+        pinned = batch.pin_memory() if device.type == "cuda" else batch
+        draws = sample_color_jitter(options.batch, 0.4, torch.Generator(device).manual_seed(0), device)
+        there = batch.to(device)
+        repeated = [there] * options.steps
+        speeds["copy to the device"] = images_per_second([pinned] * options.steps, lambda b: b.to(device), device)
+        speeds["colour jitter"] = images_per_second(repeated, lambda b: color_jitter(b.images, draws), device)
+        return {stage: round(speed, 1) for stage, speed in speeds.items()}
+
+
+def images_per_second(batches: Iterable[Batch], use: Callable[[Batch], object], device: torch.device) -> float:
+    """Batches through `use`; the first is not counted, as it starts workers and warms caches."""
+    images, start = 0, 0.0
+    for number, batch in enumerate(batches):
+        use(batch)
+        if number == 0:
+            _synchronize(device)
+            start = time.perf_counter()
+        else:
+            images += len(batch)
+    _synchronize(device)
+    return images / (time.perf_counter() - start)
+
+
+def random_cache(folder: Path, images: int, *, image_size: int = 224, grid: int = 14) -> Path:
+    """A token cache of random crops and tokens, at ImageNet's size."""
+    description = CacheDescription(image_size, grid, 8192, "random", "0" * 64, "0" * 64)
+    generator = torch.Generator().manual_seed(0)
+    with CacheWriter(folder / "cache", description, capacity=images) as writer:
+        for first in range(0, images, 256):
+            some = min(256, images - first)
+            crops = torch.randint(0, 256, (some, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
+            tokens = torch.randint(0, 8192, (some, grid**2), generator=generator)
+            writer.append(crops, tokens)
+        writer.finish([f"{i}.png" for i in range(images)])
+    return folder / "cache"
+
+
+def main() -> None:
+    options = tyro.cli(DataPipeline, description=__doc__)
+    speeds = run(options)
+    for stage, speed in speeds.items():
+        print(f"{stage:32} {speed:12.1f} images/s")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "data_pipeline.json").write_text(json.dumps(speeds, indent=1) + "\n")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
