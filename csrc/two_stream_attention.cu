@@ -124,6 +124,17 @@ const char* explain(Status status) {
   }
 }
 
+bool has_kernels_for_current_device() {
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, forward_kernel<Half, 64>) == cudaSuccess;
+  if (!found) cudaGetLastError();
+  return found;
+#else
+  return true;
+#endif
+}
+
 Plan plan_rows(const Sizes& sizes, Type type, bool is_backward, Device device) {
   const Rule rule = rule_of(sizes, type);
   const int bd = padded_size(sizes.size), bytes = bytes_of(type), operands = is_backward ? 2 : 1;

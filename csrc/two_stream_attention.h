@@ -39,6 +39,9 @@ enum class Status { ok, size, type, shared_memory, launch };
 
 const char* explain(Status status);
 
+// Whether this library holds code for the current GPU's architecture.
+bool has_kernels_for_current_device();
+
 // out (B, rows, H, D) = softmax(scale Q K^T over visible keys) V; lse (B, rows, H), natural, in float.
 Status two_stream_forward(
     const Sizes& sizes, Type type, Streams q, View k, View v, Streams out, Streams lse, Device device, void* stream);

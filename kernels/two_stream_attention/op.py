@@ -15,14 +15,14 @@ from mapet_kernels.two_stream_attention import image_order
 from mapet_kernels.two_stream_attention.checks import check
 from mapet_kernels.two_stream_attention.problem import Problem, Streams, split_flat
 
-GATHERING_BACKENDS = ("triton", "flash")
+GATHERING_BACKENDS = ("triton", "flash", "cuda")
 """Backends that take `perm` themselves."""
 
 
 @functools.cache
 def _backend(name: str) -> ModuleType:
-    """The backend's module, imported at first use: Triton may not be installed, and takes its time."""
-    module = "triton_backend" if name == "triton" else name
+    """The backend's module, imported at first use: Triton and the CUDA kernels may not be installed."""
+    module = {"triton": "triton_backend", "cuda": "cuda_backend"}.get(name, name)
     return importlib.import_module(f"mapet_kernels.two_stream_attention.{module}")
 
 
