@@ -386,6 +386,7 @@ template <class E, int BD>
 struct QueryGradientTile {
   using Call = QueryGradientCall;
   static constexpr int OPERANDS = 2;
+  static constexpr int UNROLL = held(BD) ? BD / ROWS : 2;  // more fragments at once would not fit the registers
 
   const Call& call;
   const Head& head;
@@ -442,8 +443,8 @@ struct QueryGradientTile {
     for (int n = 0; n < KEYS / ROWS; n++) {
       if (!range.meets(p0 + n * ROWS)) continue;
       Sum scores, d_weights;
-      multiply_rows<E, BD>(scores, q, k + n * ROWS * BD);
-      multiply_rows<E, BD>(d_weights, d_out, v + n * ROWS * BD);
+      multiply_rows<E, BD, UNROLL>(scores, q, k + n * ROWS * BD);
+      multiply_rows<E, BD, UNROLL>(d_weights, d_out, v + n * ROWS * BD);
 #pragma unroll
       for (int i = 0; i < Sum::num_elements; i++) {
         const int r = positions.row(i), p = p0 + n * ROWS + positions.column(i);

@@ -27,3 +27,11 @@ extern "C" void host_plan(const Sizes* sizes, int type, int is_backward, const D
 }
 
 extern "C" const char* host_explain(int status) { return explain(static_cast<Status>(status)); }
+
+extern "C" int host_key_gradient_bytes(int size, int stages) {
+  switch (padded_size(size)) {
+    case 32: return key_gradient_bytes<short, 32>(stages);
+    case 64: return key_gradient_bytes<short, 64>(stages);
+    default: return key_gradient_bytes<short, 128>(stages);
+  }
+}

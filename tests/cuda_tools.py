@@ -10,6 +10,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.utils.cpp_extension import CUDA_HOME
+
 CSRC = Path(__file__).parent.parent / "csrc"
 SHARED_LIMITS = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory a block may ask for, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
@@ -88,6 +90,18 @@ def nvidia_folder(*parts: str) -> Path | None:
     return next((path for root in roots if (path := Path(root, *parts)).exists()), None)
 
 
+def runtime_headers() -> list[Path]:
+    """Folders that hold cuda_runtime.h and what it includes: of a toolkit, or of packages; empty where there is none."""
+    homes = [CUDA_HOME, "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        homes.insert(0, Path(nvcc).resolve().parent.parent)
+    for home in homes:
+        if home and (folder := Path(home, "include")).joinpath("cuda_runtime.h").is_file():
+            return [folder]
+    packages = [nvidia_folder("cuda_runtime", "include"), nvidia_folder("cuda_nvcc", "include")]
+    return [] if None in packages else packages
+
+
 @dataclass(frozen=True)
 class Nvrtc12:
     """CUDA 12's run-time compiler, the last that knows sm_70, from PyPI packages."""
@@ -109,29 +123,29 @@ class Nvrtc12:
         library, runtime, crt = found.values()
         return Nvrtc12(ctypes.CDLL(str(library)), (CSRC, runtime.parent, crt.parent.parent))
 
-    def compile(self, names: list[str], architecture: int) -> tuple[str, bytes]:
-        """(log of ptxas, cubin) of kernels by their C++ names."""
+    def compile(self, names: list[str], target: str) -> tuple[str, str]:
+        """(log, PTX) of kernels by their C++ names; for a target sm_XX the log has what ptxas says."""
         program = ctypes.c_void_p()
         source = b'#include "two_stream_attention.cuh"\n'
         self._check(self.library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None))
         for name in names:
             self._check(self.library.nvrtcAddNameExpression(program, name.encode()))
-        options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "-default-device", "--ptxas-options=-v"]
+        options = [f"--gpu-architecture={target}", "--std=c++17", "-default-device", "--ptxas-options=-v"]
         options += [f"--include-path={folder}" for folder in self.includes]
         values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = self.library.nvrtcCompileProgram(program, len(options), values)
         log = self._text(program, "ProgramLog").decode()
         assert status == 0, log[-4000:]
-        cubin = self._text(program, "CUBIN")
+        ptx = self._text(program, "PTX").decode()
         self._check(self.library.nvrtcDestroyProgram(ctypes.byref(program)))
-        return log, cubin
+        return log, ptx
 
     def _text(self, program: ctypes.c_void_p, what: str) -> bytes:
         size = ctypes.c_size_t()
         self._check(getattr(self.library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
         buffer = ctypes.create_string_buffer(size.value)
         self._check(getattr(self.library, f"nvrtcGet{what}")(program, buffer))
-        return buffer.raw.rstrip(b"\0") if what == "ProgramLog" else buffer.raw
+        return buffer.value
 
     @staticmethod
     def _check(status: int) -> None:
