@@ -91,7 +91,7 @@ def nvidia_folder(*parts: str) -> Path | None:
 
 
 def runtime_headers() -> list[Path]:
-    """Folders that hold cuda_runtime.h and what it includes: of a toolkit, or of packages; empty where there is none."""
+    """Folders that hold cuda_runtime.h and what it includes, of a toolkit or of packages; empty where there is none."""
     homes = [CUDA_HOME, "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         homes.insert(0, Path(nvcc).resolve().parent.parent)
