@@ -19,13 +19,24 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
+# (CONTRIBUTING.md, On a GPU machine). Each of the two is meant to end within 10 minutes.
 GPU_PYTHON ?= $(BIN)/python
+GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
+RESULTS ?= bench/results
 
+# Only files with GPU tests are read, which need few packages. Most of the time goes into compiling kernels, so that it
+# is spread over processes where pytest-xdist is installed.
 test-gpu:
-	$(GPU_PYTHON) -m pytest tests -m gpu
+	spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null); \
+	OMP_NUM_THREADS=2 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m gpu -rs $$spread
 
+# The attention suite stops by itself; what it has by then is its record. A suite that fails does not stop the next.
 bench-gpu:
-	for dtype in fp32 bf16; do $(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype || exit 1; done
+	status=0; \
+	$(GPU_PYTHON) -m bench attention --device cuda --time-limit 360 --output $(RESULTS) || status=1; \
+	for dtype in bf16 fp32; do \
+		$(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype --output $(RESULTS) || status=1; \
+	done; exit $$status
 
 lint:
 	ruff check . && ruff format --check .

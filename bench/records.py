@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """Command, commit, machine and versions of this run."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "commit": _git("rev-parse", "HEAD"),
@@ -28,7 +29,12 @@ def environment() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+        },
     }
 
 
@@ -39,16 +45,49 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {**{f"p{p}_ms": round(value, 3) for p, value in at.items()}, "repeats": len(ordered)}
 
 
-def write(suite: str, label: str, results: dict[str, Any]) -> Path:
+def write(suite: str, label: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write a new record file and return its path; an existing one is never touched."""
-    RESULTS.mkdir(exist_ok=True)
-    record = {"suite": suite, **environment(), **results}
-    stamp = record["time"].replace(":", "").replace("-", "")[:15]
-    path = RESULTS / f"{suite}_{label}_{stamp}.json"
-    with path.open("x") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
-    return path
+    draft = Draft(suite, label, folder)
+    draft.write(results)
+    return draft.finish()
+
+
+class Draft:
+    """A record that grows during a long run: a file NAME.json.partial, which `finish` makes NAME.json.
+
+    What was written last survives if the process is killed.
+    """
+
+    def __init__(self, suite: str, label: str, folder: Path = RESULTS) -> None:
+        self.head = {"suite": suite, **environment()}
+        stamp = self.head["time"].replace(":", "").replace("-", "")[:15]
+        self.path = Path(folder) / f"{suite}_{label}_{stamp}.json"
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Replace what the draft holds."""
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        fresh.write_text(json.dumps({**self.head, **results}, indent=1) + "\n")
+        fresh.replace(self.partial)
+
+    def finish(self) -> Path:
+        """Make the draft a record and return its path.
+
+        Raises:
+            FileExistsError: there is such a record already; it stays as it is.
+        """
+        with self.path.open("x") as file:
+            file.write(self.partial.read_text())
+        self.partial.unlink()
+        return self.path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str:
@@ -56,7 +95,8 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as well as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.official_way import OfficialWay, batch_masks
-from bench.records import quantiles
+from bench.records import RESULTS, quantiles
 from mapet.config import ModelConfig
 from mapet.objectives import MaPeT
 
@@ -32,6 +33,7 @@ class StepBenchmark:
     repeats: int = 10
     device: str = "cpu"
     compile: bool = False
+    output: Path = RESULTS
 
 
 def run(options: StepBenchmark) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Time calls on a device: ways in turn, the cache cold, device events on a GPU and the wall clock on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+PHASES = ("forward", "backward", "both")
+FEWEST_REPEATS = 3
+HEAD_START = 8
+"""Cache flushes before a timed call. They also keep the GPU busy (about 1 ms) while the host queues the call, so that
+short calls are not charged for Python."""
+
+
+class Timed(Protocol):
+    """What is timed: a forward pass, and the backward pass of what it returned."""
+
+    def forward(self) -> Any: ...
+
+    def backward(self, outputs: Any) -> Any: ...
+
+
+class CpuClock:
+    """Wall-clock time; the cache is left as it is."""
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """What the call returned, and its seconds."""
+        start = time.perf_counter()
+        result = call()
+        return result, time.perf_counter() - start
+
+
+class CudaClock:
+    """Device time between two events, after a buffer of at least twice the L2 cache was written."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.buffer = torch.empty(max(2 * cache, 256 << 20), dtype=torch.uint8, device=device)
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """What the call returned, and its seconds."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(HEAD_START):
+            self.buffer.zero_()
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        return result, start.elapsed_time(end) / 1e3
+
+
+Clock = CpuClock | CudaClock
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of a CPU or CUDA device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A time limit in seconds from now on."""
+
+    seconds: float
+    now: Callable[[], float] = time.monotonic
+    start: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.now())
+
+    def left(self) -> float:
+        """Seconds until the limit; 0 or less when it has passed."""
+        return self.start + self.seconds - self.now()
+
+    def passed(self) -> bool:
+        """Whether the limit is over."""
+        return self.left() <= 0
+
+
+def repeats_for(seconds: float, most: int, budget: float) -> int:
+    """Repeats of something that takes `seconds`: as many as fit the budget, from FEWEST_REPEATS to `most`."""
+    return max(min(FEWEST_REPEATS, most), min(most, int(budget / max(seconds, 1e-9))))
+
+
+def sample(way: Timed, clock: Clock) -> dict[str, float]:
+    """Seconds of a forward pass, of the backward pass of its result, and of both in one go."""
+    outputs, forward = clock.time(way.forward)
+    _, backward = clock.time(partial(way.backward, outputs))
+    outputs = None  # frees what the forward pass kept
+    _, both = clock.time(lambda: way.backward(way.forward()))
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def warmed_up(way: Timed, clock: Clock, budget: float) -> float:
+    """Seconds of a sample, the second one unless the first took longer than the budget."""
+    taken = sum(sample(way, clock).values())
+    return taken if taken > budget else sum(sample(way, clock).values())
+
+
+def interleaved(
+    ways: Mapping[str, Timed],
+    clock: Clock,
+    *,
+    repeats: int,
+    budget: float,
+    deadline: Deadline,
+    guard: Callable[[Callable[[], Any]], tuple[Any, str | None]],
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """Time the ways in turn: one sample of each, then the next repeat. Every way is warmed up first.
+
+    Args:
+        repeats: samples of each way; a slow one gets fewer, so that it takes about `budget` seconds.
+        deadline: when it has passed, no further repeat starts.
+        guard: call -> (result, reason); the reason is why the call did not work, or None.
+
+    Returns:
+        (seconds, reasons): by way and phase, a list of seconds; and by way, why it dropped out.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {}
+    reasons: dict[str, str] = {}
+    wanted: dict[str, int] = {}
+    for name, way in ways.items():
+        taken, reason = guard(partial(warmed_up, way, clock, budget))
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        wanted[name] = repeats_for(taken, repeats, budget)
+        seconds[name] = {phase: [] for phase in PHASES}
+    for repeat in range(max(wanted.values(), default=0)):
+        if deadline.passed():
+            break
+        for name in [name for name, count in wanted.items() if repeat < count and name not in reasons]:
+            taken, reason = guard(partial(sample, ways[name], clock))
+            if reason is not None:
+                reasons[name] = reason
+                continue
+            for phase, value in taken.items():
+                seconds[name][phase].append(value)
+    return {name: taken for name, taken in seconds.items() if name not in reasons and taken["both"]}, reasons
