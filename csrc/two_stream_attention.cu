@@ -151,13 +151,18 @@ Plan plan_rows(const Sizes& sizes, Type type, bool is_backward, Device device) {
   return {false, warps, stages, tiles_of(rule.tiles, warps), shared};
 }
 
+ForwardCall plan_forward(
+    const Sizes& sizes, Type type, Streams q, View k, View v, Streams out, Streams lse, Device device) {
+  const Rule rule = rule_of(sizes, type, q.content, q.query, k, v, out.content, out.query);
+  return {rule, plan_rows(sizes, type, false, device), k, v, q, out, lse};
+}
+
 Status two_stream_forward(
     const Sizes& sizes, Type type, Streams q, View k, View v, Streams out, Streams lse, Device device, void* stream) {
   if (const Status bad = check(sizes, type, device); bad != Status::ok) return bad;
-  const Rule rule = rule_of(sizes, type, q.content, q.query, k, v, out.content, out.query);
-  const Plan plan = plan_rows(sizes, type, false, device);
-  if (plan.shared > device.shared_limit) return Status::shared_memory;
-  return with_type(sizes, type, RunForward{{rule, plan, k, v, q, out, lse}, stream});
+  const ForwardCall call = plan_forward(sizes, type, q, k, v, out, lse, device);
+  if (call.plan.shared > device.shared_limit) return Status::shared_memory;
+  return with_type(sizes, type, RunForward{call, stream});
 }
 
 Status two_stream_backward(

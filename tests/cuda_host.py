@@ -120,3 +120,18 @@ def call_sizes(q: Streams, k: Tensor, problem: Problem, perm: Tensor | None) -> 
         problem.mask_tokens, q.content is not None, problem.scale, problem.cut.data_ptr() if per_image else None,
         None if perm is None else perm.data_ptr(),
     )  # fmt: skip
+
+
+def forward_call(
+    library: ctypes.CDLL, device: Device, q: Streams, k: Tensor, v: Tensor, out: Streams, lse: Streams,
+    problem: Problem, perm: Tensor | None,
+) -> tuple[ctypes.Array, Plan]:  # fmt: skip
+    """The argument of a forward kernel in half precision, as bytes, and how it is to be launched."""
+    sizes, plan = call_sizes(q, k, problem, perm), Plan()
+    library.host_plan(ctypes.byref(sizes), TYPES[k.dtype], False, ctypes.byref(device), ctypes.byref(plan))
+    argument = ctypes.create_string_buffer(1024)
+    count = library.host_forward_call(
+        ctypes.byref(sizes), TYPES[k.dtype], views(q, k, v, out, lse), ctypes.byref(device), argument, len(argument)
+    )
+    assert count > 0, "the argument has become larger than its buffer"
+    return argument, plan

@@ -11,7 +11,18 @@ extern "C" int host_forward(const Sizes* sizes, int type, const View* views, con
       two_stream_forward(*sizes, static_cast<Type>(type), q, views[2], views[3], out, lse, *device, nullptr));
 }
 
-// views: as above, then content and query of d_out, of dq; dk, dv.
+// What a forward launch passes to its kernel, as bytes; returns how many, -1 if there are more than `most`.
+extern "C" int host_forward_call(
+    const Sizes* sizes, int type, const View* views, const Device* device, void* bytes, int most) {
+  const Streams q{views[0], views[1]}, out{views[4], views[5]}, lse{views[6], views[7]};
+  const ForwardCall call =
+      plan_forward(*sizes, static_cast<Type>(type), q, views[2], views[3], out, lse, *device);
+  if (static_cast<int>(sizeof call) > most) return -1;
+  std::memcpy(bytes, &call, sizeof call);
+  return sizeof call;
+}
+
+// views: as for host_forward, then content and query of d_out, of dq; dk, dv.
 extern "C" int host_backward(
     const Sizes* sizes, int type, const View* views, float* workspace, const Device* device, int descending) {
   emulation::descending() = descending;

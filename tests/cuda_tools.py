@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch.utils.cpp_extension import CUDA_HOME
 
 CSRC = Path(__file__).parent.parent / "csrc"
 SHARED_LIMITS = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
@@ -56,6 +55,11 @@ def parse_resources(log: str) -> list[Resources]:
     return found
 
 
+def entry_names(ptx: str) -> list[str]:
+    """Kernels in PTX, as they are called there."""
+    return re.findall(r"\.entry (\w+)\(", ptx)
+
+
 def nvcc_cubin(source: Path, architecture: int, cubin: Path) -> list[Resources]:
     """Compile for one architecture."""
     target = f"arch=compute_{architecture},code=sm_{architecture}"
@@ -92,7 +96,7 @@ def nvidia_folder(*parts: str) -> Path | None:
 
 def runtime_headers() -> list[Path]:
     """Folders that hold cuda_runtime.h and what it includes, of a toolkit or of packages; empty where there is none."""
-    homes = [CUDA_HOME, "/usr/local/cuda"]
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         homes.insert(0, Path(nvcc).resolve().parent.parent)
     for home in homes:
