@@ -3,9 +3,10 @@
 // Compile: included by two_stream_attention.cuh. nvcc and NVRTC give the GPU's own; a C++ compiler takes the same names
 // from host_emulation.h, which runs the kernels thread by thread on the CPU, for tests.
 //
-// Matrix products are WMMA's 16 x 16 x 16 with float sums, which every GPU from sm_70 on has in hardware. Operand tiles
-// lie in shared memory as 16 x 16 elements in one piece (512 bytes in half precision): no padding is needed, which is
-// what lets K and V of 344 keys of size 64 stay in a V100's 96 KB, and at most two lanes meet in a bank.
+// Matrix products are WMMA's 16 x 16 x 16 with float sums, which every GPU from sm_70 on has in hardware: m8n8k4 there,
+// m16n8k8 on sm_75, m16n8k16 from sm_80 on, where copies into shared memory are asynchronous too. Operand tiles lie in
+// shared memory as 16 x 16 elements in one piece (512 bytes in half precision). No padding is needed, which lets K and V
+// of 344 keys of size 64 stay in a V100's 96 KB, at the price of two rows of a tile in the same banks.
 #pragma once
 
 #include "prefix_suffix.cuh"
@@ -78,11 +79,15 @@ MAPET_DEVICE void block_barrier() { __syncthreads(); }
 
 // 16 bytes from global into shared memory, or zeros; they are there after `finish_copies` and a barrier.
 MAPET_DEVICE void copy_16(void* shared, const void* global, bool real) {
+  if (!real) {
+    *static_cast<uint4*>(shared) = make_uint4(0, 0, 0, 0);
+    return;
+  }
 #if __CUDA_ARCH__ >= 800
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(real ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 #else
-  *static_cast<uint4*>(shared) = real ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
 }
 

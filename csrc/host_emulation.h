@@ -3,9 +3,11 @@
 // Compile: c++ -O1 -std=c++17 -shared -fPIC -x c++ csrc/two_stream_attention.cu (tests/test_cuda_source.py does).
 //
 // Threads are fibers that run one at a time from barrier to barrier, in ascending or descending order: a missing
-// barrier gives another result in one of the two. Shared memory starts as NaN and is guarded at its end. A matrix
-// fragment is scattered over the lanes in an order that no GPU uses, so that a kernel which assumed one would fail.
-// A broken rule (a barrier that not all reach, an operand that is not aligned) ends the process with a message.
+// barrier gives another result in one of the two, unless a matrix product or a shuffle, which are barriers here, hides
+// it (compute-sanitizer's racecheck on a GPU does not). Copies happen as late as the rules allow. Shared memory starts
+// as NaN and is guarded at its end. A matrix fragment is scattered over the lanes in an order that no GPU uses, so that
+// a kernel which assumed one would fail. A broken rule (a barrier that not all reach, an operand that is not aligned)
+// ends the process with a message.
 #pragma once
 
 #include <setjmp.h>

@@ -170,7 +170,8 @@ Status two_stream_backward(
     View dk, View dv, float* workspace, Device device, void* stream) {
   if (const Status bad = check(sizes, type, device); bad != Status::ok) return bad;
   const Rule rule = rule_of(
-      sizes, type, q.content, q.query, k, v, d_out.content, d_out.query, dq.content, dq.query, dk, dv);
+      sizes, type, q.content, q.query, k, v, out.content, out.query, d_out.content, d_out.query, dq.content, dq.query,
+      dk, dv);
   const Plan plan = plan_rows(sizes, type, true, device);
   if (plan.shared > device.shared_limit) return Status::shared_memory;
   float* delta = workspace + static_cast<Index>(sizes.images) * sizes.heads * (sizes.tokens + 2LL * sizes.targets);

@@ -118,7 +118,7 @@ MAPET_DEVICE void copy_rows(E* shared, int rows, const Rule& rule, int thread, i
     E* to = shared + tile_offset<BD>(row, d);
     if (rule.aligned) {
       const bool real = from != nullptr && d < rule.sizes.size;
-      copy_16(to, real ? static_cast<const void*>(from + d) : to, real);
+      copy_16(to, real ? from + d : nullptr, real);
     } else {
       for (int j = 0; j < SIZE; j++) to[j] = from && d + j < rule.sizes.size ? from[d + j] : from_float<E>(0.0f);
     }
@@ -415,12 +415,27 @@ struct QueryGradientTile {
     for (int d = 0; d < BD / ROWS; d++) clear(dq[d]);
   }
 
+  // Sum of a[i] * b[i] over a chunk, or the `left` elements that are left of it.
+  MAPET_DEVICE float product(const E* a, const E* b, int left) const {
+    float sum = 0;
+    if (call.rule.aligned) {
+      const Chunk<E> x = *reinterpret_cast<const Chunk<E>*>(a), y = *reinterpret_cast<const Chunk<E>*>(b);
+#pragma unroll
+      for (int i = 0; i < Chunk<E>::SIZE; i++) sum += to_float(x.x[i]) * to_float(y.x[i]);
+    } else {
+      for (int i = 0; i < smaller(left, Chunk<E>::SIZE); i++) sum += to_float(a[i]) * to_float(b[i]);
+    }
+    return sum;
+  }
+
   MAPET_DEVICE void write_statistics() {
     float delta = 0, lse = 0;
     if (row.sees) {
       const E* d_o = head.row<E>(call.d_out, row);
       const E* o = head.row<E>(call.out, row);
-      for (int d = warp.half(); d < call.rule.sizes.size; d += 2) delta += to_float(d_o[d]) * to_float(o[d]);
+      // Two lanes share a row, a chunk each in turns.
+      for (int d = warp.half() * Chunk<E>::SIZE; d < call.rule.sizes.size; d += 2 * Chunk<E>::SIZE)
+        delta += product(d_o + d, o + d, call.rule.sizes.size - d);
       lse = *head.row<float>(call.lse, row) * LOG2_E;
     }
     delta += swap_with_neighbour(delta);

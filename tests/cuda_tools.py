@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +81,12 @@ def cuobjdump() -> str | None:
     return str(inside) if inside.is_file() else None
 
 
-def tensor_core_instructions(cubin: Path) -> dict[str, int]:
-    """HMMA instructions in each function of a cubin."""
+def instructions(cubin: Path) -> dict[str, Counter[str]]:
+    """How often each instruction stands in each function of a cubin: HMMA.16816 multiplies 16 x 16 by 16 x 8."""
     text = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]
-    return {name: body.count("HMMA") for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    pattern = re.compile(r"\b(HMMA\.\d+|LDGSTS)\b")
+    return {name: Counter(pattern.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def nvidia_folder(*parts: str) -> Path | None:

@@ -54,8 +54,8 @@ def two_stream_attention(
             M and query rows stay in target order. Without it content rows are in permuted order.
         scale: factor of the scores; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
-        backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "sdpa" or
-            "reference".
+        backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "cuda" (fp16
+            and bf16, head sizes up to 128, where csrc/ is built), "sdpa" or "reference".
 
     Returns:
         (out_content, out_query), shaped as q_content (None where it is) and q_query, in their dtype (under autocast,
