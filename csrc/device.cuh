@@ -5,8 +5,8 @@
 //
 // Matrix products are WMMA's 16 x 16 x 16 with float sums, which every GPU from sm_70 on has in hardware: m8n8k4 there,
 // m16n8k8 on sm_75, m16n8k16 from sm_80 on, where copies into shared memory are asynchronous too. Operand tiles lie in
-// shared memory as 16 x 16 elements in one piece (512 bytes in half precision). No padding is needed, which lets K and V
-// of 344 keys of size 64 stay in a V100's 96 KB, at the price of two rows of a tile in the same banks.
+// shared memory as 16 x 16 elements in one piece (512 bytes in half precision). No padding is needed, which lets K and
+// V of 344 keys of size 64 stay in a V100's 96 KB, at the price of two rows of a tile in the same banks.
 #pragma once
 
 #include "prefix_suffix.cuh"

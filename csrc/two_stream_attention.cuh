@@ -180,7 +180,8 @@ struct Warp {
   unsigned char* operands;
 
   MAPET_DEVICE Warp(unsigned char* memory, int operand_count)
-      : lane(threadIdx.x % WARP_SIZE), scratch(memory + threadIdx.x / WARP_SIZE * warp_bytes(BD, sizeof(E), operand_count)),
+      : lane(threadIdx.x % WARP_SIZE),
+        scratch(memory + threadIdx.x / WARP_SIZE * warp_bytes(BD, sizeof(E), operand_count)),
         operands(scratch + work_bytes(BD, sizeof(E))) {}
 
   MAPET_DEVICE int row() const { return lane / 2; }  // two lanes look after a row
@@ -491,7 +492,8 @@ MAPET_DEVICE void walk_resident(const typename Tile::Call& call, unsigned char* 
   const int keys = tiles_of(head.image.keys(), ROWS) * ROWS;
   E* k = reinterpret_cast<E*>(memory);
   E* v = k + keys * BD;
-  const Warp<E, BD> warp(memory + 2 * tiles_of(head.image.content_rows(), ROWS) * ROWS * BD * sizeof(E), Tile::OPERANDS);
+  const int most_keys = tiles_of(head.image.content_rows(), ROWS) * ROWS;
+  const Warp<E, BD> warp(memory + 2 * most_keys * BD * sizeof(E), Tile::OPERANDS);
   copy_keys<E, BD>(k, v, 0, keys, rule, head, call.k, call.v);
   finish_copies<0>();
   block_barrier();
@@ -587,8 +589,9 @@ struct RowStage {
   static constexpr int BYTES = 2 * ROW_COUNT * BD * sizeof(E) + 3 * ROW_COUNT * 4;
 
   MAPET_DEVICE explicit RowStage(unsigned char* memory)
-      : q(reinterpret_cast<E*>(memory)), d_out(q + ROW_COUNT * BD), lse(reinterpret_cast<float*>(d_out + ROW_COUNT * BD)),
-        delta(lse + ROW_COUNT), shift(reinterpret_cast<int*>(delta + ROW_COUNT)) {}
+      : q(reinterpret_cast<E*>(memory)), d_out(q + ROW_COUNT * BD),
+        lse(reinterpret_cast<float*>(d_out + ROW_COUNT * BD)), delta(lse + ROW_COUNT),
+        shift(reinterpret_cast<int*>(delta + ROW_COUNT)) {}
 };
 
 // Shared memory of a block of the key gradient.

@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 MAX_TRITON_HEAD_SIZE = MAX_CUDA_HEAD_SIZE = 128
 
 HOW_TO_BUILD_CUDA = "MAPET_BUILD_CUDA=1 pip install --no-build-isolation --no-deps ."
-"""In a checkout, with nvcc on PATH and torch installed."""
+"""In a checkout, with nvcc on PATH, and torch, setuptools and wheel installed."""
 
 
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, str | None]:
