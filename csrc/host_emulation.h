@@ -120,6 +120,22 @@ inline bool release(int lo, int hi, Wait what) {
   return true;
 }
 
+// Run a warp as far as it comes without the others, which shows best whether it should have waited for them.
+inline bool run_warp(int warp, bool descending) {
+  Block& b = block();
+  bool ran = false;
+  do {
+    for (int i = 0; i < WARP; i++) {
+      b.current = warp * WARP + (descending ? WARP - 1 - i : i);
+      if (b.fibers[b.current].wait != Wait::none) continue;
+      thread_index().x = b.current;
+      resume();
+      ran = true;
+    }
+  } while (release(warp * WARP, (warp + 1) * WARP, Wait::warp));
+  return ran;
+}
+
 inline void run_block(bool descending) {
   Block& b = block();
   const int threads = static_cast<int>(b.fibers.size());
@@ -137,14 +153,7 @@ inline void run_block(bool descending) {
   }
   for (bool alive = true; alive;) {
     bool moved = false;
-    for (int i = 0; i < threads; i++) {
-      b.current = descending ? threads - 1 - i : i;
-      if (b.fibers[b.current].wait != Wait::none) continue;
-      thread_index().x = b.current;
-      resume();
-      moved = true;
-    }
-    for (int i = 0; i < threads; i += WARP) moved |= release(i, i + WARP, Wait::warp);
+    for (int w = 0; w < threads / WARP; w++) moved |= run_warp(descending ? threads / WARP - 1 - w : w, descending);
     moved |= release(0, threads, Wait::block);
     alive = false;
     for (const Fiber& fiber : b.fibers) alive |= fiber.wait != Wait::ended;
