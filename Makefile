@@ -36,7 +36,8 @@ bench-gpu:
 	$(GPU_PYTHON) -m bench attention --device cuda --time-limit 360 --output $(RESULTS) || status=1; \
 	for dtype in bf16 fp32; do \
 		$(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype --output $(RESULTS) || status=1; \
-	done; exit $$status
+	done; \
+	$(GPU_PYTHON) -m bench kmeans --output $(RESULTS) || status=1; exit $$status
 
 lint:
 	ruff check . && ruff format --check .

@@ -32,7 +32,7 @@ from mapet_kernels.launch import LaunchConfig
 from mapet_kernels.registry import TwoStreamShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KERNELS = ("two_stream_forward", "two_stream_query_gradient", "two_stream_key_gradient")
+KERNELS = ("attention_forward", "attention_query_gradient", "attention_key_gradient")
 """Functions of mapet_kernels.launch, in the order of the launches of a forward and backward pass."""
 
 ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
@@ -212,7 +212,7 @@ def reason_against(entry: Entry, config: LaunchConfig) -> str | None:
 
     try:
         with override(entry.kernel, config):
-            parts = aot.launches(entry.size, DTYPES[entry.dtype], "plain", entry.architecture)
+            parts = aot.launches(entry.size, entry.dtype, "plain", entry.architecture)
         part = parts[KERNELS.index(entry.kernel)]
         report = aot.compile_launch(part, entry.size, entry.dtype, "plain", entry.architecture)
     except Exception as error:  # the compiler's own errors, of which it has many kinds
@@ -273,9 +273,9 @@ class Runner:
 
         self.entry, self.device, self.launches = entry, device, launches
         self.results: tuple[Tensor, ...] = {
-            "two_stream_forward": (out.content, out.query),
-            "two_stream_query_gradient": (dq.content, dq.query),
-            "two_stream_key_gradient": (dk, dv),
+            "attention_forward": (out.content, out.query),
+            "attention_query_gradient": (dq.content, dq.query),
+            "attention_key_gradient": (dk, dv),
         }[entry.kernel]
 
     def call(self, config: LaunchConfig) -> Callable[[], None]:

@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +15,7 @@ from mapet_kernels.flash_providers import reason_against_flash
 ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
 
+PREFIX_SUFFIX_BACKENDS = (*ATTENTION_BACKENDS, "triton")
 TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton", "flash", "cuda")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -128,14 +129,26 @@ def _fastest(device: torch.device, dtype: torch.dtype | None, among: Sequence[st
     return "sdpa" if "sdpa" in among and device.type in ("cpu", "cuda") else "reference"
 
 
-def choose_listed_backend(requested: str, listed: Mapping[str, object]) -> str:
-    """The backend for a request, of an op whose backends run on every device: "auto" takes the first.
+def choose_listed_backend(
+    requested: str,
+    listed: Sequence[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend for a request, of an op whose backends but "triton" run on every device.
+
+    "auto" takes "triton" on a CUDA device where it is listed and runs (in `dtype`), else the first.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the backend cannot run on the device in the dtype; the text says why.
     """
+    device = torch.device(device)
     if requested == "auto":
-        return next(iter(listed))
+        on_gpu = "triton" in listed and device.type == "cuda" and reason_against_triton(device, dtype) is None
+        return "triton" if on_gpu else listed[0]
     if requested not in listed:
         raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(listed)}")
+    reason = reason_against_triton(device, dtype) if requested == "triton" else None
+    if reason is not None:
+        raise ValueError(f"backend {requested!r} cannot run here: {reason}")
     return requested

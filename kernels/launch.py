@@ -21,6 +21,11 @@ class LaunchConfig:
     keys: int  # keys of a tile, BN
     warps: int
     stages: int  # key or row tiles in flight
+    registers: int | None = None  # most registers of a thread; left to the assembler where None
+
+
+ALL_REGISTERS = 255
+"""Left to itself, the assembler spills a few bytes of fp32 tiles where that lets more programs run on a processor."""
 
 
 def padded_size(size: int) -> int:
@@ -41,22 +46,24 @@ def known_architecture(capability: tuple[int, int]) -> int:
     return max(known)
 
 
-def two_stream_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the forward kernel for head size `size`, 1 to 128.
+def attention_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the forward kernel of an attention op for head size `size`, 1 to 128.
 
     Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU.
     """
-    wide = padded_size(size) == 128
-    if dtype.itemsize > 2:
-        return LaunchConfig(rows=32 if wide else 64, keys=32, warps=8, stages=1)
-    return LaunchConfig(rows=128, keys=32 if wide and architecture < 90 else 64, warps=8, stages=2)
-
-
-def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the kernel of dQ."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
-        return LaunchConfig(rows=64 if padded <= 32 else 32, keys=32, warps=8, stages=1)
+        rows, keys = 64 if padded <= 32 else 32, 16 if padded == 128 else 32
+        return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
+    return LaunchConfig(rows=128, keys=32 if padded == 128 and architecture < 90 else 64, warps=8, stages=2)
+
+
+def attention_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dQ of an attention op."""
+    padded = padded_size(size)
+    if dtype.itemsize > 2:
+        rows, keys = {16: (64, 32), 32: (64, 32), 64: (32, 32), 128: (16, 16)}[padded]
+        return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
     if architecture >= 90:
         return LaunchConfig(rows=128, keys=32 if padded == 128 else 64, warps=8, stages=2)
     if padded == 128:
@@ -64,9 +71,55 @@ def two_stream_query_gradient(size: int, dtype: torch.dtype, architecture: int) 
     return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
 
 
-def two_stream_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
-    """Configuration of the kernel of dK and dV."""
+def attention_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+    """Configuration of the kernel of dK and dV of an attention op."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
-        return LaunchConfig(rows=32, keys=32, warps=8 if padded == 128 else 4, stages=1)
+        keys, warps = (16, 8) if padded == 128 else (32, 4)
+        return LaunchConfig(rows=32, keys=keys, warps=warps, stages=1, registers=ALL_REGISTERS)
     return LaunchConfig(rows={16: 64, 128: 16}.get(padded, 32), keys=128, warps=8, stages=2)
+
+
+@dataclass(frozen=True)
+class AssignConfig:
+    """Tile sizes and resources of the score kernel of kmeans_assign."""
+
+    rows: int  # rows of a tile, BM
+    clusters: int  # centroids of a tile, BN
+    features: int  # features of one product, BK
+    warps: int
+    stages: int  # products whose operands are in flight
+    descriptors: bool  # tiles are moved by the tensor memory accelerator
+    capacity: int = 8  # candidates a row can hold in the exact mode
+
+
+def kmeans_assign_scores(features: int, exact: bool, architecture: int) -> AssignConfig:
+    """Configuration of the score kernel for D = `features` and 16-bit operands.
+
+    Entries are chosen so that registers are not spilled, not yet by time on a GPU. One product a tile (D <= 64) leaves
+    the tensor cores idle while scores are looked through, so tiles are small and two programs share a processor.
+    """
+    if architecture < 90:
+        return AssignConfig(128, 128, 64, warps=8, stages=3, descriptors=False)
+    if features <= 64:
+        rows, warps = (64, 4) if exact else (128, 8)
+        return AssignConfig(rows, 128, 64, warps, stages=3, descriptors=True)
+    rows, clusters = (256, 128) if exact else (128, 256)
+    return AssignConfig(rows, clusters, 64, warps=8, stages=4, descriptors=True)
+
+
+def kmeans_assign_shares(row_tiles: int, clusters: int, features: int, config: AssignConfig, processors: int) -> int:
+    """How many programs share the centroids of one row tile, each taking some tiles of them.
+
+    Many where the row tiles alone would not fill the processors. At least 8, where there are as many tiles, if the row
+    tiles in use at a time would push each other out of the L2 cache, from where they are read for every centroid tile.
+    """
+    tiles = -(-clusters // config.clusters)
+    filling = -(-2 * processors // row_tiles)
+    cached = 8 if processors * config.rows * features * 2 > L2_ROW_BYTES else 1
+    share_tiles = -(-tiles // min(tiles, max(filling, cached)))
+    return -(-tiles // share_tiles)
+
+
+L2_ROW_BYTES = 16 * 2**20
+"""Row tiles of 16 bits that may be in use at a time without a thought for the L2 cache."""

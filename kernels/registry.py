@@ -359,6 +359,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_prefix_suffix_cost,
             backends=ATTENTION_BACKENDS,
+            gpu_backends=("triton",),
         ),
         OpSpec(
             name="permuted_embed",
@@ -388,9 +389,13 @@ REGISTRY: dict[str, OpSpec] = {
                 "prime": KMeansShape(97, 41, 13),
                 "wide": KMeansShape(31, 19, 1024),
                 "batched": KMeansShape(23, 7, 5, groups=3),
+                "one_cluster": KMeansShape(19, 1, 64),
+                "one_feature": KMeansShape(29, 17, 1),
+                "many_clusters": KMeansShape(5, 523, 64),
             },
             cost=_kmeans_assign_cost,
             backends=("reference",),
+            gpu_backends=("triton",),
             differentiable=False,
         ),
         OpSpec(
@@ -402,9 +407,11 @@ REGISTRY: dict[str, OpSpec] = {
                 "one_row": KMeansShape(1, 1, 1),
                 "prime": KMeansShape(97, 41, 13),
                 "empty_clusters": KMeansShape(11, 64, 33),
+                "long_clusters": KMeansShape(2003, 2, 7),
             },
             cost=_kmeans_update_cost,
             backends=("reference",),
+            gpu_backends=("triton",),
             differentiable=False,
         ),
     )

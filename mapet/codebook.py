@@ -85,6 +85,45 @@ def measure_usage(tokens: Tensor | np.ndarray, vocabulary: int, codebook: Tensor
     return CodebookUsage(np.bincount(flat, minlength=vocabulary), repeated)
 
 
+def repeated_entries(codebook: Tensor) -> dict[int, int]:
+    """Entries of a codebook (K, F) that equal an earlier one, and the first one they equal; such are never used."""
+    _, group = torch.unique(codebook.cpu(), dim=0, return_inverse=True)
+    first: dict[int, int] = {}
+    return {
+        entry: first[number] for entry, number in enumerate(group.tolist()) if first.setdefault(number, entry) != entry
+    }
+
+
+def class_counts(tokens: np.ndarray, labels: np.ndarray, vocabulary: int, classes: int) -> np.ndarray:
+    """How often every entry occurs in the images of every class.
+
+    Args:
+        tokens: (n, P) integers in [0, vocabulary).
+        labels: (n,) integers in [0, classes).
+    Returns:
+        (classes, vocabulary) int64.
+    """
+    counts = np.zeros(classes * vocabulary, dtype=np.int64)
+    for first in range(0, len(tokens), 16384):
+        some = slice(first, first + 16384)
+        joint = labels[some, None].astype(np.int64) * vocabulary + tokens[some]
+        counts += np.bincount(joint.reshape(-1), minlength=len(counts))
+    return counts.reshape(classes, vocabulary)
+
+
+def pointwise_mutual_information(counts: np.ndarray, floor: int = 1) -> np.ndarray:
+    """log2( p(entry, class) / (p(entry) p(class)) ) in bits, from counts (classes, vocabulary).
+
+    0 is what chance gives; 1 says that the entry is twice as frequent in the class as in all images. Rare entries score
+    high by chance, so pairs that occur less than `floor` times are -infinity.
+    """
+    joint = counts.astype(np.float64)
+    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True) / max(joint.sum(), 1)
+    enough = counts >= max(floor, 1)
+    ratio = np.divide(joint, expected, out=np.zeros_like(joint), where=enough)
+    return np.log2(ratio, out=np.full_like(joint, -np.inf), where=enough)
+
+
 @dataclass(frozen=True)
 class FitReport:
     """What fitting a codebook did, and how the patches it was fitted on use it.
@@ -92,7 +131,8 @@ class FitReport:
     Attributes:
         tokenizer: its name.
         images, patches: seen; `rows` of the patches were drawn for the k-means.
-        seed, init, iterations: settings of the k-means.
+        seed, init, iterations, tolerance, max_rows: settings of the sample and the k-means.
+        source: fingerprint of the images and their order, where it is known.
         objectives: sum of squared distances for every redo and iteration; `redo` is the one kept.
         splits: empty clusters refilled in the redo kept.
         usage: of the final codebook, by the rows.
@@ -110,6 +150,9 @@ class FitReport:
     redo: int
     splits: int
     usage: CodebookUsage
+    tolerance: float = 0.0
+    max_rows: int = 0
+    source: str = ""
 
     @property
     def objective(self) -> float:

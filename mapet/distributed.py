@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -77,12 +78,21 @@ class World:
             raise MapetError("the main process could not go on; its message says why")
         return answer[0]
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank, in every process; all wait for the last one."""
+        if self.size == 1:
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
 
 @contextmanager
-def connect(device: str) -> Iterator[World]:
+def connect(device: str, *, patience: timedelta | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
 
-    `device` is auto, cpu, cuda or cuda:N; with several processes cuda means one GPU each, by LOCAL_RANK.
+    `device` is auto, cpu, cuda or cuda:N; with several processes cuda means one GPU each, by LOCAL_RANK. `patience` is
+    how long processes wait for each other in `on_main` and `gather`; torch's default where it is None.
     ConfigError when the device is absent or the environment is incomplete.
     """
     size = _environment("WORLD_SIZE", 1)
@@ -94,7 +104,7 @@ def connect(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(chosen, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        yield World(chosen, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
     finally:
         dist.destroy_process_group()
 

@@ -47,7 +47,7 @@ def _short_for(option: str) -> Any:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Turn images into a token cache: fit or load a tokenizer, encode every image, keep crops and tokens."""
+    """Turn images into a token cache: fit or load a tokenizer, encode every image; also under torchrun."""
 
     images: Annotated[str | None, _wanted("DIR|digits|photos[:TILE[:STRIDE]]")] = None
     """Folder of images, labelled by class sub-folders or not, or a built-in set."""
@@ -62,19 +62,33 @@ class Tokenize:
     vocabulary: Annotated[int | None, _wanted("INT", "8192, or the codebook's")] = None
     """Codebook entries."""
     codebook: Annotated[Path | None, _wanted("FOLDER|NPY", "CACHE_tokenizer")] = None
-    """Saved tokenizer, or centroids; a new folder gets the one fitted."""
+    """Saved tokenizer, or centroids, or a new folder for one."""
     weights: Annotated[Path | None, _wanted("FILE", "found in caches or on the hub")] = None
     """Weights of CLIP RN50x64, for kclip."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("fp32|bf16|fp16", "fp32")] = None
-    """Of the network of kclip."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("TYPE", "fp16 on a GPU, else fp32")] = None
+    """fp32, fp16 or bf16, of the network of kclip."""
+    compile: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Compile the network of kclip."""
     fit_images: int = 0
     """Images to fit the codebook on, drawn at random; 0 for all."""
     fit_iterations: int = 20
     """k-means iterations."""
     fit_redos: int = 5
     """k-means starts, of which the best is kept."""
+    features_dir: Annotated[Path | None, _wanted("DIR", "CACHE_features if above 4 GB")] = None
+    """Folder for the features of the fit."""
+    fit_init: Annotated[Literal["random", "k-means++"], arg(metavar="NAME")] = "random"
+    """How k-means starts: random or k-means++."""
+    fit_tolerance: float = 0.0
+    """Relative change of the objective that ends a start early."""
+    fit_patches: int = 512
+    """Patches per codebook entry to fit on at most, drawn at random."""
+    fit_save_every: float = 60.0
+    """Seconds between saves of an unfinished fit; 0 for none."""
+    fit: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Only fit the tokenizer and save it; make no cache."""
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
-    """Token files of the official code, in order, or their folder; needs --csv, --root."""
+    """Token files of the official code, in order, or a folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None
     """The official list of images (path,class) that the token files belong to."""
     root: Annotated[Path | None, _wanted("DIR")] = None
@@ -84,15 +98,17 @@ class Tokenize:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = 2
-    """Processes that decode images."""
+    """Processes that decode images, for each GPU."""
     batch_size: int = 64
     """Images per batch."""
+    shard_images: int = 0
+    """Images of a shard, the unit of resuming; 0 for about 1024."""
     max_skipped: float = 0.01
-    """Largest part of the images that may be unreadable; they are listed."""
+    """Part of the images that may be unreadable; they are listed."""
     seed: int = 1234
     """Of the fit."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Replace a cache at --output, and fit a new tokenizer unless --codebook is given."""
+    """Replace the cache, and fit a new tokenizer unless --codebook is given."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +202,26 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Codebook:
+    """Report on the codebook behind a token cache: its usage, what entries look like, and their classes."""
+
+    cache: Annotated[Path, arg(metavar="CACHE")]
+    """Made by mapet tokenize."""
+    output: Annotated[Path, arg(metavar="DIR")] = Path("runs/codebook")
+    """Folder for report.md, the pictures and the tables."""
+    codebook: Annotated[Path | None, _wanted("FOLDER", "CACHE_tokenizer")] = None
+    """The tokenizer, to find entries that repeat another."""
+    entries: Annotated[tuple[int, ...], arg(metavar="ID...", help_behavior_hint="")] = ()
+    """Entries to draw, besides the most and the least used."""
+    rows: int = 10
+    """Entries of a picture."""
+    floor: int = 20
+    """Tokens that an entry has in a class, at least, to be tied to it."""
+    seed: int = 0
+    """Picks the patches that are drawn."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Write pre-trained weights as a folder that timm.create_model loads, and check it."""
 
@@ -229,6 +265,7 @@ COMMANDS: dict[str, type] = {
     "tokenize": Tokenize,
     "pretrain": Pretrain,
     "probe": Probe,
+    "codebook": Codebook,
     "export": Export,
     "demo": Demo,
     "doctor": Doctor,

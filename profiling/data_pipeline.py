@@ -87,11 +87,15 @@ def random_cache(folder: Path, images: int, *, image_size: int = 224, grid: int 
     description = CacheDescription(image_size, grid, 8192, "random", "0" * 64, "0" * 64)
     generator = torch.Generator().manual_seed(0)
     with CacheWriter(folder / "cache", description, capacity=images) as writer:
-        for first in range(0, images, 256):
-            some = min(256, images - first)
-            crops = torch.randint(0, 256, (some, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
-            tokens = torch.randint(0, 8192, (some, grid**2), generator=generator)
-            writer.append(crops, tokens)
+        for number in range(writer.shards):
+            with writer.shard(number) as shard:
+                positions = writer.positions(number)
+                for first in range(0, len(positions), 256):
+                    some = len(positions[first : first + 256])
+                    size = (some, 3, image_size, image_size)
+                    crops = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+                    shard.append(crops, torch.randint(0, 8192, (some, grid**2), generator=generator))
+                shard.finish()
         writer.finish([f"{i}.png" for i in range(images)])
     return folder / "cache"
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mapet.data import cache_writer
 from mapet.data.cache import TokenCache
-from mapet.data.cache_writer import CacheWriter
 from mapet.data.images import ImageSource, centre_square
 from mapet.data.manifest import CacheDescription
 from mapet.errors import DataError
@@ -75,12 +75,10 @@ def random_rows(length, *, image_size=8, patches=4, vocabulary=32, seed=0):
 def write_cache(path, length=10, *, rows_per_shard=4, labelled=True, overwrite=False, seed=0):
     """A cache of random rows; returns it with the rows."""
     images, tokens = random_rows(length, seed=seed)
-    shard_bytes = rows_per_shard * images[0].numel()
-    with CacheWriter(path, description(), capacity=length, overwrite=overwrite, shard_bytes=shard_bytes) as writer:
-        for first in range(0, length, 3):
-            writer.append(images[first : first + 3], tokens[first : first + 3])
-        labels = np.arange(length) % 2 if labelled else None
-        writer.finish([f"im/{i}.png" for i in range(length)], labels, ["even", "odd"] if labelled else None)
+    labels, classes = (np.arange(length) % 2, ["even", "odd"]) if labelled else (None, None)
+    names = [f"im/{i}.png" for i in range(length)]
+    sizes = {"overwrite": overwrite, "shard_images": rows_per_shard}
+    cache_writer.write_cache(path, description(), images, tokens, names, labels, classes, **sizes)
     return TokenCache.open(path), images, tokens
 
 

@@ -16,7 +16,7 @@ from bench.tune import Choice, Entry, Tune
 from mapet_kernels import launch
 from mapet_kernels.launch import LaunchConfig
 
-ENTRY = Entry("two_stream_forward", "fp16", 64, 90)
+ENTRY = Entry("attention_forward", "fp16", 64, 90)
 OLD = LaunchConfig(128, 64, 8, 2)
 FASTER, SLOWER, UNEVEN = (replace(OLD, stages=s, warps=w) for s, w in ((3, 8), (1, 8), (2, 4)))
 
@@ -30,7 +30,7 @@ def test_candidates_hold_what_the_table_holds_and_fit_by_size() -> None:
                     found = list(tune.candidates(entry))
                     assert entry.present() in found
                     assert len(found) == len(set(found)) <= 72
-    assert not tune.can_work(LaunchConfig(128, 128, 4, 1), replace(ENTRY, kernel="two_stream_key_gradient", size=128))
+    assert not tune.can_work(LaunchConfig(128, 128, 4, 1), replace(ENTRY, kernel="attention_key_gradient", size=128))
     assert not tune.can_work(LaunchConfig(32, 128, 8, 3), replace(ENTRY, size=128, dtype="fp32", architecture=80))
     assert tune.can_work(LaunchConfig(32, 128, 8, 1), replace(ENTRY, size=128, dtype="fp32", architecture=80))
 
@@ -46,7 +46,7 @@ def test_what_spills_or_does_not_fit_is_rejected() -> None:
 def test_candidates_are_compiled_ahead_of_time() -> None:
     """In a process of their own: the present entry is kept; one that spills, and one that cannot be, are counted."""
     pytest.importorskip("triton")
-    entry = Entry("two_stream_forward", "fp16", 64, 80)
+    entry = Entry("attention_forward", "fp16", 64, 80)
     spilling, impossible = LaunchConfig(128, 64, 4, 2), LaunchConfig(24, 64, 4, 1)
     kept, rejected = tune.compiled(entry, [entry.present(), spilling, impossible], workers=1)
     assert kept == [entry.present()]
@@ -56,10 +56,10 @@ def test_candidates_are_compiled_ahead_of_time() -> None:
 
 
 def test_an_override_ends_with_its_block() -> None:
-    with pytest.raises(KeyError), tune.override("two_stream_forward", SLOWER):
-        assert launch.two_stream_forward(64, torch.float16, 90) == SLOWER
+    with pytest.raises(KeyError), tune.override("attention_forward", SLOWER):
+        assert launch.attention_forward(64, torch.float16, 90) == SLOWER
         raise KeyError
-    assert launch.two_stream_forward(64, torch.float16, 90) == ENTRY.present()
+    assert launch.attention_forward(64, torch.float16, 90) == ENTRY.present()
 
 
 def test_the_choice_is_the_fastest_over_all_shapes() -> None:
@@ -93,8 +93,8 @@ def test_the_report_is_a_python_literal_of_the_table() -> None:
     names = {"LaunchConfig": LaunchConfig}
     exec(tune.table(choices), names)
     assert names["TUNED"] == {
-        ("two_stream_forward", 64, "fp16", 90): FASTER,
-        ("two_stream_forward", 64, "bf16", 90): OLD,
+        ("attention_forward", 64, "fp16", 90): FASTER,
+        ("attention_forward", 64, "bf16", 90): OLD,
     }
     text = tune.line(choices[0])
     assert "128 x 64, 8 warps, 2 stages -> 128 x 64, 8 warps, 3 stages, 1.25 times as fast" in text
@@ -137,7 +137,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA device, and torch finds none here"):
             tune.run(Tune(output=tmp_path))
-    with pytest.raises(ValueError, match="unknown kernels warp; there are two_stream_forward"):
+    with pytest.raises(ValueError, match="unknown kernels warp; there are attention_forward"):
         tune.run(Tune(kernels=("warp",)))
     with pytest.raises(ValueError, match="unknown dtypes fp8; there are bf16"):
         tune.run(Tune(dtypes=("fp8",)))

@@ -1,9 +1,11 @@
 """The token cache: what goes in comes out, and whatever is damaged, stale or foreign is refused by name."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from datafakes import BrightnessTokenizer, NoiseSource, description, entries, ra
 from mapet.config import ModelConfig
 from mapet.data import cache_writer, npyfile
 from mapet.data.cache import TokenCache
-from mapet.data.cache_writer import CacheWriter
+from mapet.data.cache_writer import CacheWriter, shard_size
 from mapet.data.manifest import Skipped
 from mapet.errors import DataError
 
@@ -49,9 +51,7 @@ class TestRoundTrip:
     def test_tokens_up_to_65535_survive(self, tmp_path):
         images, _ = random_rows(2)
         tokens = torch.tensor([[0, 32767, 32768, 65535], [8191, 8192, 1, 2]])
-        with CacheWriter(tmp_path / "cache", description(vocabulary=65536), capacity=2) as writer:
-            writer.append(images, tokens)
-            writer.finish(["a", "b"])
+        cache_writer.write_cache(tmp_path / "cache", description(vocabulary=65536), images, tokens, ["a", "b"])
         assert torch.equal(TokenCache.open(tmp_path / "cache").tokens([0, 1]), tokens)
 
     def test_files_are_plain_npy(self, made):
@@ -61,12 +61,35 @@ class TestRoundTrip:
         stored = np.load(cache.path / "tokens.npy", allow_pickle=False)
         assert stored.dtype == np.uint16 and np.array_equal(stored, tokens.numpy())
 
-    def test_shards_stay_few_for_many_images(self, tmp_path):
-        with CacheWriter(tmp_path / "cache", description(), capacity=100_000, shard_bytes=1) as writer:
-            images, tokens = random_rows(400)
-            writer.append(images, tokens)
-            writer.finish([str(i) for i in range(400)])
-        assert TokenCache.open(tmp_path / "cache").manifest.shards == [391, 9]  # 100,000 / 256, rounded up
+    def test_shards_stay_few_for_many_images(self):
+        assert shard_size(1_281_167, 224) == 5005 and -(-1_281_167 // 5005) == 256
+        assert shard_size(100_000, 224) == shard_size(10, 8) == 1024
+        assert shard_size(100_000, 448) == 445, "256 MB"
+        assert shard_size(100, 224, wanted=4) == 4 and shard_size(100_000, 224, wanted=4) == 391
+
+    def test_a_shard_may_be_empty(self, tmp_path):
+        images, tokens = random_rows(4)
+        for empty in range(3):
+            path = tmp_path / str(empty)
+            with CacheWriter(path, description(), capacity=6, shard_images=2) as writer:
+                for number in range(3):
+                    with writer.shard(number) as shard:
+                        rows = [] if number == empty else writer.positions(number - (number > empty))
+                        shard.append(images[rows], tokens[rows])
+                        lost = [] if rows else writer.positions(number)
+                        shard.finish({position: Skipped(str(position), "lost") for position in lost})
+                writer.finish(list("abcd"))
+            cache = TokenCache.open(path)
+            assert torch.equal(cache.images(range(4)), images) and torch.equal(cache.tokens(range(4)), tokens)
+            assert sorted(cache.manifest.shards) == [0, 2, 2] and cache.manifest.shards[empty] == 0
+            assert [item.name for item in cache.manifest.skipped] == [str(2 * empty), str(2 * empty + 1)]
+
+    def test_a_cache_of_before_shards_had_a_journal_is_read(self, made):
+        path = made[0].path / "manifest.json"
+        values = json.loads(path.read_text())
+        del values["provenance"]
+        path.write_text(json.dumps(values))
+        assert len(TokenCache.open(made[0].path)) == 10
 
     @pytest.mark.parametrize("ids", [[10], [-1], [0, 3, 99]])
     def test_ids_outside_are_an_index_error(self, made, ids):
@@ -83,9 +106,7 @@ class TestRoundTrip:
 
     def test_pickle_holds_no_pixels(self, tmp_path):
         images, tokens = random_rows(200)
-        with CacheWriter(tmp_path / "cache", description(), capacity=200) as writer:
-            writer.append(images, tokens)
-            writer.finish([str(i) for i in range(200)])
+        cache_writer.write_cache(tmp_path / "cache", description(), images, tokens, [str(i) for i in range(200)])
         frozen = pickle.dumps(TokenCache.open(tmp_path / "cache"))
         assert len(frozen) < 2000
         assert torch.equal(pickle.loads(frozen).images([7]), images[[7]])
@@ -198,9 +219,7 @@ class TestMismatch:
     def test_source_and_tokenizer(self, tmp_path):
         source, tokenizer = NoiseSource(3), BrightnessTokenizer(grid=2, input_size=8)
         made_from = description(tokenizer_fingerprint=tokenizer.fingerprint(), source_fingerprint=source.fingerprint())
-        with CacheWriter(tmp_path / "cache", made_from, capacity=3) as writer:
-            writer.append(*random_rows(3))
-            writer.finish(source.names)
+        cache_writer.write_cache(tmp_path / "cache", made_from, *random_rows(3), source.names)
         cache = TokenCache.open(tmp_path / "cache")
         cache.check_source(source)
         cache.check_tokenizer(tokenizer)
@@ -213,21 +232,47 @@ class TestMismatch:
             cache.check_tokenizer(tokenizer)
 
 
+def write_shard(writer, number, images, tokens):
+    with writer.shard(number) as shard:
+        rows = torch.as_tensor(writer.positions(number))
+        shard.append(images[rows], tokens[rows])
+        shard.finish()
+
+
 class TestWriter:
     def test_an_error_inside_leaves_nothing(self, tmp_path):
         for error in (RuntimeError, KeyboardInterrupt):
-            with pytest.raises(error), CacheWriter(tmp_path / "cache", description(), capacity=10) as writer:
-                writer.append(*random_rows(5))
+            with (
+                pytest.raises(error),
+                CacheWriter(tmp_path / "cache", description(), capacity=10) as writer,
+                writer.shard(0) as shard,
+            ):
+                shard.append(*random_rows(5))
                 raise error
             assert list(tmp_path.iterdir()) == []
 
     def test_an_error_inside_leaves_the_old_cache(self, made, tmp_path):
         before = entries(tmp_path)
         new = CacheWriter(made[0].path, description(), capacity=10, overwrite=True)
-        with pytest.raises(RuntimeError), new as writer:
-            writer.append(*random_rows(5, seed=1))
+        with pytest.raises(RuntimeError), new as writer, writer.shard(0) as shard:
+            shard.append(*random_rows(5, seed=1))
             raise RuntimeError
         assert entries(tmp_path) == before
+
+    def test_an_error_leaves_the_finished_shards(self, tmp_path):
+        images, tokens = random_rows(10)
+        path = tmp_path / "cache"
+        with pytest.raises(RuntimeError), CacheWriter(path, description(), capacity=10, shard_images=4) as writer:
+            write_shard(writer, 1, images, tokens)
+            with writer.shard(0):
+                raise RuntimeError
+        writer = CacheWriter(path, description(), capacity=10, shard_images=4)
+        assert writer.begin() == [1] and writer.damage(1) is None and not path.exists()
+        for number in (0, 2):
+            write_shard(writer, number, images, tokens)
+        writer.finish([str(i) for i in range(10)])
+        assert torch.equal(TokenCache.open(path).images(range(10)), images)
+        assert [found.name for found in tmp_path.iterdir()] == ["cache"]
 
     @needs_full_disk
     def test_disk_full_while_writing_pixels(self, made, tmp_path, monkeypatch):
@@ -239,12 +284,32 @@ class TestWriter:
         assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
     @needs_full_disk
-    def test_disk_full_at_the_manifest(self, made, tmp_path, monkeypatch):
-        before = entries(tmp_path)
-        monkeypatch.setattr(cache_writer, "open_new", full_disk)
-        with pytest.raises(DataError, match="disk is full"):
+    def test_disk_full_after_some_shards(self, made, tmp_path, monkeypatch):
+        before, (images, tokens) = entries(made[0].path), random_rows(10, seed=1)
+        settings = {"capacity": 10, "shard_images": 4, "overwrite": True}
+        full = pytest.raises(DataError, match=r"disk is full.*2 of 3 shards are kept")
+        with full, CacheWriter(made[0].path, description(), **settings) as writer:
+            for number in range(2):
+                write_shard(writer, number, images, tokens)
+            with monkeypatch.context() as patch:
+                patch.setattr(npyfile, "open_new", full_disk)
+                write_shard(writer, 2, images, tokens)
+        assert entries(made[0].path) == before
+        with CacheWriter(made[0].path, description(), **settings) as writer:
+            write_shard(writer, 2, images, tokens)
+            writer.finish([str(i) for i in range(10)])
+        assert torch.equal(TokenCache.open(made[0].path).images(range(10)), images)
+
+    def test_disk_full_at_the_manifest(self, made, monkeypatch):
+        before = entries(made[0].path)
+
+        def full(path, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(cache_writer, "write_whole", full)
+        with pytest.raises(DataError, match=r"disk is full.*3 of 3 shards are kept"):
             write_cache(made[0].path, overwrite=True, seed=1)
-        assert entries(tmp_path) == before
+        assert entries(made[0].path) == before
 
     def test_overwrite_replaces_and_cleans_up(self, made, tmp_path):
         with pytest.raises(DataError, match="holds a token cache already"):
@@ -255,17 +320,17 @@ class TestWriter:
         assert len(list(cache.path.glob("images_*"))) == 2
 
     def test_old_cache_comes_back_when_the_move_fails(self, made, tmp_path, monkeypatch):
-        before, rename = entries(tmp_path), os.rename
+        before, rename = {"cache": entries(made[0].path)}, os.rename
 
         def failing(old, new):
-            if ".partial-" in str(old):
+            if ".partial" in str(old):
                 raise OSError(5, "Input/output error")
             rename(old, new)
 
         monkeypatch.setattr(cache_writer.os, "rename", failing)
         with pytest.raises(DataError, match="Input/output error"):
             write_cache(made[0].path, overwrite=True, seed=1)
-        assert entries(tmp_path) == before
+        assert entries(made[0].path) == before["cache"]
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_folder_of_other_things_is_never_replaced(self, tmp_path, overwrite):
@@ -308,22 +373,112 @@ class TestWriter:
         ],
     )
     def test_rows_that_do_not_belong(self, tmp_path, images, tokens, message):
-        with pytest.raises(DataError, match=message), CacheWriter(tmp_path / "c", description(), capacity=1) as writer:
-            writer.append(images, tokens)
+        with pytest.raises(DataError, match=message):
+            cache_writer.write_cache(tmp_path / "c", description(), images, tokens, ["a"])
         assert list(tmp_path.iterdir()) == []
 
     def test_nothing_at_all(self, tmp_path):
-        with (
-            pytest.raises(DataError, match="no image"),
-            CacheWriter(tmp_path / "c", description(), capacity=1) as writer,
-        ):
-            writer.finish([])
+        with pytest.raises(DataError, match="no image"):
+            cache_writer.write_cache(tmp_path / "c", description(), *random_rows(0), [])
+        assert list(tmp_path.iterdir()) == []
 
-    def test_skipped_images_are_in_the_manifest(self, tmp_path):
-        with CacheWriter(tmp_path / "c", description(), capacity=2) as writer:
-            writer.append(*random_rows(1))
-            writer.finish(["a"], skipped=[Skipped("b", "cannot read image b: broken")])
-        assert TokenCache.open(tmp_path / "c").manifest.skipped == [Skipped("b", "cannot read image b: broken")]
+    def test_shards_that_are_not_all_there(self, tmp_path):
+        with CacheWriter(tmp_path / "c", description(), capacity=6, shard_images=2) as writer:
+            write_shard(writer, 1, *random_rows(6))
+            with pytest.raises(ValueError, match=r"shards \[1\] are finished, of 3"):
+                writer.finish([])
+            with (
+                pytest.raises(ValueError, match="shard 0 is for 2 images, got 0, and 1 skipped"),
+                writer.shard(0) as shard,
+            ):
+                shard.finish({0: Skipped("a", "broken")})
+            assert list(writer.journal.parts()) == [1]
+
+    def test_provenance_is_in_the_manifest_once(self, tmp_path):
+        images, tokens = random_rows(6)
+        for number, device in enumerate(("cpu", "gpu", "cpu")):
+            settings = {"capacity": 6, "shard_images": 2, "provenance": {"device": device}}
+            with CacheWriter(tmp_path / "c", description(), **settings) as writer:
+                write_shard(writer, number, images, tokens)
+                if number == 2:
+                    writer.finish(list("abcdef"))
+        assert TokenCache.open(tmp_path / "c").manifest.provenance == [{"device": "cpu"}, {"device": "gpu"}]
+
+
+class TestUnfinishedWork:
+    """The hidden folder of a run that ended early, found by the next one."""
+
+    @pytest.fixture
+    def left(self, tmp_path):
+        """The path of a cache of 10 images, of which shard 0 is finished, in its hidden folder."""
+        with CacheWriter(tmp_path / "cache", description(), capacity=10, shard_images=4) as writer:
+            write_shard(writer, 0, *random_rows(10))
+        return tmp_path / "cache"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"tokenizer_fingerprint": "other"}, "tokenizer_fingerprint is t, wanted other"),
+            ({"source_fingerprint": "other"}, "source_fingerprint is s, wanted other"),
+            ({"shard_images": 5}, "shard_images is 4, wanted 5"),
+            ({"capacity": 11}, "images is 10, wanted 11"),
+        ],
+    )
+    def test_of_another_kind_is_refused_unless_overwritten(self, left, change, message):
+        before = entries(left.parent)
+        given = {"capacity": 10, "shard_images": 4, **change}
+        named = {name: given.pop(name) for name in change if name.endswith("fingerprint")}
+        with pytest.raises(
+            DataError, match=rf"\.cache\.partial holds work of another kind .*{message}.*delete that folder"
+        ):
+            CacheWriter(left, description(**named), **given).begin()
+        assert entries(left.parent) == before
+        writer = CacheWriter(left, description(**named), overwrite=True, **given)
+        assert writer.begin() == [] and message in writer.dropped
+        assert not list(writer.work.rglob("*.npy"))
+        writer.close()
+
+    def test_a_folder_of_other_things_is_refused(self, left):
+        shutil.rmtree(left.with_name(".cache.partial"))
+        left.with_name(".cache.partial").mkdir()
+        left.with_name(".cache.partial").joinpath("thesis.tex").write_text("years of work")
+        with pytest.raises(DataError, match="holds no work of mapet; move it away"):
+            CacheWriter(left, description(), capacity=10, overwrite=True).begin()
+        assert left.with_name(".cache.partial").joinpath("thesis.tex").exists()
+
+    def test_a_second_process_is_refused(self, left):
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[2]); from datafakes import description\n"
+            "from mapet.data.cache_writer import CacheWriter\n"
+            "try: CacheWriter(sys.argv[1], description(), capacity=10, shard_images=4).begin()\n"
+            "except Exception as error: print(error)\n"
+        )
+        command = [sys.executable, "-c", code, left, Path(__file__).parent]
+        with CacheWriter(left, description(), capacity=10, shard_images=4):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert "another process is at work in" in done.stdout
+        assert left.with_name(".cache.partial").is_dir()
+
+    @pytest.mark.parametrize("name", ["cache/images_00000.npy", "tokens_00000.npy"])
+    @pytest.mark.parametrize("change", ["flip", "truncate", "unlink"])
+    def test_damaged_files_are_seen(self, left, name, change):
+        writer = CacheWriter(left, description(), capacity=10, shard_images=4)
+        assert writer.damage(0) is None
+        path = writer.work / name
+        {"flip": flip, "truncate": lambda path: os.truncate(path, 100), "unlink": Path.unlink}[change](path)
+        assert name in writer.damage(0)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"files": {"a": {}}, "facts": {}}'])
+    def test_a_damaged_record_is_no_record(self, left, text):
+        writer = CacheWriter(left, description(), capacity=10, shard_images=4)
+        (writer.work / "part_00000.json").write_text(text)
+        assert writer.begin() == [] and "no record" in writer.damage(0)
+        writer.close()
+
+    def test_shards_without_a_plan_are_dropped(self, left):
+        left.with_name(".cache.partial").joinpath("plan.json").write_text("{")
+        with CacheWriter(left, description(), capacity=10, shard_images=4) as writer:
+            assert list(writer.journal.parts()) == []
 
     @pytest.mark.parametrize("change", [{"grid": 0}, {"vocabulary": 65537}, {"image_size": 8.0}])
     def test_impossible_description(self, change):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,10 +14,20 @@ import torch
 from safetensors.torch import save_file
 
 from mapet.codebook import CodebookUsage, warn_of_collapse
+from mapet.data.images import open_source
 from mapet.errors import DataError
-from mapet.tokenizers import CollapseWarning, load_tokenizer, make_tokenizer, measure_usage, read_official_codebook
+from mapet.tokenizers import (
+    CollapseWarning,
+    load_tokenizer,
+    make_tokenizer,
+    measure_usage,
+    read_official_codebook,
+    write_faiss_index,
+    write_official_centroids,
+)
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.tokenizers.sampling import Reservoir
+from mapet.tokenizers.store import read_provenance
 
 
 def noise_images(count: int = 40, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -277,7 +288,8 @@ def test_official_codebook_of_another_size_is_refused(tmp_path: Path) -> None:
         make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8, codebook=tmp_path / "c.npy")
 
 
-def test_a_faiss_index_named_npy_is_refused_by_name(tmp_path: Path) -> None:
+def test_without_faiss_an_index_named_npy_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
     path = tmp_path / "codebook_index_4194304_8192.npy"
     header = b"IxF2" + struct.pack("<iqqq?i", 48, 8, 1 << 20, 1 << 20, True, 1) + struct.pack("<Q", 8 * 48)
     path.write_bytes(header + bytes(8 * 48 * 4))
@@ -319,3 +331,97 @@ def test_other_arrays_are_refused(tmp_path: Path, content: np.ndarray | bytes, m
         np.save(path, content)
     with pytest.raises(DataError, match=message):
         read_official_codebook(path)
+
+
+def test_official_centroids_are_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "codebook_centroids_4096_8.npy"
+    codebook = torch.randn(8, 48)
+    write_official_centroids(path, codebook)
+    written = np.load(path)
+    assert written.dtype == np.float32
+    assert np.array_equal(written, codebook.numpy())
+    assert torch.equal(read_official_codebook(path), codebook)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("write", [write_official_centroids, write_faiss_index])
+def test_a_codebook_that_cannot_be_written(tmp_path: Path, write) -> None:
+    pytest.importorskip("faiss")
+    with pytest.raises(DataError, match=r"cannot write the codebook .*absent"):
+        write(tmp_path / "absent" / "codebook.npy", torch.randn(8, 48))
+    with pytest.raises(DataError, match=r"a codebook is \(entries, features\), got shape \(8,\)"):
+        write(tmp_path / "codebook.npy", torch.randn(8))
+
+
+def test_writing_an_index_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(DataError, match=r"index_8\.npy is to be an index of .*; or pip install faiss-cpu"):
+        write_faiss_index(tmp_path / "index_8.npy", torch.randn(8, 48))
+
+
+def test_a_faiss_index_is_written_and_read(tmp_path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    path = tmp_path / "codebook_index_4096_8.npy"
+    codebook = torch.randn(8, 48)
+    write_faiss_index(path, codebook)
+    index = faiss.read_index(str(path))
+    assert isinstance(index, faiss.IndexFlatL2)
+    assert (index.ntotal, index.d) == (8, 48)
+    assert torch.equal(read_official_codebook(path), codebook)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(DataError, match=r"index_4096_8\.npy is a damaged index of the faiss library"):
+        read_official_codebook(path)
+    path.write_bytes(b"IxFI" + whole[4:])
+    with pytest.raises(DataError, match="of kind IxFI; only IndexFlatL2 holds a codebook"):
+        read_official_codebook(path)
+
+
+def test_a_fit_by_faiss_is_used_as_it_is(tmp_path: Path) -> None:
+    """Ids are those of IndexFlatL2.search, and the float64 argmin where that one is lost in fp32 rounding."""
+    faiss = pytest.importorskip("faiss")
+    source = open_source("digits")
+    tokenizer = make_tokenizer("pixel", image_size=8, patch_size=4, vocabulary=64)
+    images = torch.stack([tokenizer.prepare(source.load(i)) for i in range(len(source))])
+    rows = tokenizer.features(images).flatten(0, 1)
+    fitted = faiss.Kmeans(48, 64, niter=10, nredo=2, seed=1234)
+    fitted.train(rows.numpy())
+    faiss.write_index(fitted.index, str(tmp_path / "codebook_index_64.npy"))
+    theirs = torch.from_numpy(fitted.index.search(rows.numpy(), 1)[1][:, 0])
+    tokenizer = make_tokenizer(
+        "pixel", image_size=8, patch_size=4, vocabulary=64, codebook=tmp_path / "codebook_index_64.npy"
+    )
+    ours = tokenizer.encode(images).flatten()
+    exact = torch.stack([(rows.double() - entry.double()).square().sum(1) for entry in tokenizer.codebook], dim=1)
+    two = exact.topk(2, dim=1, largest=False).values
+    rounding = 64 * 2.0**-24 * rows.double().square().sum(1)
+    tied = two[:, 1] - two[:, 0] <= rounding
+    assert torch.equal(ours, exact.argmin(1))
+    assert torch.equal(ours[~tied], theirs[~tied])
+    assert tied.float().mean() < 0.01
+
+
+def test_the_codebook_file_says_where_it_comes_from(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
+    report = tokenizer.fit(
+        [noise_images()], seed=7, iterations=3, redos=2, init="k-means++", tolerance=0.1, source="5e" * 32
+    )
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    said = read_provenance(tmp_path / "codebook.safetensors")
+    assert (said["name"], said["settings"]) == ("pixel", tokenizer.settings())
+    assert said["fingerprint"] == tokenizer.fingerprint()
+    assert said["versions"]["torch"] == torch.__version__
+    fit = said["fit"]
+    assert {name: fit[name] for name in ("seed", "init", "iterations", "tolerance", "source")} == {
+        "seed": 7, "init": "k-means++", "iterations": 3, "tolerance": 0.1, "source": "5e" * 32,
+    }  # fmt: skip
+    assert (fit["images"], fit["patches"], fit["rows"], fit["max_rows"]) == (40, 640, 640, 4096)
+    assert fit["objectives"] == [list(curve) for curve in report.objectives]
+    assert len(fit["objectives"]) == 2
+
+
+def test_a_file_without_provenance(tmp_path: Path) -> None:
+    save_file({"codebook": torch.zeros(2, 2)}, tmp_path / "plain.safetensors")
+    with pytest.raises(DataError, match=r"plain\.safetensors is no codebook with its provenance"):
+        read_provenance(tmp_path / "plain.safetensors")

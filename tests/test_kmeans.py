@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from mapet_kernels import kmeans, kmeans_assign, kmeans_update
+from mapet_kernels import kmeans, kmeans_assign, kmeans_update, launch
+from mapet_kernels.kmeans.split import pick_cluster, split_empty
 from mapet_kernels.kmeans_assign import reference as assign_reference
 from mapet_kernels.kmeans_update import reference as update_reference
 
@@ -163,6 +164,37 @@ def test_scores_are_within_the_stated_bound(seed: int, features: int, spread: fl
     assert torch.all((scores - truth).abs() <= bound[:, None])
 
 
+def test_rows_decided_again_are_counted() -> None:
+    centroids = randn(200, 16)
+    repeated = torch.cat([centroids, centroids[:10]])
+    x = centroids[:20].repeat(10, 1)
+    ids, distances, again = kmeans_assign(x, repeated, return_distance=True, return_redecided=True)
+    assert again.tolist() == [100, 0] and ids.shape == distances.shape == (200,)
+    x, centroids = ADVERSARIAL["two far clouds"]()
+    few, among_all = kmeans_assign(x, centroids, return_redecided=True)[1].tolist()
+    assert few == 0 and among_all > 400
+    assert kmeans_assign(x, centroids, exact=False, return_redecided=True)[1].tolist() == [0, 0]
+
+
+def test_shares_of_the_centroids_are_a_pure_function() -> None:
+    config = launch.kmeans_assign_scores(4096, True, 90)
+    shares = [launch.kmeans_assign_shares(*sizes, config, 132) for sizes in ((1, 65536, 64), (8, 8192, 512))]
+    assert shares == [256, 32]  # few rows: programs of two centroid tiles, and enough to fill the processors
+    assert launch.kmeans_assign_shares(1000, 8192, 64, config, 132) == 1
+    assert launch.kmeans_assign_shares(1000, 8192, 4096, config, 132) == 8  # the row tiles exceed the cache
+    assert launch.kmeans_assign_shares(1000, 100, 4096, config, 132) == 1
+    for clusters in range(1, 2000, 37):
+        shares, tiles = launch.kmeans_assign_shares(3, clusters, 4096, config, 132), -(-clusters // config.clusters)
+        assert 1 <= shares <= tiles and shares == -(-tiles // -(-tiles // shares))
+
+
+@pytest.mark.parametrize("name", ["kmeans_assign", "kmeans_update"])
+def test_asking_for_triton_without_a_gpu_says_why(name: str) -> None:
+    x, ids = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: .*(needs a CUDA device, not cpu|not installed)"):
+        kmeans_assign(x, x, backend="triton") if name == "kmeans_assign" else kmeans_update(x, ids, 1, backend="triton")
+
+
 def test_batched_equals_one_by_one() -> None:
     x, centroids = randn(3, 50, 8), randn(3, 7, 8, seed=1)
     ids, distances = kmeans_assign(x, centroids, return_distance=True)
@@ -280,6 +312,9 @@ OPCHECK_SAMPLES = {
         (randn(5, 4).double(), torch.tensor([0, 2, 2, 0, 2]), 3, "reference"),
         (torch.zeros(0, 4).half(), torch.zeros(0, dtype=torch.int64), 3, "reference"),
     ],
+    "kmeans_update_add": [
+        (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), torch.ones(3, 4), torch.ones(3, dtype=torch.int64), "reference"),
+    ],
 }
 
 
@@ -302,6 +337,47 @@ def test_update_is_the_float64_sum_rounded_once(dtype: torch.dtype, device: str)
     torch.testing.assert_close(sums.double(), one_hot.T @ x.double(), rtol=2.0**-23, atol=0)
     assert torch.equal(counts, torch.bincount(ids, minlength=10))
     assert counts[4] == counts[9] == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_of_chunks_adds_up_to_that_of_the_whole(dtype: torch.dtype, device: str) -> None:
+    x, ids = randn(400, 12).to(device, dtype), (torch.arange(400) % 7).to(device)
+    sums, counts = torch.zeros(9, 12, dtype=torch.float64), torch.zeros(9, dtype=torch.int64)
+    out = sums.to(device), counts.to(device)
+    for start in range(0, 400, 90):
+        few = slice(start, start + 90)
+        assert kmeans_update(x[few], ids[few], 9, out=out) is out
+    one_hot = torch.nn.functional.one_hot(ids, 9).double()
+    torch.testing.assert_close(out[0], one_hot.T @ x.double(), rtol=1e-13, atol=1e-13)
+    assert torch.equal(out[1], torch.bincount(ids, minlength=9))
+
+
+def test_update_adds_under_torch_compile() -> None:
+    x, ids = randn(50, 4), torch.arange(50) % 3
+
+    def twice(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = kmeans_update(x, ids, 3)
+        return kmeans_update(x, ids, 3, out=out)
+
+    expected = kmeans_update(x, ids, 3)
+    sums, counts = torch.compile(twice, fullgraph=True, backend="aot_eager")(x, ids)
+    torch.testing.assert_close(sums, 2 * expected[0])
+    assert torch.equal(counts, 2 * expected[1])
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "error", "text"),
+    [
+        (torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), ValueError, r"out must be \(3, 4\) and \(3,\)"),
+        (torch.zeros(3, 4).half(), torch.zeros(3, dtype=torch.int64), TypeError, "torch.float32 or torch.float64"),
+        (torch.zeros(3, 4), torch.zeros(3), TypeError, "and torch.int64 for torch.float32 rows"),
+        (torch.zeros(4, 3).T, torch.zeros(3, dtype=torch.int64), ValueError, "contiguous"),
+    ],
+)
+def test_update_refuses_what_it_cannot_add_to(sums: Tensor, counts: Tensor, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        kmeans_update(randn(5, 4), torch.arange(5) % 3, 3, out=(sums, counts))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -364,9 +440,11 @@ def test_fit_finds_well_separated_centres_in_every_dtype(dtype: torch.dtype) -> 
 
 def test_fit_keeps_the_best_redo_and_never_worsens() -> None:
     calls = []
-    result = kmeans.fit(blobs(12, 600), 12, redos=3, iterations=6, on_iteration=lambda *call: calls.append(call))
-    assert [call[:2] for call in calls] == [(redo, iteration) for redo in range(3) for iteration in range(6)]
-    assert [call[2] for call in calls] == [value for curve in result.objectives for value in curve]
+    result = kmeans.fit(blobs(12, 600), 12, redos=3, iterations=6, on_iteration=calls.append)
+    assert [(call.redo, call.iteration) for call in calls] == [
+        (redo, iteration) for redo in range(3) for iteration in range(6)
+    ]
+    assert [call.objective for call in calls] == [value for curve in result.objectives for value in curve]
     last = [curve[-1] for curve in result.objectives]
     assert len(set(last)) > 1
     assert result.objective == min(last)
@@ -411,7 +489,7 @@ def test_fit_splits_a_cluster_for_every_empty_one() -> None:
 
 def test_a_split_moves_two_halves_apart_as_faiss_does() -> None:
     centroids, counts = torch.tensor([[8.0, 8, 8], [1, 1, 1]]), torch.tensor([20, 0])
-    assert kmeans._split_empty(centroids, counts, torch.Generator().manual_seed(0)) == 1
+    assert split_empty(centroids, counts, torch.Generator().manual_seed(0)) == 1
     step = 8 / 1024
     assert centroids.tolist() == [[8 - step, 8 + step, 8 - step], [8 + step, 8 - step, 8 + step]]
 
@@ -419,7 +497,7 @@ def test_a_split_moves_two_halves_apart_as_faiss_does() -> None:
 def test_the_cluster_to_split_is_drawn_in_proportion_to_its_size() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [1, 31, 11, 0]
-    drawn = np.bincount([kmeans._pick_cluster(sizes, 400, generator) for _ in range(2000)], minlength=4)
+    drawn = np.bincount([pick_cluster(sizes, 400, generator) for _ in range(2000)], minlength=4)
     assert drawn[0] == drawn[3] == 0
     assert drawn[1] / drawn[2] == pytest.approx(3, rel=0.2)
 

@@ -22,7 +22,7 @@ def test_example_of_the_readme_runs(example: str) -> None:
 
 def test_examples_of_the_kernels_guide_run_one_after_another() -> None:
     blocks = examples("kernels/README.md")
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     exec(compile("\n".join(blocks), "kernels/README.md", "exec"), {})
 
 

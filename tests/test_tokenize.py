@@ -15,8 +15,10 @@ from PIL import Image
 from mapet.data import progress
 from mapet.data.cache import TokenCache
 from mapet.data.images import centre_square, open_source
+from mapet.data.report import TimeUse
 from mapet.errors import ConfigError, DataError
 from mapet.tokenize import fit_batches, tokenize
+from mapet.tokenizers import make_tokenizer
 
 TOKENIZER = BrightnessTokenizer()
 
@@ -161,7 +163,7 @@ class TestTokenize:
         list(fit_batches(NoiseSource(5), TOKENIZER, workers=0))
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_ctrl_c_leaves_nothing(self, tmp_path):
+    def test_ctrl_c_before_a_shard_is_finished_leaves_nothing(self, tmp_path):
         script = (
             # A runner started in the background ignores SIGINT, and so do its children unless told otherwise.
             "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -177,7 +179,7 @@ class TestTokenize:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             deadline = time.monotonic() + 60
-            while not list(tmp_path.glob(".cache.partial-*/images_00000.npy")) and time.monotonic() < deadline:
+            while not list(tmp_path.glob(".cache.partial/cache/images_00000.npy")) and time.monotonic() < deadline:
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
@@ -186,6 +188,15 @@ class TestTokenize:
             process.kill()
         assert process.returncode in (130, -signal.SIGINT) and "KeyboardInterrupt" in stderr
         assert list(tmp_path.iterdir()) == []
+
+    def test_the_report_says_where_the_time_went(self, tmp_path):
+        tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
+        tokenizer.fit(fit_batches(NoiseSource(20), tokenizer, workers=0), iterations=1, redos=1)
+        report = tokenize(NoiseSource(20), tokenizer, tmp_path / "cache", image_size=16, batch_size=4, workers=0)
+        assert list(report.time.waited) == ["decode", "network", "assign", "write"]
+        assert all(seconds > 0 for seconds in report.time.waited.values())
+        assert sum(report.time.shares().values()) == pytest.approx(1) and report.time.shares()["other"] < 1
+        assert report.time.images == 20 and f"bottleneck is {report.time.bottleneck}" in report.summary()
 
 
 class TestFitBatches:
@@ -216,6 +227,26 @@ class TestFitBatches:
         assert len(torch.cat(list(batches))) == 9 and [item.name for item in batches.skipped] == ["noise_2"]
         with pytest.raises(DataError, match="noise_2"):
             list(fit_batches(source, TOKENIZER, workers=0))
+
+
+class TestTimeUse:
+    def test_shares_and_bottleneck(self):
+        used = TimeUse(seconds=10.0, images=500, waited={"decode": 6.0, "network": 3.0}, total=10.0)
+        assert used.images_per_second == 50 and used.bottleneck == "decode"
+        assert used.shares() == pytest.approx({"decode": 0.6, "network": 0.3, "other": 0.1})
+        assert used.line().startswith("time waited for: decode 60%, network 30%, other 10%; the bottleneck is decode (")
+        assert "--workers" in used.line()
+
+    def test_over_processes(self):
+        """The slowest sets the speed; the shares are of the time of all."""
+        ranks = [TimeUse(10.0, 300, {"decode": 6.0}, 10.0), TimeUse(5.0, 200, {"decode": 1.0, "network": 4.0}, 5.0)]
+        used = TimeUse.over(ranks)
+        assert (used.images_per_second, used.total) == (50, 15)
+        assert used.shares() == pytest.approx({"decode": 7 / 15, "network": 4 / 15, "other": 4 / 15})
+
+    def test_nothing_measured(self):
+        used = TimeUse(0.0, 0, {}, 0.0)
+        assert (used.images_per_second, used.shares(), used.bottleneck) == (0, {}, None)
 
 
 class TestReport:

@@ -9,11 +9,14 @@ import torch
 from clip_weights import RN50X64, SMALL, random_weights
 from PIL import Image
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapet.data.images import centre_square, open_source
 from mapet.errors import ConfigError, DataError, WeightsMissingError
 from mapet.tokenizers import TOKENIZERS, KClipTokenizer, Tokenizer, kclip, load_tokenizer, make_tokenizer
 from mapet.tokenizers.clip_trunk import MEAN, STD
+from mapet.tokenizers.kclip import default_precision
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,116 @@ def test_features_that_overflow_are_a_clear_error(tmp_path: Path) -> None:
     tokenizer.set_codebook(torch.rand(8, 512), "random")
     with pytest.raises(DataError, match="tokenizer kclip cannot encode: x must be finite"):
         tokenizer.encode(images)
+
+
+def test_kclip_runs_fp16_on_a_gpu_and_fp32_on_a_cpu_unless_told(weights: Path) -> None:
+    assert default_precision(torch.device("cuda", 1)) == "fp16"
+    assert default_precision(torch.device("cpu")) == small_kclip(weights).precision == "fp32"
+    assert small_kclip(weights, precision="bf16").precision == "bf16"
+
+
+def test_kclip_convolves_channels_last(weights: Path) -> None:
+    tokenizer = small_kclip(weights)
+    convolutions = [module for module in tokenizer.trunk.modules() if isinstance(module, torch.nn.Conv2d)]
+    wide = [module.weight for module in convolutions if module.kernel_size != (1, 1)]
+    assert wide and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in wide)
+    seen = []
+    tokenizer.trunk.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    features = tokenizer.features(torch.zeros(2, 3, 96, 96, dtype=torch.uint8))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert features.is_contiguous(), "rows are ready for the assignment without a copy"
+
+
+class OpLog(TorchDispatchMode):
+    """Every op that runs: its name, its arguments, and its first tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, tuple) else out
+        if isinstance(first, torch.Tensor):
+            self.seen.append((func.name(), args, first))
+        return out
+
+
+def onto_fake_gpu(tokenizer: KClipTokenizer) -> None:
+    """Within a FakeTensorMode: weights and codebook on a GPU that need not exist; shapes and devices are as on one."""
+
+    def moved(like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like, device="cuda")
+
+    for module in tokenizer.trunk.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: moved(values) for name, values in tensors.items() if values is not None})
+    tokenizer.device = torch.device("cuda")
+    tokenizer._mean, tokenizer._std, tokenizer._codebook = map(
+        moved, (tokenizer._mean, tokenizer._std, tokenizer._codebook)
+    )
+
+
+def test_features_never_leave_the_device(weights: Path) -> None:
+    """The ops of `encode` on a GPU: uint8 images go there, ids come out, and the assignment is the exact one."""
+    tokenizer = small_kclip(weights, precision="fp16")
+    tokenizer.set_codebook(torch.rand(8, 512), "random")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        onto_fake_gpu(tokenizer)
+        images = torch.empty(2, 3, 96, 96, dtype=torch.uint8)
+        with OpLog() as log:
+            ids = tokenizer.encode(images)
+    assert ids.device.type == "cuda" and ids.shape == (2, 9)
+    on_host = [(name, out.dtype) for name, _, out in log.seen if out.device.type != "cuda"]
+    assert on_host == []
+    uploads = [
+        (name, out.dtype)
+        for name, args, out in log.seen
+        if args and isinstance(args[0], torch.Tensor) and args[0].device.type != "cuda"
+    ]
+    assert uploads == [("aten::_to_copy", torch.uint8)]
+    ((features, codebook, exact, *_),) = [args for name, args, _ in log.seen if name == "mapet_kernels::kmeans_assign"]
+    assert (features.device.type, features.dtype, features.shape) == ("cuda", torch.float16, (18, 512))
+    assert codebook.dtype == torch.float32 and exact is True
+    assert not [name for name, _, out in log.seen if "clone" in name and out.numel() == features.numel()]
+
+
+def test_a_compiled_trunk_sees_one_batch_size(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compile_(function, **options):
+        assert options == {"dynamic": False}
+        return lambda inputs: seen.append(tuple(inputs.shape)) or function(inputs)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    tokenizer = small_kclip(weights)
+    images = torch.randint(256, (6, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = tokenizer.features(images)
+    assert not tokenizer.is_compiled
+    tokenizer.compile(batch_size=4)
+    assert tokenizer.is_compiled
+    found = [tokenizer.features(part) for part in images.split(4)]
+    assert seen == [(4, 3, 96, 96)] * 2 and [len(part) for part in found] == [4, 2]
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kclip_on_a_gpu(weights: Path) -> None:
+    """fp16 by default, compiled or not: features and tokens of fp32 on the CPU."""
+    exact = small_kclip(weights)
+    images = torch.stack([exact.prepare(photograph(seed=seed)) for seed in range(4)])
+    expected = exact.features(images)
+    for compiled in (False, True):
+        tokenizer = small_kclip(weights, device="cuda")
+        assert tokenizer.precision == "fp16"
+        tokenizer.set_codebook(expected[0, :8].clone(), "patches")
+        if compiled:
+            tokenizer.compile(batch_size=5)
+        features = tokenizer.features(images)
+        assert features.dtype == torch.float16
+        assert (features.float().cpu() - expected).norm() < 0.05 * expected.norm()
+        assert tokenizer.encode(images)[0, :8].tolist() == list(range(8))
 
 
 def test_kclip_without_weights_names_the_file(tmp_path: Path) -> None:

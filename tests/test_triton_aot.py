@@ -17,10 +17,13 @@ from mapet_kernels import launch
 
 ROOT = Path(__file__).parent.parent
 
-# Sizes, dtypes and variants that between them meet every entry of the launch table and every branch of the kernels.
+# Sizes, dtypes and variants that between them meet every branch of the kernels, every entry of the launch table in
+# fp16, and fp32 at its widest.
 MATRIX = (
-    ((64,), ("fp16",), ("plain", "gather", "last_block", "pim")),
-    ((64,), ("bf16", "fp32"), ("plain",)),
+    ((64,), ("fp16",), ("plain", "gather", "last_block", "pim", "single_per_image")),
+    ((64,), ("bf16",), ("plain", "single")),
+    ((128,), ("fp32",), ("plain",)),
+    ((16,), ("tf32",), ("single",)),
     ((16, 32, 128), ("fp16",), ("plain",)),
 )
 
@@ -43,11 +46,13 @@ def test_kernels_compile_without_spills(
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     rows = json.loads(result.stdout)
-    assert len(rows) == 3 * len(launch.ARCHITECTURES) * len(sizes) * len(dtypes) * len(variants)
+    kernels = sum(4 if variant.startswith("single") else 3 for variant in variants)
+    assert len(rows) == kernels * len(launch.ARCHITECTURES) * len(sizes) * len(dtypes)
     for row in rows:
         assert row["spill_stores"] == row["spill_loads"] == 0, row
         assert row["shared"] <= launch.SHARED_MEMORY[row["architecture"]], row
-        assert (row["mma"] > 0) == (row["dtype"] != "fp32"), row  # fp32 products are IEEE: no tensor cores
+        # fp32 products are IEEE unless TF32 is asked for: no tensor cores. The lists of tiles have no products.
+        assert (row["mma"] > 0) == (row["dtype"] != "fp32" and row["kernel"] != "row_tile_list_kernel"), row
 
 
 def test_launch_table_is_a_pure_function() -> None:

@@ -11,9 +11,8 @@ import pytest
 
 from mapet_kernels.backends import choose_backend
 
-CASES = [
-    Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_embed_cases.py", "triton_model_cases.py")
-]
+NAMES = ("", "prefix_", "embed_", "model_", "kmeans_")
+CASES = [Path(__file__).with_name(f"triton_{name}cases.py") for name in NAMES]
 
 
 def test_kernels_in_the_interpreter() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
-from mapet.data.cache_writer import CacheWriter
+from mapet.data.cache_writer import write_cache
 from mapet.data.manifest import CacheDescription
 from mapet.errors import MapetError
 
@@ -35,9 +35,7 @@ def make_cache(path: Path, *, images: int = IMAGES, seed: int = 0, vocabulary: i
         tokenizer_fingerprint="0" * 64,
         source_fingerprint="0" * 64,
     )
-    with CacheWriter(path, description, capacity=images) as writer:
-        writer.append(pixels, tokens)
-        writer.finish([f"{i}.png" for i in range(images)])
+    write_cache(path, description, pixels, tokens, [f"{i}.png" for i in range(images)])
     return path
 
 

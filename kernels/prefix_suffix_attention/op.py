@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from mapet_kernels.backends import choose_backend
+from mapet_kernels.backends import PREFIX_SUFFIX_BACKENDS, choose_backend
 from mapet_kernels.checks import check_tensors, is_integer
 from mapet_kernels.prefix_suffix_attention import reference, sdpa
-from mapet_kernels.registration import register_autocast
+from mapet_kernels.prefix_suffix_attention.problem import Problem
+from mapet_kernels.registration import autocast_dtype, register_autocast
 from mapet_kernels.visibility import prefix_suffix_mask
 
 BACKENDS = {
     "reference": (reference.masked_attention, reference.masked_attention_backward),
     "sdpa": (sdpa.forward, sdpa.backward),
 }
+"""Forward and backward of the backends that are given a dense mask."""
+
+
+@functools.cache
+def _triton_backend() -> ModuleType:
+    """Imported at first use: Triton may not be installed, and takes its time."""
+    return importlib.import_module("mapet_kernels.prefix_suffix_attention.triton_backend")
 
 
 def prefix_suffix_attention(
@@ -40,7 +52,7 @@ def prefix_suffix_attention(
         cut: int, or integers (B,).
         suffix_keys: S, the number of trailing keys that follow the suffix rule.
         scale: factor of the scores; D ** -0.5 when not given.
-        backend: "auto", "sdpa" or "reference".
+        backend: "auto", "triton" (head sizes up to 128), "sdpa" or "reference".
 
     Returns:
         (B, R, H, D) in q's dtype (under autocast, the region's).
@@ -52,7 +64,7 @@ def prefix_suffix_attention(
     _check(q, k, v, shift, cut, suffix_keys)
     one_cut, cuts = (0, cut.to(q.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
     shift = shift.to(q.device, torch.int64)
-    name = choose_backend(backend, q.device)
+    name = choose_backend(backend, q.device, autocast_dtype(q), PREFIX_SUFFIX_BACKENDS, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return prefix_suffix_attention_op(q, k, v, shift, one_cut, cuts, suffix_keys, scale, name)[0]
 
@@ -95,12 +107,22 @@ def prefix_suffix_attention_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, R, H, D) and log-sum-exp (B, R, H)."""
+    if backend == "triton":
+        out, lse = _results_like(q)
+        problem = Problem(shift, cut if cuts is None else cuts, suffix_keys, scale)
+        _triton_backend().forward(q, k, v, out, lse, problem)
+        return out, lse
     out, lse = BACKENDS[backend][0](q, k, v, _visible(k, shift, cut, cuts, suffix_keys), scale)
     return out.contiguous(), lse.contiguous()
 
 
 @prefix_suffix_attention_op.register_fake
 def _(q, k, v, shift, cut, cuts, suffix_keys, scale, backend):
+    return _results_like(q)
+
+
+def _results_like(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised output and log-sum-exp."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -120,6 +142,11 @@ def prefix_suffix_attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
+    if backend == "triton":
+        gradients = _gradients_like(q, k, v)
+        problem = Problem(shift, cut if cuts is None else cuts, suffix_keys, scale)
+        _triton_backend().backward(d_out, q, k, v, out, lse, *gradients, problem)
+        return gradients
     visible = _visible(k, shift, cut, cuts, suffix_keys)
     gradients = BACKENDS[backend][1](d_out, q, k, v, visible, scale, out, lse)
     return tuple(gradient.contiguous() for gradient in gradients)
@@ -127,7 +154,11 @@ def prefix_suffix_attention_backward_op(
 
 @prefix_suffix_attention_backward_op.register_fake
 def _(d_out, q, k, v, shift, out, lse, cut, cuts, suffix_keys, scale, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _gradients_like(q, k, v)
+
+
+def _gradients_like(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx, inputs, output):

@@ -18,13 +18,23 @@ of a target tile. i_ index, o_ offset, m_ mask, p_ pointers, b_ block in registe
 gradients are contiguous (B, rows, H, D) and (B, rows, H) for each stream; q, k, v, dk and dv have any strides, the last
 one 1. Without content queries the content stream's arguments are not used.
 
-Statistics are those of softmax in base 2: P = 2^(S * scale * log2 e - LSE * log2 e); the LSE in memory is natural.
+What happens to tiles in registers is in attention_tiles.py.
 """
 
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from mapet_kernels.attention_tiles import (
+    LOG2_E,
+    cut_of_image,
+    key_gradient_step,
+    load_rows,
+    query_gradient_step,
+    signed_queries,
+    softmax_result,
+    softmax_step,
+    store_rows,
+)
 
 
 @triton.jit
@@ -106,39 +116,6 @@ def _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _element_pointers(p_rows, d, ALIGNED: tl.constexpr):
-    """Pointers (rows, BD) from those to rows (rows,)."""
-    p = p_rows[:, None]
-    if ALIGNED:  # Triton does not see it through tl.where, and would move single elements
-        p = tl.multiple_of(p, (16, 16))
-    return p + d[None, :]
-
-
-@triton.jit
-def _load_rows(p_rows, d, m_row, D: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
-    """Rows (rows, BD) at pointers (rows,); zero where masked or beyond D."""
-    p = _element_pointers(p_rows, d, ALIGNED)
-    if MASKED and BD != D:
-        b = tl.load(p, mask=m_row[:, None] & (d < D)[None, :], other=0.0)
-    elif MASKED:
-        b = tl.load(p, mask=m_row[:, None], other=0.0)
-    elif BD != D:
-        b = tl.load(p, mask=(d < D)[None, :], other=0.0)
-    else:
-        b = tl.load(p)
-    return b
-
-
-@triton.jit
-def _store_rows(p_rows, d, m_row, b, D: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr):
-    p = _element_pointers(p_rows, d, ALIGNED)
-    if BD != D:
-        tl.store(p, b.to(p.dtype.element_ty), mask=m_row[:, None] & (d < D)[None, :])
-    else:
-        tl.store(p, b.to(p.dtype.element_ty), mask=m_row[:, None])
-
-
-@triton.jit
 def _visible(p, shift, window, MASK_TOKENS: tl.constexpr):
     """p and shift broadcast against each other: which keys a row sees."""
     m = p < window + shift
@@ -187,15 +164,6 @@ def _tile_of_program(first_tiles, tiles, heads, BM: tl.constexpr, BI: tl.constex
 
 
 @triton.jit
-def _cut_of_image(cuts, cut, i_b):
-    if cuts is not None:
-        c = tl.load(cuts + i_b).to(tl.int32)
-    else:
-        c = cut
-    return c
-
-
-@triton.jit
 def _forward_step(
     b_acc, b_max, b_sum, b_q, start, end, k, v, s_kr, s_vr, masks, tokens, perm, i_b, shift, window, d,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASK_TOKENS: tl.constexpr,
@@ -205,22 +173,10 @@ def _forward_step(
     p = start + tl.arange(0, BN)
     m_key = p < end
     key = _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS).to(tl.int64)
-    b_k = _load_rows(k + key * s_kr, d, m_key, D, BD, ALIGNED, MASKED)  # (BN, BD)
-    b_v = _load_rows(v + key * s_vr, d, m_key, D, BD, ALIGNED, MASKED)
-    # (BM, BD) @ (BD, BN) -> (BM, BN)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
-    if MASKED:
-        b_s = tl.where(_visible(p[None, :], shift[:, None], window, MASK_TOKENS), b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    b_safe = b_new * (SCALE * LOG2_E)
-    if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_safe)
-    b_p = tl.exp2(b_s * (SCALE * LOG2_E) - b_safe[:, None])
-    b_scale = tl.exp2(b_max * (SCALE * LOG2_E) - b_safe)
-    b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-    # (BM, BN) @ (BN, BD) -> (BM, BD)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_scale[:, None], input_precision=PRECISION, out_dtype=ACC)
-    return b_acc, b_new, b_sum
+    b_k = load_rows(k + key * s_kr, d, m_key, D, BD, ALIGNED, MASKED)  # (BN, BD)
+    b_v = load_rows(v + key * s_vr, d, m_key, D, BD, ALIGNED, MASKED)
+    m_visible = _visible(p[None, :], shift[:, None], window, MASK_TOKENS)
+    return softmax_step(b_acc, b_max, b_sum, b_q, b_k, b_v, m_visible, SCALE, ACC, PRECISION, MASKED)
 
 
 @triton.jit(do_not_specialize=["cut", "tokens", "targets", "heads", "first_tiles", "tiles"])
@@ -235,7 +191,7 @@ def forward_kernel(
     """O = softmax(SCALE * Q K^T over visible keys) V, and its log-sum-exp. One program a row tile, image and head."""
     BI: tl.constexpr = BM // 2 if WITH_CONTENT else BM
     is_first, start, i_b, i_h = _tile_of_program(first_tiles, tiles, heads, BM, BI)
-    c = _cut_of_image(cuts, cut, i_b)
+    c = cut_of_image(cuts, cut, i_b).to(tl.int32)
     real = tokens - c
     masks = real if MASK_TOKENS else 0
     window = masks + c
@@ -249,12 +205,8 @@ def forward_kernel(
     q_content += i_b * s_cb + i_h * s_ch
     q_query += i_b * s_qb + i_h * s_qh
     p_q = _row_pointers(q_content, q_query, row, s_cr, s_qr, is_query, WITH_CONTENT)
-    b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, True)
-    # The running maximum is that of unscaled scores, which is right for a positive scale only: the sign goes into Q.
-    if SCALE < 0:
-        b_q = -b_q
-    elif SCALE == 0:
-        b_q = tl.zeros_like(b_q)
+    b_q = load_rows(p_q, d, sees, D, BD, ALIGNED, True)
+    b_q = signed_queries(b_q, SCALE)
     STEEP: tl.constexpr = 1.0 if SCALE == 0 else (SCALE if SCALE > 0 else -SCALE)
 
     k += i_b * s_kb + i_h * s_kh
@@ -275,25 +227,13 @@ def forward_kernel(
             STEEP, D, BD, BN, MASK_TOKENS, ALIGNED, ACC, PRECISION, False,
         )  # fmt: skip
 
-    sees = sees & (b_sum > 0)
-    b_sum = tl.where(sees, b_sum, 1.0)
-    b_out = tl.where(sees[:, None], b_acc / b_sum[:, None], 0.0)
-    b_lse = tl.where(sees, b_max * STEEP + tl.log(b_sum), float("-inf"))
+    b_out, b_lse = softmax_result(b_acc, b_max, b_sum, sees, STEEP)
     p_out = _row_pointers(
         out_content + o_content * D, out_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
     p_lse = _row_pointers(lse_content + o_content, lse_query + o_query, row, heads, heads, is_query, WITH_CONTENT)
-    _store_rows(p_out, d, exists, b_out, D, BD, ALIGNED)
+    store_rows(p_out, d, exists, b_out, D, BD, ALIGNED)
     tl.store(p_lse, b_lse, mask=exists)
-
-
-@triton.jit
-def _score_gradient(b_s, b_dp, b_lse, b_delta, m_visible, SCALE: tl.constexpr, MASKED: tl.constexpr):
-    """(P, dS / SCALE) from scores S / SCALE, dP, and statistics that broadcast against them (LSE in base 2)."""
-    b_p = tl.exp2(b_s * (SCALE * LOG2_E) - b_lse)
-    if MASKED:
-        b_p = tl.where(m_visible, b_p, 0.0)
-    return b_p, b_p * (b_dp - b_delta)
 
 
 @triton.jit
@@ -306,15 +246,10 @@ def _query_gradient_step(
     p = start + tl.arange(0, BN)
     m_key = p < end
     key = _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS).to(tl.int64)
-    b_k = _load_rows(k + key * s_kr, d, m_key, D, BD, ALIGNED, MASKED)  # (BN, BD)
-    b_v = _load_rows(v + key * s_vr, d, m_key, D, BD, ALIGNED, MASKED)
-    # (BM, BD) @ (BD, BN) -> (BM, BN)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=ACC)
+    b_k = load_rows(k + key * s_kr, d, m_key, D, BD, ALIGNED, MASKED)  # (BN, BD)
+    b_v = load_rows(v + key * s_vr, d, m_key, D, BD, ALIGNED, MASKED)
     m_visible = _visible(p[None, :], shift[:, None], window, MASK_TOKENS)
-    _, b_ds = _score_gradient(b_s, b_dp, b_lse[:, None], b_delta[:, None], m_visible, SCALE, MASKED)
-    # (BM, BN) @ (BN, BD) -> (BM, BD)
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION, out_dtype=ACC)
+    return query_gradient_step(b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_visible, SCALE, ACC, PRECISION, MASKED)
 
 
 @triton.jit(do_not_specialize=["cut", "tokens", "targets", "heads", "first_tiles", "tiles"])
@@ -333,7 +268,7 @@ def query_gradient_kernel(
     """
     BI: tl.constexpr = BM // 2 if WITH_CONTENT else BM
     is_first, start, i_b, i_h = _tile_of_program(first_tiles, tiles, heads, BM, BI)
-    c = _cut_of_image(cuts, cut, i_b)
+    c = cut_of_image(cuts, cut, i_b).to(tl.int32)
     real = tokens - c
     masks = real if MASK_TOKENS else 0
     window = masks + c
@@ -354,9 +289,9 @@ def query_gradient_kernel(
         out_content + o_content * D, out_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
     p_lse = _row_pointers(lse_content + o_content, lse_query + o_query, row, heads, heads, is_query, WITH_CONTENT)
-    b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, True)
-    b_do = _load_rows(p_do, d, sees, D, BD, ALIGNED, True)
-    b_out = _load_rows(p_out, d, sees, D, BD, ALIGNED, True)
+    b_q = load_rows(p_q, d, sees, D, BD, ALIGNED, True)
+    b_do = load_rows(p_do, d, sees, D, BD, ALIGNED, True)
+    b_out = load_rows(p_out, d, sees, D, BD, ALIGNED, True)
     b_lse = tl.load(p_lse, mask=sees, other=0.0) * LOG2_E
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
     o_statistic = _statistic_offsets(is_first, start, tokens, targets, BM, BI, WITH_CONTENT)
@@ -382,7 +317,7 @@ def query_gradient_kernel(
     p_dq = _row_pointers(
         dq_content + o_content * D, dq_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
-    _store_rows(p_dq, d, exists, tl.where(sees[:, None], b_dq * SCALE, 0.0), D, BD, ALIGNED)
+    store_rows(p_dq, d, exists, tl.where(sees[:, None], b_dq * SCALE, 0.0), D, BD, ALIGNED)
 
 
 @triton.jit
@@ -401,23 +336,16 @@ def _key_gradient_step(
     p_q = _row_pointers(q_content, q_query, row, s_cr, s_qr, is_query, WITH_CONTENT)
     p_do = _row_pointers(do_content, do_query, row, heads * D, heads * D, is_query, WITH_CONTENT)
     o_statistic = _statistic_offsets(is_first, start, tokens, targets, BM, BI, WITH_CONTENT)
-    b_q = _load_rows(p_q, d, sees, D, BD, ALIGNED, MASKED)  # (BM, BD)
-    b_do = _load_rows(p_do, d, sees, D, BD, ALIGNED, MASKED)
+    b_q = load_rows(p_q, d, sees, D, BD, ALIGNED, MASKED)  # (BM, BD)
+    b_do = load_rows(p_do, d, sees, D, BD, ALIGNED, MASKED)
     if MASKED:
         b_lse = tl.load(lse_base_2 + o_statistic, mask=sees, other=0.0)
         b_delta = tl.load(delta + o_statistic, mask=sees, other=0.0)
     else:
         b_lse = tl.load(lse_base_2 + o_statistic)
         b_delta = tl.load(delta + o_statistic)
-    # (BN, BD) @ (BD, BM) -> (BN, BM)
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=ACC)
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION, out_dtype=ACC)
     m_visible = sees[None, :] & _visible(p[:, None], shift[None, :], window, MASK_TOKENS)
-    b_p, b_ds = _score_gradient(b_s, b_dp, b_lse[None, :], b_delta[None, :], m_visible, SCALE, MASKED)
-    # (BN, BM) @ (BM, BD) -> (BN, BD)
-    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION, out_dtype=ACC)
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION, out_dtype=ACC)
-    return b_dk, b_dv
+    return key_gradient_step(b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_visible, SCALE, ACC, PRECISION, MASKED)
 
 
 @triton.jit(do_not_specialize=["cut", "tokens", "targets", "heads", "tiles"])
@@ -441,7 +369,7 @@ def key_gradient_kernel(
     i_h = (i_program // tiles % heads).to(tl.int64)
     p0 = i_program % tiles * BN
     p1 = p0 + BN
-    c = _cut_of_image(cuts, cut, i_b)
+    c = cut_of_image(cuts, cut, i_b).to(tl.int32)
     real = tokens - c
     masks = real if MASK_TOKENS else 0
     window = masks + c
@@ -451,8 +379,8 @@ def key_gradient_kernel(
     m_key = p < masks + tokens
     key = _key_rows(p, masks, tokens, perm, i_b, m_key, MASK_TOKENS).to(tl.int64)
     d = tl.arange(0, BD)
-    b_k = _load_rows(k + i_b * s_kb + i_h * s_kh + key * s_kr, d, m_key, D, BD, ALIGNED, True)
-    b_v = _load_rows(v + i_b * s_vb + i_h * s_vh + key * s_vr, d, m_key, D, BD, ALIGNED, True)
+    b_k = load_rows(k + i_b * s_kb + i_h * s_kh + key * s_kr, d, m_key, D, BD, ALIGNED, True)
+    b_v = load_rows(v + i_b * s_vb + i_h * s_vh + key * s_vr, d, m_key, D, BD, ALIGNED, True)
 
     o_content, o_query = _result_offsets(i_b, i_h, content_rows, targets, heads)
     q_content += i_b * s_cb + i_h * s_ch
@@ -493,5 +421,5 @@ def key_gradient_kernel(
         )  # fmt: skip
     o_dk = i_b * s_dkb + i_h * s_dkh + key * s_dkr
     o_dv = i_b * s_dvb + i_h * s_dvh + key * s_dvr
-    _store_rows(dk + o_dk, d, m_exists, b_dk * SCALE, D, BD, ALIGNED)
-    _store_rows(dv + o_dv, d, m_exists, b_dv, D, BD, ALIGNED)
+    store_rows(dk + o_dk, d, m_exists, b_dk * SCALE, D, BD, ALIGNED)
+    store_rows(dv + o_dv, d, m_exists, b_dv, D, BD, ALIGNED)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +17,37 @@ from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import check_replaceable
 from mapet.data.images import ImageSource, open_source
 from mapet.data.official import import_official
-from mapet.data.progress import SECONDS_BETWEEN_LINES, progress
+from mapet.data.progress import progress
 from mapet.data.report import TokenizeReport
-from mapet.distributed import pick_device
+from mapet.distributed import World, connect
 from mapet.errors import ConfigError
+from mapet.features import MAX_PATCHES, sample_features
 from mapet.options import Tokenize
+from mapet.progress import duration
 from mapet.tokenize import FitBatches, fit_batches, tokenize
-from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, store
+from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
+from mapet.tokenizers.unfinished import FOLDER, UnfinishedFit
+from mapet_kernels.kmeans import Iteration, NpyRows, share_of_rows
 
 SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
+IN_MEMORY_BYTES = 4 * 2**30
+"""A sample for the fit that is larger goes into files."""
+PATIENCE = timedelta(days=30)
+"""How long processes wait for the slowest, and for the main one while it fits."""
+SECONDS_BETWEEN_ITERATIONS = 1.0
 
 
 def run(options: Tokenize) -> int:
     """Make the cache, say how the codebook is used and what was skipped, and how to go on."""
     check_options(options)
-    report = import_tokens(options) if options.import_tokens else tokenize_images(options)
-    print(report.summary())
-    print(f"next: {pretrain_line(report.output)}")
+    with connect(options.device, patience=PATIENCE) as world:
+        if options.fit:
+            find_tokenizer(options, open_source(options.images), world)
+            return 0
+        report = import_tokens(options, world) if options.import_tokens else tokenize_images(options, world)
+        if world.is_main:
+            print(report.summary())
+            print(f"next: {pretrain_line(report.output)}")
     return 0
 
 
@@ -44,12 +60,16 @@ def check_options(options: Tokenize) -> None:
     if options.images:
         given, why = ("csv", "root", "class_names"), "--import-tokens"
     else:
-        given, why = ("codebook", "weights", "precision", "patch_size"), "--images"
+        given, why = ("codebook", "weights", "precision", "patch_size", "features_dir"), "--images"
+    if options.import_tokens and options.fit:
+        raise ConfigError("--fit can only be given with --images")
+    if options.fit and options.codebook and options.codebook.suffix == ".npy":
+        raise ConfigError(f"--fit makes a codebook, and --codebook {options.codebook} is one; name a new folder")
     if foreign := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) is not None]:
         raise ConfigError(f"{', '.join(foreign)} can only be given with {why}")
 
 
-def import_tokens(options: Tokenize) -> TokenizeReport:
+def import_tokens(options: Tokenize, world: World) -> TokenizeReport:
     """A cache of the tokens in official files."""
     files = options.import_tokens
     return import_official(
@@ -65,14 +85,19 @@ def import_tokens(options: Tokenize) -> TokenizeReport:
         workers=options.workers,
         max_skipped=options.max_skipped,
         overwrite=options.overwrite,
+        shard_images=options.shard_images,
+        world=world,
     )
 
 
-def tokenize_images(options: Tokenize) -> TokenizeReport:
+def tokenize_images(options: Tokenize, world: World) -> TokenizeReport:
     """A cache of the tokens of images, by the tokenizer that is given, found or fitted."""
-    device = pick_device(options.device, None)
     source = open_source(options.images)
-    tokenizer = find_tokenizer(options, source, device)
+    tokenizer = find_tokenizer(options, source, world)
+    if options.compile:
+        if not isinstance(tokenizer, KClipTokenizer):
+            raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
+        tokenizer.compile(options.batch_size)
     return tokenize(
         source,
         tokenizer,
@@ -80,24 +105,58 @@ def tokenize_images(options: Tokenize) -> TokenizeReport:
         image_size=tokenizer.image_size,
         batch_size=options.batch_size,
         workers=options.workers,
-        device=device,
+        device=world.device,
         max_skipped=options.max_skipped,
         overwrite=options.overwrite,
+        shard_images=options.shard_images,
+        world=world,
     )
 
 
-def find_tokenizer(options: Tokenize, source: ImageSource, device: torch.device) -> Tokenizer:
+def find_tokenizer(options: Tokenize, source: ImageSource, world: World) -> Tokenizer:
     """The tokenizer in --codebook, or one with the centroids there, or a new one, fitted and saved there."""
     folder = options.codebook or options.output.with_name(f"{options.output.name}_tokenizer")
     if folder.suffix == ".npy":
-        return new_tokenizer(options, device, folder)
-    if (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite):
+        return new_tokenizer(options, world.device, folder)
+    is_saved = (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite)
+    if world.on_main(lambda: is_saved):
         check_same(options, folder)
-        tokenizer = load_tokenizer(folder, device=device, weights=options.weights)
-        print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
+        tokenizer = load_tokenizer(folder, device=world.device, weights=options.weights)
+        if world.is_main:
+            UnfinishedFit(folder, {}).remove()
+            print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
         return tokenizer
-    check_places(options, folder)
-    tokenizer = new_tokenizer(options, device)
+    world.on_main(lambda: check_places(options, folder))
+    tokenizer = new_tokenizer(options, world.device)
+    if features_folder(options, source, tokenizer):
+        fit_files(options, source, tokenizer, folder, world)
+        return tokenizer
+    world.on_main(lambda: fit_in_memory(options, source, tokenizer, folder))
+    return tokenizer if world.is_main else load_tokenizer(folder, device=world.device, weights=options.weights)
+
+
+def features_folder(options: Tokenize, source: ImageSource, tokenizer: Tokenizer) -> Path | None:
+    """Where the sample for the fit goes; None for memory."""
+    images = min(options.fit_images or len(source), len(source))
+    rows = min(images * tokenizer.grid**2, MAX_PATCHES)
+    if options.features_dir is None and rows * tokenizer.feature_size * 2 <= IN_MEMORY_BYTES:
+        return None
+    return options.features_dir or options.output.with_name(f"{options.output.name}_features")
+
+
+def fit_settings(options: Tokenize) -> dict[str, Any]:
+    """Settings of the k-means, whatever it is over."""
+    return {
+        "seed": options.seed,
+        "iterations": options.fit_iterations,
+        "redos": options.fit_redos,
+        "init": options.fit_init,
+        "tolerance": options.fit_tolerance,
+    }
+
+
+def fit_in_memory(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, folder: Path) -> None:
+    """Fit over a sample in this process's memory and save the tokenizer; or go on with a fit that was stopped there."""
     batches = fit_batches(
         source,
         tokenizer,
@@ -107,16 +166,70 @@ def find_tokenizer(options: Tokenize, source: ImageSource, device: torch.device)
         limit=options.fit_images,
         max_skipped=options.max_skipped,
     )
-    report = tokenizer.fit(
-        shown(batches),
+    settings = fit_settings(options) | {
+        "max_rows": options.fit_patches * tokenizer.vocabulary,
+        "source": batches.fingerprint(),
+    }
+    unfinished = None
+    if options.fit_save_every > 0:
+        network = tokenizer.network and tokenizer.network.sha256
+        described = {**settings, "tokenizer": tokenizer.name, **tokenizer.settings(), "network": network}
+        unfinished = UnfinishedFit(folder, described, overwrite=options.overwrite)
+    try:
+        tokenizer.fit(
+            shown(batches),
+            **settings,
+            unfinished=unfinished,
+            save_every=options.fit_save_every,
+            on_iteration=iteration_lines(options),
+        )
+    except KeyboardInterrupt:
+        if unfinished is None or not unfinished.folder.exists():
+            raise
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; the same command goes on with the fit in {folder}") from None
+    save_fitted(tokenizer, folder)
+    if unfinished is not None:
+        unfinished.remove()
+
+
+def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, folder: Path, world: World) -> None:
+    """Sample features into files and fit over them, both shared among the processes; save the tokenizer."""
+    files = sample_features(
+        source,
+        tokenizer,
+        features_folder(options, source, tokenizer),
         seed=options.seed,
-        iterations=options.fit_iterations,
-        redos=options.fit_redos,
-        on_iteration=iteration_lines(),
+        limit=options.fit_images,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        max_skipped=options.max_skipped,
+        world=world,
     )
+    checkpoint = files.folder / "kmeans" if options.fit_save_every > 0 else None
+    if world.is_main:
+        print(files.summary(), flush=True)
+        if checkpoint and options.overwrite:
+            checkpoint.unlink(missing_ok=True)
+    tokenizer.fit_rows(
+        share_of_rows(NpyRows(files.paths), world.rank, world.size),
+        images=files.images,
+        patches=files.patches,
+        **fit_settings(options),
+        rows_per_entry=options.fit_patches,
+        source=source.fingerprint(),
+        checkpoint=checkpoint,
+        save_every=options.fit_save_every,
+        on_iteration=iteration_lines(options) if world.is_main else None,
+    )
+    world.on_main(lambda: save_fitted(tokenizer, folder))
+    if world.is_main and checkpoint:
+        checkpoint.unlink(missing_ok=True)
+
+
+def save_fitted(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save it, and say how the fit went."""
     tokenizer.save(folder)
-    print(f"{report.summary()}\nsaved in {folder}")
-    return tokenizer
+    print(f"{tokenizer.report.summary()}\nsaved in {folder}", flush=True)
 
 
 def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None = None) -> Tokenizer:
@@ -145,7 +258,7 @@ def check_same(options: Tokenize, folder: Path) -> None:
 
 def check_places(options: Tokenize, folder: Path) -> None:
     """Raise before a long fit, not after it, when its results could not be kept."""
-    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    is_new = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {FOLDER})
     if not is_new and not (folder / store.MANIFEST).exists():
         raise ConfigError(f"--codebook {folder} is neither a tokenizer nor a .npy file nor a new folder")
     check_replaceable(options.output, options.overwrite)
@@ -159,17 +272,25 @@ def shown(batches: FitBatches) -> Iterator[Tensor]:
             advance(len(batch))
 
 
-def iteration_lines() -> Callable[[int, int, float], None]:
-    """Tells how far a long k-means is, now and then, on stderr."""
+def iteration_lines(options: Tokenize) -> Callable[[Iteration], None]:
+    """Tells of the iterations of a k-means on stderr, at most one a second; tokenizer.json keeps every objective."""
     last = time.monotonic()
 
-    def tell(redo: int, iteration: int, objective: float) -> None:
+    def tell(done: Iteration) -> None:
         nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+        if time.monotonic() - last >= SECONDS_BETWEEN_ITERATIONS:
             last = time.monotonic()
-            print(f"k-means: start {redo + 1}, iteration {iteration + 1}, objective {objective:.6g}", file=sys.stderr)
+            print(iteration_line(done, options), file=sys.stderr, flush=True)
 
     return tell
+
+
+def iteration_line(done: Iteration, options: Tokenize) -> str:
+    """Progress, objective and time left of a k-means, in one line."""
+    return (
+        f"k-means: start {done.redo + 1}/{options.fit_redos}, iteration {done.iteration + 1}/{options.fit_iterations}, "
+        f"objective {done.objective:.6g}, {done.splits} splits, {done.seconds:.1f} s, ETA {duration(done.eta)}"
+    )
 
 
 def pretrain_line(folder: Path) -> str:

@@ -115,6 +115,11 @@ class TokenCache:
             images[here] = self._shards[shard][ids[here] - self._starts[shard]]
         return torch.from_numpy(images)
 
+    @property
+    def token_array(self) -> np.ndarray:
+        """All tokens, uint16 (n, P), memory-mapped."""
+        return self._tokens
+
     def tokens(self, ids: Tensor | np.ndarray | Sequence[int]) -> Tensor:
         """Tokens of the images `ids`: int64 (b, P), raster order. IndexError for an id outside [0, n)."""
         return torch.from_numpy(self._tokens[self._checked(ids)].astype(np.int64))

@@ -56,7 +56,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of manifest.json. `shards` holds the images in each shard; `files` one record per file but the manifest."""
+    """All of manifest.json.
+
+    Attributes:
+        shards: images in each shard, maybe none.
+        files: one record per file but the manifest.
+        provenance: versions, device and settings that the tokens were computed with, one entry for each that occurred.
+    """
 
     description: CacheDescription
     images: int
@@ -65,6 +71,7 @@ class Manifest:
     labelled: bool
     skipped: list[Skipped]
     files: dict[str, FileRecord]
+    provenance: list[dict[str, str]] = field(default_factory=list)
     format: int = field(default=FORMAT)
 
     def file_names(self) -> list[str]:

@@ -25,6 +25,7 @@ from mapet.data.manifest import CacheDescription
 from mapet.data.npyfile import FileRecord
 from mapet.data.prepare import Prepared
 from mapet.data.report import TokenizeReport
+from mapet.distributed import World
 from mapet.errors import DataError
 
 HEADER = ["path", "class"]
@@ -46,6 +47,8 @@ def import_official(
     workers: int = 2,
     max_skipped: float = 0.01,
     overwrite: bool = False,
+    shard_images: int = 0,
+    world: World | None = None,
 ) -> TokenizeReport:
     """Make a token cache of official token files and the images they were made from.
 
@@ -56,6 +59,7 @@ def import_official(
         root: folder of the images. They are read as the official code does, without their EXIF orientation.
         vocabulary: tokens must be in [0, vocabulary).
         tokenizer: the name the cache gives for the tokenizer.
+        shard_images, world: as for `mapet.tokenize.tokenize`.
         class_names: label_encoder_classes.npy, an array of text; without it classes are called by their numbers.
     Raises:
         DataError: naming the file: not a token tensor (files are loaded without running code), more or fewer rows than
@@ -87,6 +91,8 @@ def import_official(
         workers=workers,
         max_skipped=max_skipped,
         overwrite=overwrite,
+        shard_images=shard_images,
+        world=world,
     )
 
 

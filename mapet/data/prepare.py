@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -33,6 +33,10 @@ class Prepared:
     crops: Tensor | None
     inputs: Tensor | None
     skipped: list[Skipped]
+
+    def pin_memory(self) -> Prepared:
+        """With the inputs in page-locked memory, from which a GPU copies without waiting; the DataLoader calls this."""
+        return self if self.inputs is None else replace(self, inputs=self.inputs.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def prepared_batches(
     image_size: int | None = None,
     prepare: Callable[[Image.Image], Tensor] | None = None,
     workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterable[Prepared]:
     """Decode batches of positions of the source, in order.
 
@@ -77,6 +82,7 @@ def prepared_batches(
         image_size: side of the centre-square crops; None for no crops.
         prepare: `Tokenizer.prepare`; None for no tokenizer inputs.
         workers: processes; 0 decodes in this one.
+        pin_memory: put tokenizer inputs into page-locked memory, for a GPU.
     """
     # A forked worker shares the tokenizer's weights with its parent; a spawned one would be sent a copy of them.
     fork = workers > 0 and sys.platform == "linux"
@@ -85,6 +91,7 @@ def prepared_batches(
         sampler=batches,
         batch_size=None,
         num_workers=workers,
+        pin_memory=pin_memory,
         multiprocessing_context="fork" if fork else None,
         generator=torch.Generator().manual_seed(0),  # without one, the loader draws from the global random state
     )
@@ -112,6 +119,11 @@ class SkipLog:
     def __post_init__(self) -> None:
         if not 0 <= self.max_skipped <= 1:
             raise ConfigError(f"max_skipped is a fraction in [0, 1], got {self.max_skipped}")
+
+    def replace(self, skipped: Sequence[Skipped]) -> None:
+        """Begin again with these images; raises as `add` does."""
+        self.skipped.clear()
+        self.add(skipped)
 
     def add(self, skipped: Sequence[Skipped]) -> None:
         """Note skipped images. DataError naming the first ones when there are more than the limit allows."""

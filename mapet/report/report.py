@@ -13,6 +13,7 @@ from typing import Literal
 from mapet.errors import DataError
 from mapet.evaluate import EvaluationResult
 from mapet.export import ExportReport
+from mapet.report.markdown import table
 
 Verdict = Literal["better", "worse", "within the spread", "one seed"]
 
@@ -111,7 +112,7 @@ def render(results: DemoResults, folder: Path) -> str:
     """The report as Markdown, for a file in `folder`."""
     sections = [
         ["# MaPeT demo", "", f"Made by `{results.command}`."],
-        ["## What was run", "", *_table(("", ""), results.facts)],
+        ["## What was run", "", *table(("", ""), results.facts)],
         ["## Top-1 accuracy on the test images", "", *_accuracy_section(results)],
         ["## What the numbers say", "", *_comparison_section(results)],
         ["## Pre-training", "", _loss_sentence(results.loss)],
@@ -120,7 +121,7 @@ def render(results: DemoResults, folder: Path) -> str:
         [
             "## Time",
             "",
-            *_table(("stage", "seconds"), _timing_rows(results.timings)),
+            *table(("stage", "seconds"), _timing_rows(results.timings)),
         ],
         ["## Machine", "", *(f"- {line}" for line in results.machine)],
     ]
@@ -139,7 +140,7 @@ def _accuracy_section(results: DemoResults) -> list[str]:
         f"Percent; {spread}, over seeds {seeds}. {first.train_images} training images, {first.test_images} test images,"
         f" {first.classes} classes (chance: {100 / first.classes:.1f} %).",
         "",
-        *_table(("method", "labels", "MaPeT pre-training", "random initialisation", "raw pixels"), rows),
+        *table(("method", "labels", "MaPeT pre-training", "random initialisation", "raw pixels"), rows),
         "",
         "Features are frozen. kNN and logistic regression read the last block. The linear probe trains a classifier on"
         ' every block; "best layer" picks block and epoch by their accuracy on the test images, as BEiT does,'
@@ -161,7 +162,7 @@ def _comparison_section(results: DemoResults) -> list[str]:
         lines += [f"Against {name}: {tally(verdicts)}.", ""]
     return [
         *lines,
-        *_table(("method", "labels", *(f"MaPeT minus {name}" for name in baselines)), cells),
+        *table(("method", "labels", *(f"MaPeT minus {name}" for name in baselines)), cells),
         "",
         "Points of accuracy. A difference up to the square root of the sum of the two squared deviations counts as"
         " within the spread; with few seeds that is a rule of thumb, not a test.",
@@ -227,8 +228,3 @@ def _timing_rows(timings: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
 
 def _relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -13,8 +13,8 @@ from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
 from mapet.tokenizers.base import Network, Tokenizer
 from mapet.tokenizers.kclip import KClipTokenizer
+from mapet.tokenizers.official import read_official_codebook, write_faiss_index, write_official_centroids
 from mapet.tokenizers.pixel import PixelTokenizer
-from mapet.tokenizers.store import read_official_codebook
 
 __all__ = [
     "TOKENIZERS",
@@ -29,6 +29,8 @@ __all__ = [
     "make_tokenizer",
     "measure_usage",
     "read_official_codebook",
+    "write_faiss_index",
+    "write_official_centroids",
 ]
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"pixel": PixelTokenizer, "kclip": KClipTokenizer}
@@ -41,7 +43,7 @@ def make_tokenizer(
     patch_size: int = 16,
     vocabulary: int = 8192,
     device: str | torch.device = "cpu",
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     weights: str | Path | None = None,
     codebook: str | Path | None = None,
 ) -> Tokenizer:
@@ -49,8 +51,9 @@ def make_tokenizer(
 
     Args:
         image_size, patch_size: of the model, in pixels; they fix the grid of tokens.
-        precision, weights: of the network behind kclip; pixel has none.
-        codebook: .npy file of float32 centroids (vocabulary, features), such as the official k-CLIP code writes.
+        precision, weights: of the network behind kclip; pixel has none. Precision None is fp16 on a GPU, else fp32.
+        codebook: .npy file of float32 centroids (vocabulary, features), or a faiss IndexFlatL2 of them, such as the
+            official k-CLIP code writes.
 
     Raises:
         ConfigError: unknown name, sizes that do not fit, or a network option for pixel.
@@ -61,7 +64,7 @@ def make_tokenizer(
         raise ConfigError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
     options: dict[str, Any] = {"precision": precision, "weights": weights}
     if name == "pixel":
-        if weights is not None or precision != "fp32":
+        if weights is not None or precision not in (None, "fp32"):
             raise ConfigError("tokenizer pixel has no network: weights and precision are for kclip")
         options = {}
     tokenizer = TOKENIZERS[name](image_size, patch_size, vocabulary, device, **options)

@@ -14,15 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mapet.codebook import FitReport, measure_usage, warn_of_collapse
+from mapet.codebook import CodebookUsage, FitReport, measure_usage, repeated_entries, warn_of_collapse
 from mapet.errors import ConfigError, DataError
+from mapet.stages import stage
 from mapet.tokenizers import store
 from mapet.tokenizers.sampling import Reservoir
+from mapet.tokenizers.unfinished import Sample, UnfinishedFit
 from mapet_kernels import kmeans, kmeans_assign
 from mapet_kernels.checks import check_finite_rows
 
 ROWS_PER_ENTRY = 512
 """Patches per codebook entry that the k-means uses at most (k-CLIP's max_points_per_centroid)."""
+ROWS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,23 @@ class Tokenizer(ABC):
         iterations: int = 20,
         redos: int = 5,
         init: str = "random",
+        tolerance: float = 0.0,
         max_rows: int | None = None,
-        on_iteration: Callable[[int, int, float], None] | None = None,
+        source: str = "",
+        unfinished: UnfinishedFit | None = None,
+        save_every: float = 0.0,
+        on_iteration: Callable[[kmeans.Iteration], None] | None = None,
     ) -> FitReport:
         """Make the codebook: k-means over a uniform sample of the patches of prepared images.
 
         Args:
-            batches: uint8 (b, 3, input_size, input_size) tensors, each as `prepare` makes them.
+            batches: uint8 (b, 3, input_size, input_size) tensors, each as `prepare` makes them; not read where
+                `unfinished` has the sample already.
             max_rows: patches to sample; 512 per codebook entry when not given.
-            seed, iterations, redos, init, on_iteration: as in `mapet_kernels.kmeans.fit`.
+            source: fingerprint of the images, for the record.
+            unfinished: where sample and k-means are kept while they are made, the latter every `save_every` seconds;
+                a fit that was killed goes on from there, to the same codebook. The caller removes it in the end.
+            seed, iterations, redos, init, tolerance, on_iteration: as in `mapet_kernels.kmeans.fit`.
 
         Returns:
             The report, also kept as `report`. A collapsed codebook is reported there and as a CollapseWarning.
@@ -131,55 +142,137 @@ class Tokenizer(ABC):
         capacity = ROWS_PER_ENTRY * self.vocabulary if max_rows is None else max_rows
         if capacity < self.vocabulary:
             raise ConfigError(f"max_rows {max_rows} is less than the vocabulary {self.vocabulary}")
-        sample, images = Reservoir(capacity, seed), 0
-        for batch in batches:
-            sample.add(self._features(batch).flatten(0, 1))
-            images += len(batch)
-        rows = sample.rows.to(self.device)
-        if len(rows) < self.vocabulary:
-            raise DataError(
-                f"{images} images have {sample.seen} patches, too few for a vocabulary of {self.vocabulary}: "
-                "give more images or lower the vocabulary"
-            )
-        self._check_finite(rows)
         try:
-            result = kmeans.fit(
-                rows,
-                self.vocabulary,
-                iterations=iterations,
-                redos=redos,
-                init=init,
-                seed=seed,
-                max_points_per_centroid=None,
-                on_iteration=on_iteration,
-            )
+            kmeans.Settings(self.vocabulary, iterations, redos, init, seed, tolerance=tolerance)
+            sample = self._sample(batches, capacity, seed, unfinished)
         except ValueError as error:
             raise ConfigError(f"cannot fit tokenizer {self.name}: {error}") from error
-        self.set_codebook(result.centroids, f"k-means of {len(rows)} patches of {images} images, seed {seed}")
+        rows = on_device_if_it_fits(sample.rows, self.device)
+        settings = {"seed": seed, "iterations": iterations, "redos": redos, "init": init, "tolerance": tolerance}
+        result = self._k_means(
+            rows,
+            **settings,
+            max_points_per_centroid=None,
+            alone=True,
+            checkpoint=unfinished and unfinished.kmeans,
+            checkpoint_seconds=save_every,
+            on_iteration=on_iteration,
+        )
+        self.set_codebook(result.centroids, _source_of(result, sample.images, seed))
+        ids = torch.cat([kmeans_assign(part.to(self.device), self.codebook) for part in rows.split(ROWS_AT_ONCE)])
+        usage = measure_usage(ids, self.vocabulary, self.codebook)
+        return self._reported(result, sample.images, sample.patches, usage, settings, capacity, source)
+
+    def fit_rows(
+        self,
+        rows: Tensor | kmeans.RowSource,
+        *,
+        images: int,
+        patches: int,
+        seed: int = 1234,
+        iterations: int = 20,
+        redos: int = 5,
+        init: str = "random",
+        tolerance: float = 0.0,
+        rows_per_entry: int = ROWS_PER_ENTRY,
+        source: str = "",
+        checkpoint: Path | None = None,
+        save_every: float = 0.0,
+        on_iteration: Callable[[kmeans.Iteration], None] | None = None,
+    ) -> FitReport:
+        """As `fit`, over features (n, F) in memory or in files: a sample of so many `patches` of so many `images`.
+
+        Under torch.distributed every process calls this with its share of the rows, and all get the same codebook.
+
+        Args:
+            rows_per_entry: of more rows per codebook entry so many are used, drawn at random.
+            checkpoint: file for the state of the k-means, as in `mapet_kernels.kmeans.fit`.
+
+        Returns:
+            The report; the usage in it is that of the last iteration.
+        """
+        settings = {"seed": seed, "iterations": iterations, "redos": redos, "init": init, "tolerance": tolerance}
+        result = self._k_means(
+            rows,
+            **settings,
+            max_points_per_centroid=rows_per_entry,
+            checkpoint=checkpoint,
+            checkpoint_seconds=save_every,
+            on_iteration=on_iteration,
+        )
+        self.set_codebook(result.centroids, _source_of(result, images, seed))
+        usage = CodebookUsage(result.counts.cpu().numpy(), len(repeated_entries(self.codebook)))
+        capacity = rows_per_entry * self.vocabulary
+        return self._reported(result, images, patches, usage, settings, capacity, source)
+
+    def _k_means(self, rows: Tensor | kmeans.RowSource, **settings: Any) -> kmeans.KMeansResult:
+        """K-means on the tokenizer's device; ConfigError where it cannot be run so."""
+        try:
+            return kmeans.fit(rows, self.vocabulary, device=self.device, **settings)
+        except ValueError as error:
+            raise ConfigError(f"cannot fit tokenizer {self.name}: {error}") from error
+
+    def _reported(
+        self,
+        result: kmeans.KMeansResult,
+        images: int,
+        patches: int,
+        usage: CodebookUsage,
+        settings: dict[str, Any],
+        max_rows: int,
+        source: str,
+    ) -> FitReport:
+        """Keep and return the report of a fit, with a warning of a collapse."""
         self.report = FitReport(
             tokenizer=self.name,
             features=self.feature_size,
             images=images,
-            patches=sample.seen,
-            rows=len(rows),
-            seed=seed,
-            init=init,
-            iterations=iterations,
+            patches=patches,
+            rows=result.rows,
+            **{name: settings[name] for name in ("seed", "init", "iterations", "tolerance")},
             objectives=result.objectives,
             redo=result.redo,
             splits=result.splits,
-            usage=measure_usage(kmeans_assign(rows, self.codebook), self.vocabulary, self.codebook),
+            usage=usage,
+            max_rows=max_rows,
+            source=source,
         )
-        warn_of_collapse(self.report.usage, self.name)
+        warn_of_collapse(usage, self.name)
         return self.report
 
+    def _sample(self, batches: Iterable[Tensor], capacity: int, seed: int, unfinished: UnfinishedFit | None) -> Sample:
+        """Features of at most `capacity` patches, checked: those an unfinished fit has, or drawn from the batches."""
+        if unfinished is not None and (sample := unfinished.load()) is not None:
+            return sample
+        reservoir, images = Reservoir(capacity, seed), 0
+        for batch in batches:
+            reservoir.add(self._features(batch).flatten(0, 1))
+            images += len(batch)
+        if len(reservoir.rows) < self.vocabulary:
+            raise DataError(
+                f"{images} images have {reservoir.seen} patches, too few for a vocabulary of {self.vocabulary}: "
+                "give more images or lower the vocabulary"
+            )
+        self._check_finite(reservoir.rows)
+        rows = reservoir.rows
+        # A .npy file has no bfloat16; float32 holds its numbers exactly.
+        sample = Sample(rows.float() if rows.dtype == torch.bfloat16 else rows, images, reservoir.seen)
+        if unfinished is not None:
+            unfinished.save(sample)
+        return sample
+
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2."""
-        features = self._features(images)
-        try:
-            ids = kmeans_assign(features.flatten(0, 1), self.codebook)
-        except ValueError as error:
-            raise DataError(f"tokenizer {self.name} cannot encode: {error}") from error
+        """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2.
+
+        Features and ids are made, and stay, on the tokenizer's device; the assignment is exact.
+        """
+        with stage("network", self.device):
+            features = self._features(images)
+        with stage("assign", self.device):
+            try:
+                ids = kmeans_assign(features.flatten(0, 1), self.codebook)
+            except ValueError as error:
+                raise DataError(f"tokenizer {self.name} cannot encode: {error}") from error
         return ids.view(features.shape[:2])
 
     def fingerprint(self) -> str:
@@ -245,10 +338,21 @@ class Tokenizer(ABC):
                 f"tokenizer {self.name} takes uint8 images (b, {', '.join(map(str, expected))}), "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        return self.features(images.to(self.device))
+        return self.features(images.to(self.device, non_blocking=True))
 
     def _check_finite(self, rows: Tensor) -> None:
         try:
             check_finite_rows("features", rows)
         except ValueError as error:
             raise DataError(f"tokenizer {self.name} cannot be fitted: {error}") from error
+
+
+def _source_of(result: kmeans.KMeansResult, images: int, seed: int) -> str:
+    return f"k-means of {result.rows} patches of {images} images, seed {seed}"
+
+
+def on_device_if_it_fits(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows on the device; where they would take more than half of a GPU's free memory, as they are."""
+    if device.type == "cuda" and rows.numel() * rows.element_size() > torch.cuda.mem_get_info(device)[0] // 2:
+        return rows
+    return rows.to(device)

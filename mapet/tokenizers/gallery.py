@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,9 +34,20 @@ OUTLINE = "#d6262b"
 INK, GREY = "#1a1a1a", "#6b6b6b"
 
 
+class Images(Protocol):
+    """uint8 images (n, 3, S, S): a tensor, an array, or what looks like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor | np.ndarray: ...
+
+
 def save_gallery(
     path: str | Path,
-    images: Tensor | np.ndarray,
+    images: Images,
     tokens: Tensor | np.ndarray,
     grid: int,
     *,
@@ -49,7 +62,7 @@ def save_gallery(
     surroundings, from as many different images as there are.
 
     Args:
-        images: (n, 3, S, S) uint8.
+        images: (n, 3, S, S) uint8; anything with a shape, a length and images by index.
         tokens: (n, grid * grid) integers, raster order.
         entries: how many, the most used first; or the ids to draw.
         columns: patches per entry.
@@ -58,32 +71,74 @@ def save_gallery(
     Raises:
         DataError: images, tokens and grid do not fit together, or no entry to draw is used.
     """
-    tokens = np.asarray(tokens).astype(np.int64)
+    tokens = np.asarray(tokens)
     size = images.shape[-1]
     if len(images) == 0 or tokens.shape != (len(images), grid**2) or size % grid:
         raise DataError(
             f"a gallery needs images (n, 3, S, S) with S divisible by the grid and tokens (n, grid * grid); got images "
             f"{tuple(images.shape)}, tokens {tokens.shape} and grid {grid}"
         )
-    ids, counts = np.unique(tokens, return_counts=True)
-    usage = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    drawn = _most_used(usage, entries) if isinstance(entries, int) else [i for i in entries if i in usage]
+    counts = np.bincount(tokens.reshape(-1))
+    wanted = most_used(counts, entries) if isinstance(entries, int) else list(entries)
+    drawn = [entry for entry in wanted if 0 <= entry < len(counts) and counts[entry]]
     if not drawn or columns < 1:
         raise DataError(f"no patch to draw: none of the entries {entries} is used, or columns = {columns} is below 1")
-    canvas = _Canvas(len(drawn), columns)
+    rows = [
+        GalleryRow(f"entry {entry}", share_text(counts[entry], tokens.size), np.argwhere(tokens == entry))
+        for entry in drawn
+    ]
+    in_use = np.count_nonzero(counts)
+    subtitle = f"{len(drawn)} of the {in_use} entries in use, {len(images)} images of {grid} x {grid} patches"
+    draw_gallery(path, images, rows, grid, columns=columns, title=title, subtitle=subtitle, seed=seed)
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """One row of a gallery.
+
+    Attributes:
+        name, detail: two lines of text at the left.
+        places: (m, 2) pairs of image and patch to draw from.
+    """
+
+    name: str
+    detail: str
+    places: np.ndarray
+
+
+def draw_gallery(
+    path: str | Path,
+    images: Images,
+    rows: Sequence[GalleryRow],
+    grid: int,
+    *,
+    columns: int = 8,
+    title: str,
+    subtitle: str,
+    seed: int = 0,
+) -> None:
+    """Draw rows of patches, as `save_gallery` does; only the images drawn are looked at."""
+    canvas = _Canvas(len(rows), columns)
     rng = np.random.default_rng(seed)
-    for row, entry in enumerate(drawn):
-        places = _spread(np.argwhere(tokens == entry), rng)
-        canvas.label(row, f"entry {entry}", f"{usage[entry] / tokens.size:.2%} of patches")
-        canvas.average(row, _average_patch(images, places[:AVERAGED], grid))
+    for i_row, row in enumerate(rows):
+        places = _spread(row.places, rng)
+        canvas.label(i_row, row.name, row.detail)
+        canvas.average(i_row, _average_patch(images, places[:AVERAGED], grid))
         for column, (i_image, i_patch) in enumerate(places[:columns]):
-            canvas.patch(row, column, *_in_context(_pixels(images, i_image), i_patch, grid))
-    subtitle = f"{len(drawn)} of the {len(usage)} entries in use, {len(images)} images of {grid} x {grid} patches"
+            canvas.patch(i_row, column, *_in_context(_pixels(images, i_image), i_patch, grid))
     canvas.save(Path(path), title, subtitle)
 
 
-def _most_used(usage: dict[int, int], entries: int) -> list[int]:
-    return sorted(usage, key=lambda entry: (-usage[entry], entry))[:entries]
+def most_used(counts: np.ndarray, entries: int) -> list[int]:
+    """Ids of at most so many entries that are used, the most used first, equal ones by id."""
+    return [int(entry) for entry in np.argsort(-counts, kind="stable")[:entries] if counts[entry]]
+
+
+def share_text(count: int, total: int) -> str:
+    """How often an entry is used, for a label."""
+    if count >= total / 1000:
+        return f"{count / total:.2%} of patches"
+    return "1 patch" if count == 1 else f"{count} patches"
 
 
 def _spread(places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -95,12 +150,12 @@ def _spread(places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([places[is_first], places[~is_first]])
 
 
-def _pixels(images: Tensor | np.ndarray, index: int) -> np.ndarray:
+def _pixels(images: Images, index: int) -> np.ndarray:
     """Image `index` as (S, S, 3) uint8."""
     return np.asarray(images[int(index)]).transpose(1, 2, 0)
 
 
-def _average_patch(images: Tensor | np.ndarray, places: np.ndarray, grid: int) -> np.ndarray:
+def _average_patch(images: Images, places: np.ndarray, grid: int) -> np.ndarray:
     side = images.shape[-1] // grid
     total = np.zeros((side, side, 3))
     for i_image, i_patch in places:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,8 @@ from mapet.errors import DataError
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
+PROVENANCE = "provenance"
+"""Metadata of codebook.safetensors, as JSON: all of tokenizer.json but the hash of the file itself."""
 FORMAT = 1
 
 
@@ -52,10 +54,10 @@ def write(folder: Path, stored: StoredTokenizer, codebook: Tensor, report: FitRe
     tensors = {"codebook": codebook.cpu()}
     if report is not None:
         tensors["usage_counts"] = torch.from_numpy(report.usage.counts)
-    payload = safetensors.torch.save(tensors)
-    stored = dataclasses.replace(
-        stored, codebook_sha256=hashlib.sha256(payload).hexdigest(), fit=report and _fit_to_json(report)
-    )
+    stored = dataclasses.replace(stored, fit=report and _fit_to_json(report))
+    # One key, since safetensors writes several in no fixed order.
+    payload = safetensors.torch.save(tensors, {PROVENANCE: json.dumps(_provenance(stored), sort_keys=True)})
+    stored = dataclasses.replace(stored, codebook_sha256=hashlib.sha256(payload).hexdigest())
     text = json.dumps(dataclasses.asdict(stored), indent=2) + "\n"
     partial = {folder / f".{name}.partial": folder / name for name in (CODEBOOK, MANIFEST)}
     try:
@@ -110,27 +112,20 @@ def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
     return stored, codebook, report
 
 
-def read_official_codebook(path: str | Path) -> Tensor:
-    """The (K, F) float32 centroids in a .npy file, as the official k-CLIP code writes them. DataError names the file.
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What a codebook.safetensors says of itself: tokenizer, settings, network, source, fit, versions.
 
-    That code also writes a search index of the faiss library under a name that ends in .npy; it is told apart.
+    DataError names a file that cannot be read or says nothing.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start[:2] in (b"Ix", b"IV", b"IB"):
-            raise DataError(
-                f"{path} is an index of the faiss library ({start.decode('latin-1')}), not an array, despite its name: "
-                "give the file of centroids that was written beside it (codebook_centroids_*.npy)"
-            )
-        centroids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read the codebook {path}: {error}") from error
-    if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype != np.float32:
-        shape = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "no single array"
-        raise DataError(f"{path} must hold float32 centroids (entries, features), it holds {shape}")
-    return torch.from_numpy(centroids)
+        with safetensors.safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})[PROVENANCE])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no codebook with its provenance: {error}") from error
+
+
+def _provenance(stored: StoredTokenizer) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(stored).items() if name != "codebook_sha256"}
 
 
 def _write_through(path: Path, content: bytes) -> None:

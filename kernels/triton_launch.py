@@ -1,0 +1,36 @@
+"""What launches of Triton kernels share: a launch as a value, which the ahead-of-time check compiles as well."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mapet_kernels import launch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its number of programs, its arguments in order, and its constants and compiler options by name.
+
+    Arguments are tensors, tensor descriptors, integers or None.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device`, which need not be the current one."""
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[(self.programs,)](*self.arguments, **self.constants)
+
+
+def architecture(device: torch.device) -> int:
+    """The entry of `launch.ARCHITECTURES` for a device; the first for the interpreter."""
+    if device.type != "cuda":
+        return launch.ARCHITECTURES[0]
+    return launch.known_architecture(torch.cuda.get_device_capability(device))

@@ -1,0 +1,188 @@
+"""The journal of a long job that is done part by part: which parts are finished, with the hashes of their files.
+
+    plan.json        what the job is; the same command finds it again
+    part_00007.json  written when the files of part 7 are safely on disk, last and whole or not at all
+    lock             held by the main process while it runs; a killed process holds nothing
+
+A process that dies at any moment leaves its finished parts, and files without a record, which are made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mapet.data.npyfile import FileRecord
+from mapet.errors import DataError
+
+PLAN, LOCK = "plan.json", "lock"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part: its files, by path relative to the folder, and what else there is to remember."""
+
+    files: dict[str, FileRecord]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """The journal in `folder` of the job that `plan` describes; any process of the job may read it and add parts.
+
+    Args:
+        folder: holds the journal and, below it, the files of the parts.
+        plan: all that decides what the parts hold, as JSON values.
+    """
+
+    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
+        self.folder, self.plan = folder, json.loads(json.dumps(plan))
+        self._lock = None
+
+    def begin(self, *, restart: bool = False) -> list[str]:
+        """Take the lock, and write the plan where there is none; for the main process.
+
+        Args:
+            restart: delete what is left of another job instead of refusing it.
+        Returns:
+            In what the job deleted was different; empty where none was.
+        Raises:
+            DataError: another process holds the lock, the folder is that of another job (the text names what differs),
+                or it holds other things.
+        """
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
+            raise DataError(f"{self.folder} exists and holds no work of mapet; move it away")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            found = self.read_plan()
+            differences = self.differences(found or {})
+            if found is not None and differences and not restart:
+                raise DataError(
+                    f"{self.folder} holds work of another kind ({'; '.join(differences)}); finish it with the command "
+                    "that began it, or delete that folder"
+                )
+            if differences:
+                self._clear()
+                write_whole(self.folder / PLAN, json.dumps(self.plan, indent=1))
+        except BaseException:
+            self.end()
+            raise
+        return differences if found is not None else []
+
+    @property
+    def locked(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._lock is not None
+
+    def end(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """The plan in the folder; None where there is none."""
+        return _read_json(self.folder / PLAN)
+
+    def differences(self, found: dict[str, Any]) -> list[str]:
+        """In what a plan differs from this one, in words."""
+        names = [name for name in {**self.plan, **found} if self.plan.get(name) != found.get(name)]
+        return [f"{name} is {found.get(name)}, wanted {self.plan.get(name)}" for name in names]
+
+    def parts(self) -> dict[int, Part]:
+        """The finished parts by number, ascending; files are not looked at."""
+        try:
+            names = os.listdir(self.folder)
+        except OSError:  # not there yet, or not to be read, which `begin` reports
+            return {}
+        numbers = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"part_(\d+)\.json", name)))
+        parts = {number: self._read_part(number) for number in numbers}
+        return {number: part for number, part in parts.items() if part is not None}
+
+    def damage(self, part: Part) -> str | None:
+        """What is wrong with the files of a part, size and SHA-256; None where nothing is."""
+        for name, record in part.files.items():
+            try:
+                found = FileRecord.of(self.folder / name)
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror or error}"
+            if found != record:
+                return f"{name} is not as it was written"
+        return None
+
+    def finish(self, number: int, files: dict[str, FileRecord], **facts: Any) -> None:
+        """Record a part whose files are on disk."""
+        for name in files:
+            sync_folder((self.folder / name).parent)
+        write_whole(self.folder / _record_name(number), json.dumps(asdict(Part(files, facts)), indent=1))
+
+    def _read_part(self, number: int) -> Part | None:
+        values = _read_json(self.folder / _record_name(number)) or {}
+        try:
+            files = {name: FileRecord(**record) for name, record in values["files"].items()}
+            return Part(files, values["facts"])
+        except (AttributeError, KeyError, TypeError):  # damaged: the part is made again
+            return None
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.folder / LOCK, "ab")  # noqa: SIM115, held until `end`
+        try:
+            # Not flock, which the forked workers of a killed process would go on holding.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.end()
+            raise DataError(f"another process is at work in {self.folder}; wait for it, or end it") from error
+
+    def forget(self, number: int) -> None:
+        """Drop the record of a part."""
+        (self.folder / _record_name(number)).unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        """Delete everything but the lock."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file safely to disk, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder safely on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _record_name(number: int) -> str:
+    return f"part_{number:05d}.json"
+
+
+def _read_json(path: Path) -> Any:
+    """None for a file that is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

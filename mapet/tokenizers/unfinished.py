@@ -1,0 +1,96 @@
+"""A fit on disk while it runs: the sampled features and the state of the k-means, so that a killed run can go on.
+
+<tokenizer>/fit/
+    sample.npy    the rows the k-means is over
+    sample.json   what they are, and the settings of the fit; written when sample.npy is whole
+    kmeans        state of the k-means
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mapet.data.npyfile import NpyAppender
+from mapet.errors import ConfigError, DataError
+from mapet_kernels.kmeans import NpyRows
+
+FOLDER = "fit"
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows (n, F) on the CPU, drawn from `patches` of `images`."""
+
+    rows: Tensor
+    images: int
+    patches: int
+
+
+class UnfinishedFit:
+    """The folder `fit` in a tokenizer's folder. `settings` are all that the result depends on.
+
+    Raises:
+        ConfigError: it holds a fit of other settings, which are listed; with `overwrite` that one is removed instead.
+    """
+
+    def __init__(self, tokenizer_folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.folder, self.settings = tokenizer_folder / FOLDER, settings
+        self.kmeans = self.folder / "kmeans"
+        self._rows, self._description = self.folder / "sample.npy", self.folder / "sample.json"
+        saved = self._saved()
+        before = {} if saved is None else saved["settings"]
+        changed = [name for name in settings if saved is not None and before.get(name) != settings[name]]
+        if changed and not overwrite:
+            listed = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
+            raise ConfigError(
+                f"{self.folder} holds an unfinished fit of other settings: {listed}. Give those again to go on, or "
+                "remove that folder"
+            )
+        if changed:
+            self.remove()
+
+    def load(self) -> Sample | None:
+        """The sample that an earlier run drew, if there is one. DataError where it is damaged."""
+        saved = self._saved()
+        if saved is None:
+            return None
+        try:
+            source = NpyRows(self._rows)
+        except (OSError, ValueError) as error:
+            raise DataError(f"the unfinished fit in {self.folder} is damaged, remove it: {error}") from error
+        return Sample(source.read(0, source.shape[0]), saved["images"], saved["patches"])
+
+    def save(self, sample: Sample) -> None:
+        """Keep the sample; what an earlier run left half-written goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self._rows, self._description, self.kmeans):
+            path.unlink(missing_ok=True)
+        dtype = str(sample.rows.dtype).removeprefix("torch.")
+        with NpyAppender(self._rows, dtype, tuple(sample.rows.shape[1:])) as file:
+            for rows in sample.rows.split(ROWS_AT_ONCE):
+                file.append(rows.numpy())
+            file.close()
+        described = {"images": sample.images, "patches": sample.patches, "settings": self.settings}
+        partial = self._description.with_suffix(".partial")
+        partial.write_text(json.dumps(described, indent=1) + "\n")
+        os.replace(partial, self._description)
+
+    def remove(self) -> None:
+        """Forget it: the fit is done, or not wanted."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _saved(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._description.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DataError(f"the unfinished fit in {self.folder} is damaged, remove it: {error}") from error

@@ -1,0 +1,174 @@
+"""`mapet tokenize --fit`: its options and log, and a fit that is killed and goes on."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import SIZES, Mapet, pictures
+
+from mapet.commands import tokenize as command
+from mapet.tokenizers import PixelTokenizer
+from mapet_kernels import kmeans
+
+SCRIPT = Path(__file__).parent / "fit_script.py"
+FIT = ("--workers", 0, "--batch-size", 16, "--fit", "--fit-redos", 2, "--fit-iterations", 4)
+
+
+@pytest.fixture
+def mapet(capsys) -> Mapet:
+    return Mapet(capsys)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """stop(n): the k-means is interrupted after n iterations; stop(0): it is not."""
+
+    def interrupt(iterations: int) -> None:
+        done = []
+
+        def lines(options):
+            def tell(iteration: kmeans.Iteration) -> None:
+                done.append(iteration)
+                if len(done) == iterations:
+                    raise KeyboardInterrupt
+
+            return tell
+
+        monkeypatch.setattr(command, "iteration_lines", lines)
+
+    return interrupt
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fit_saves_a_tokenizer_and_makes_no_cache(mapet, images, tmp_path):
+    options = ("--fit-init", "k-means++", "--fit-tolerance", 0.02, "--fit-patches", 10)
+    outcome = mapet.succeed("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT, *options)
+    assert "saved in" in outcome.out
+    assert [path.name for path in tmp_path.iterdir()] == ["cache_tokenizer"]
+    assert set(files_in(tmp_path / "cache_tokenizer")) == {"codebook.safetensors", "tokenizer.json"}
+    fit = json.loads((tmp_path / "cache_tokenizer" / "tokenizer.json").read_text())["fit"]
+    assert (fit["init"], fit["tolerance"], fit["rows"], fit["max_rows"]) == ("k-means++", 0.02, 160, 160)
+    assert (len(fit["objectives"]), len(fit["source"])) == (2, 64)
+    again = mapet.succeed("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
+    assert "using the tokenizer pixel" in again.out
+
+
+def test_every_slow_iteration_is_told_with_the_time_left(mapet, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SECONDS_BETWEEN_ITERATIONS", 0)
+    outcome = mapet.succeed("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
+    lines = [line for line in outcome.err.splitlines() if line.startswith("k-means: ")]
+    pattern = r"k-means: start (\d)/2, iteration (\d)/4, objective ([\d.e+]+), \d+ splits, \d+\.\d s, ETA \d:\d\d:\d\d"
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert [(int(line[1]), int(line[2])) for line in found] == [(s, i) for s in (1, 2) for i in (1, 2, 3, 4)]
+    fit = json.loads((tmp_path / "cache_tokenizer" / "tokenizer.json").read_text())["fit"]
+    assert [line[3] for line in found] == [f"{value:.6g}" for curve in fit["objectives"] for value in curve]
+
+
+def test_a_stopped_fit_goes_on_without_reading_the_images_again(mapet, images, tmp_path, stop, monkeypatch):
+    arguments = ("tokenize", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-6)
+    mapet.succeed(*arguments, "--output", tmp_path / "whole")
+    stop(5)
+    stopped = mapet(*arguments, "--output", tmp_path / "stopped")
+    assert stopped.code == 130
+    assert f"the same command goes on with the fit in {tmp_path / 'stopped_tokenizer'}" in stopped.err
+    assert set(files_in(tmp_path / "stopped_tokenizer")) == {"fit/sample.npy", "fit/sample.json", "fit/kmeans"}
+    stop(0)
+    monkeypatch.setattr(PixelTokenizer, "features", lambda self, images: pytest.fail("the images are read again"))
+    mapet.succeed(*arguments, "--output", tmp_path / "stopped")
+    assert files_in(tmp_path / "stopped_tokenizer") == files_in(tmp_path / "whole_tokenizer")
+
+
+def test_an_unfinished_fit_of_other_settings_is_refused_or_replaced(mapet, images, tmp_path, stop):
+    arguments = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
+    stop(3)
+    assert mapet(*arguments, "--fit-save-every", 1e-6).code == 130
+    stop(0)
+    changed = (*arguments, "--seed", 5, "--fit-iterations", 6)
+    mapet.fail(
+        *changed,
+        code=2,
+        names=(
+            tmp_path / "cache_tokenizer" / "fit",
+            "seed was 1234, is 5; iterations was 4, is 6",
+            "remove that folder",
+        ),
+    )
+    mapet.succeed(*changed, "--overwrite")
+    assert set(files_in(tmp_path / "cache_tokenizer")) == {"codebook.safetensors", "tokenizer.json"}
+
+
+def test_a_damaged_sample_is_named(mapet, images, tmp_path, stop):
+    arguments = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
+    stop(3)
+    assert mapet(*arguments, "--fit-save-every", 1e-6).code == 130
+    sample = tmp_path / "cache_tokenizer" / "fit" / "sample.npy"
+    sample.write_bytes(sample.read_bytes()[:-1])
+    mapet.fail(*arguments, code=1, names=("is damaged, remove it", sample, "truncated"))
+
+
+def test_without_saves_nothing_is_left(mapet, images, tmp_path, stop):
+    stop(3)
+    arguments = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT, "--fit-save-every", 0)
+    assert mapet(*arguments).code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--fit-redos", 0), ("redos must be at least 1, got 0",)),
+        (("--fit-tolerance", 1), ("tolerance must be in [0, 1)",)),
+        (("--fit-patches", 0), ("max_rows 0 is less than the vocabulary 16",)),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_the_images_are_read(
+    mapet, images, tmp_path, options, names, monkeypatch
+):
+    monkeypatch.setattr(PixelTokenizer, "features", lambda self, images: pytest.fail("the images are read"))
+    arguments = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
+    mapet.fail(*arguments, *options, code=2, names=names)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_needs_images(mapet, tmp_path):
+    arguments = ("tokenize", "--fit", "--import-tokens", "t.pth", "--csv", "c.csv", "--root", tmp_path)
+    mapet.fail(*arguments, code=2, names=("--fit can only be given with --images",))
+
+
+def test_fit_needs_a_place_for_the_codebook(mapet, images):
+    names = ("--fit makes a codebook, and --codebook c.npy is one",)
+    mapet.fail("tokenize", "--images", images, "--fit", "--codebook", "c.npy", code=2, names=names)
+
+
+def test_kill_9_in_mid_fit_and_on_to_the_same_codebook(mapet, images, tmp_path):
+    arguments = ("tokenize", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-6, "--fit-iterations", 8)
+    folder = tmp_path / "killed_tokenizer"
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, (*arguments, "--output", tmp_path / "killed"))])
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "fit" / "kmeans").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert set(files_in(folder)) >= {"fit/sample.npy", "fit/sample.json", "fit/kmeans"}
+    assert not (folder / "tokenizer.json").exists()
+    for name in ("killed", "whole"):
+        mapet.succeed(*arguments, "--output", tmp_path / name)
+    assert files_in(folder) == files_in(tmp_path / "whole_tokenizer")

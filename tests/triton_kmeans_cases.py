@@ -1,0 +1,409 @@
+"""The Triton kernels of k-means in Triton's interpreter; test_triton_interpreter.py runs this file."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_kmeans import ADVERSARIAL, all_distances, assert_float64_argmin, near_ties, randn
+from torch import Tensor
+from triton.runtime import interpreter
+
+from mapet_kernels import kmeans_assign, kmeans_update, launch
+from mapet_kernels.kmeans_assign import kernel, triton_backend
+from mapet_kernels.kmeans_update import triton_backend as update_backend
+from mapet_kernels.launch import AssignConfig
+from mapet_kernels.registry import REGISTRY
+
+SMALL = AssignConfig(32, 16, 32, warps=4, stages=2, descriptors=False, capacity=4)
+WITH_DESCRIPTORS = AssignConfig(32, 32, 16, warps=4, stages=2, descriptors=True, capacity=2)
+CONFIGS = {"pointers": SMALL, "descriptors": WITH_DESCRIPTORS}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch):
+    """torch.empty fills with NaN, integers with their largest: an element that is not written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AssignConfig:
+    return use(monkeypatch, CONFIGS[request.param])
+
+
+def use(monkeypatch: pytest.MonkeyPatch, config: AssignConfig, shares: int | None = None) -> AssignConfig:
+    """Have the kernels run with these tiles and, where given, so many programs for the centroids of a row tile.
+
+    Kernels that go through rows once take many at a time: the interpreter's time goes by programs.
+    """
+    monkeypatch.setattr(launch, "kmeans_assign_scores", lambda *_: config)
+    monkeypatch.setattr(triton_backend, "_feature_blocks", lambda features, *_: (256 if features > 128 else 64, 64))
+    if shares is not None:
+        monkeypatch.setattr(launch, "kmeans_assign_shares", lambda *_: shares)
+    return config
+
+
+def assign(x: Tensor, centroids: Tensor, **options):
+    return kmeans_assign(x, centroids, backend="triton", **options)
+
+
+def redecided(x: Tensor, centroids: Tensor) -> tuple[int, int]:
+    """Rows decided again among a few centroids, and among all; the ids are checked on the way."""
+    ids, counts = assign(x, centroids, return_redecided=True)
+    assert_float64_argmin(ids, x, centroids)
+    return tuple(counts.tolist())
+
+
+def relu(*shape: int, seed: int = 0) -> Tensor:
+    return randn(*shape, seed=seed).relu()
+
+
+FINE = 2.0**-20
+ATTACKS = {
+    **{
+        name: lambda make=make: tuple(v.float()[:36] for v in make())
+        for name, make in ADVERSARIAL.items()
+        if "float64" not in name and name != "near ties, long rows"
+    },
+    "float16, plain": lambda: (randn(36, 64).half(), randn(50, 64, seed=1).half()),
+    "float16 rows, float32 centroids": lambda: (relu(36, 64).half(), relu(50, 64, seed=1)),
+    "float16, one feature": lambda: (randn(36, 1).half(), randn(50, 1, seed=1).half()),
+    "float16, post-ReLU like CLIP's": lambda: (relu(20, 2048).half(), relu(40, 2048, seed=1)),
+    "float16, large common offset": lambda: ((randn(36, 32) + 1000).half(), (randn(50, 32, seed=1) + 1000).half()),
+    "float16, huge": lambda: ((randn(36, 32) * 15000).half(), randn(50, 32, seed=1) * 15000),
+    "float16, subnormal": lambda: ((randn(36, 32) * 1e-6).half(), (randn(50, 32, seed=1) * 1e-6).half()),
+    "float16, near ties below its digits": lambda: tuple(v.half() for v in near_ties(36, 64, 1e-4)),
+    "float16, midpoints": lambda: (((c := randn(24, 32).half())[:-1] + c[1:]) / 2, c),
+    "tiny rows, huge centroids": lambda: (randn(30, 16) * 1e-30, randn(20, 16, seed=1) * 1e30),
+    "huge rows, tiny centroids": lambda: (randn(30, 16) * 1e30, randn(20, 16, seed=1) * 1e-30),
+    "zero rows": lambda: (torch.zeros(9, 16), randn(20, 16, seed=1)),
+    "all centroids equal": lambda: (randn(9, 16), torch.ones(20, 16)),
+    "centroids a few float32 steps apart": lambda: (randn(30, 16), 1 + FINE * randn(20, 16, seed=1)),
+}
+
+
+@pytest.mark.parametrize(("i_attack", "attack"), enumerate(ATTACKS))
+def test_exact_ids_are_the_float64_argmin(monkeypatch: pytest.MonkeyPatch, i_attack: int, attack: str) -> None:
+    use(monkeypatch, list(CONFIGS.values())[i_attack % 2])
+    x, centroids = ATTACKS[attack]()
+    assert_float64_argmin(assign(x, centroids), x, centroids)
+
+
+@pytest.mark.parametrize("architecture", launch.ARCHITECTURES)
+def test_tiles_of_the_launch_table(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
+    use(monkeypatch, launch.kmeans_assign_scores(128, True, architecture))
+    x, centroids = relu(40, 128).half(), relu(140, 128, seed=1)
+    assert redecided(x, centroids)[1] == 0
+
+
+def test_8192_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, AssignConfig(16, 16, 512, 4, 2, False))
+    x, centroids = relu(5, 8192), relu(7, 8192, seed=1)
+    assert redecided(x, centroids)[1] == redecided(x.half(), centroids)[1] == 0
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_shapes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Any n, K, D, groups, tiles, shares, dtypes, scales and offsets; few levels make ties and duplicates common."""
+    choose = random.Random(seed)
+    rows, clusters = choose.choice((16, 32)), choose.choice((16, 32))
+    features = choose.choice((16, 32))
+    blocks = triton_backend._feature_blocks
+    use(monkeypatch, AssignConfig(rows, clusters, features, 4, 2, choose.random() < 0.5, choose.randint(1, 5)))
+    if choose.random() < 0.2:
+        monkeypatch.setattr(triton_backend, "_feature_blocks", blocks)
+    if choose.random() < 0.5:
+        count = choose.randint(1, 4)
+        monkeypatch.setattr(triton_backend, "_processors", lambda _: count)
+    n, k, d = choose.randint(1, 50), choose.choice((1, 2, 17, 40)), choose.choice((1, 3, 16, 31, 64, 97))
+    lead = choose.choice(((), (), (1,), (3,)))
+    dtype = choose.choice((torch.float16, torch.float32))
+    generator = torch.Generator().manual_seed(seed)
+    levels = choose.choice((2, 5, 1000))
+    values = torch.randint(levels, (*lead, n + k, d), generator=generator) / levels + choose.choice((0.0, 1.0, 100.0))
+    values = (values * 10.0 ** (choose.randint(-3, 2) if dtype == torch.float16 else choose.randint(-30, 30))).to(dtype)
+    x, centroids = values[..., :n, :], values[..., n:, :].contiguous()
+    ids, distances = assign(x, centroids, return_distance=True)
+    assert ids.shape == distances.shape == (*lead, n)
+    for group in range(*lead or (1,)):
+        here = group if lead else ...
+        assert_float64_argmin(ids[here], x[here], centroids[here])
+        truth = (x[here].double() - centroids[here].double()[ids[here]]).square().sum(-1)
+        torch.testing.assert_close(distances[here], truth.float(), rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 5])
+def test_shares_of_the_centroids_do_not_change_the_ids(monkeypatch: pytest.MonkeyPatch, shares: int) -> None:
+    use(monkeypatch, SMALL, shares)
+    x, centroids = relu(50, 32).half(), relu(75, 32, seed=1)
+    centroids[60:] = centroids[:15]
+    truth = all_distances(x, centroids).argmin(1)
+    assert torch.equal(assign(x, centroids), truth)
+    assert torch.equal(assign(x, centroids, exact=False), truth)
+
+
+def test_chunks_of_rows_do_not_change_the_ids(monkeypatch: pytest.MonkeyPatch, config: AssignConfig) -> None:
+    x, centroids = near_ties(36, 16, 1e-7)
+    whole = assign(x.float(), centroids.float(), return_distance=True, return_redecided=True)
+    monkeypatch.setattr(triton_backend, "COPY_BYTES", 1)
+    monkeypatch.setattr(triton_backend, "CHUNK_ROWS", 1)
+    pieces = assign(x.float(), centroids.float(), return_distance=True, return_redecided=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_ties_go_to_the_lowest_id(config: AssignConfig, exact: bool) -> None:
+    centroids = randn(30, 32)
+    repeated = torch.cat([centroids, centroids, centroids]).half()
+    assert torch.equal(assign(centroids.half(), repeated, exact=exact), torch.arange(30))
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+    assert torch.equal(assign(torch.zeros(7, 2), corners, exact=exact), torch.zeros(7, dtype=torch.int64))
+
+
+def test_what_is_decided_again_is_counted(config: AssignConfig) -> None:
+    x = randn(40, 64)
+    assert redecided(x, x[:8] * 10) == (0, 0)
+    twins = torch.cat([x[:8], x[:8]])
+    if config.capacity > 2:
+        assert redecided(x, twins) == (40, 0)
+    crowd = torch.cat([x[:1]] * (config.capacity + 1) + [x[1:8]])
+    few, all_of_them = redecided(x[:1].repeat(40, 1), crowd)
+    assert (few, all_of_them) == (0, 40)
+
+
+def test_most_rows_of_clip_like_features_need_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows around centroids, non-negative: the bound for 4096 features leaves a few of them, with few candidates."""
+    use(monkeypatch, AssignConfig(32, 64, 512, 4, 2, False))
+    centroids = relu(60, 4096, seed=1)
+    x = (centroids[:32] + 0.5 * randn(32, 4096)).relu().half()
+    assert redecided(x, centroids) == (0, 0)
+    few, among_all = redecided(relu(32, 4096).half(), centroids)
+    assert among_all == 0 and few < 16
+
+
+def test_fast_mode_agrees_on_separated_data(config: AssignConfig) -> None:
+    for dtype in (torch.float16, torch.float32):
+        x, centroids = randn(36, 64).to(dtype), (3 * randn(50, 64, seed=1)).to(dtype)
+        ids, distances = assign(x, centroids, exact=False, return_distance=True)
+        assert torch.equal(ids, all_distances(x, centroids).argmin(1))
+        torch.testing.assert_close(distances.double(), all_distances_of(x, centroids, ids))
+
+
+def all_distances_of(x: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
+    return (x.double() - centroids.double()[ids]).square().sum(1)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [(torch.float16, float("nan")), (torch.float16, float("inf")), (torch.float32, -float("inf"))],
+    ids=str,
+)
+def test_rows_that_are_not_finite_are_named(
+    monkeypatch: pytest.MonkeyPatch, exact: bool, dtype: torch.dtype, bad: float
+) -> None:
+    use(monkeypatch, SMALL)
+    x, centroids = randn(40, 32).to(dtype), randn(9, 32, seed=1)
+    x[7, 3] = x[31, 0] = bad
+    with pytest.raises(ValueError, match=r"x must be finite, but 2 of its rows .* first are 7, 31;"):
+        assign(x, centroids, exact=exact)
+    with pytest.raises(ValueError, match=r"x must be finite, but 2 of its rows .* \(1, 7\), \(1, 31\);"):
+        assign(torch.stack([randn(40, 32).to(dtype), x]), torch.stack([centroids, centroids]), exact=exact)
+    centroids[5, 31] = bad
+    with pytest.raises(ValueError, match=r"centroids must be finite, but 1 of its rows .* first are 5;"):
+        assign(x, centroids, exact=exact)
+
+
+def test_rows_anywhere_in_memory_give_the_same_ids(config: AssignConfig) -> None:
+    x, centroids = relu(50, 64).half(), relu(40, 64, seed=1).half()
+    expected = assign(x, centroids)
+    unaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    apart = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :64]
+    turned = x.T.contiguous().T
+    half = torch.stack([x, x], dim=1).view(100, 64)[::2]
+    kinds = [triton_backend.is_direct(v[None], True, config) for v in (x, apart, half, unaligned, turned)]
+    assert kinds == [True, True, True, False, False]
+    for other in (unaligned, apart, turned, half):
+        assert torch.equal(assign(other, centroids.T.contiguous().T), expected)
+    grouped = torch.stack([x, x.flip(0)])
+    both = assign(grouped, torch.stack([centroids, centroids]))
+    assert torch.equal(both, torch.stack([expected, expected.flip(0)]))
+    assert torch.equal(assign(grouped.transpose(0, 1)[:, 0][None], centroids[None])[0], expected)
+
+
+def cut_off(values: np.ndarray, quantum: np.ndarray) -> np.ndarray:
+    return np.trunc(values / quantum) * quantum
+
+
+def worst_product(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray) -> np.ndarray:
+    """a (M, K) @ b (K, N) + accumulator on the worst tensor core that the bound allows: 4 products at a time."""
+    a, b, total = a.astype(np.float64), b.astype(np.float64), accumulator.astype(np.float64)
+    for k in range(0, a.shape[1], 4):
+        terms = a[:, k : k + 4, None] * b[None, k : k + 4]  # (M, 4, N)
+        terms = np.concatenate([terms, total[:, None]], axis=1)
+        largest = np.abs(terms).max(1, keepdims=True)
+        quantum = 2.0 ** (np.floor(np.log2(np.where(largest > 0, largest, 1.0))) - 23)
+        total = cut_off(terms, quantum).sum(1)
+        total = cut_off(total, 2.0 ** (np.floor(np.log2(np.where(total != 0, np.abs(total), 1.0))) - 23))
+    return total.astype(np.float32)
+
+
+@pytest.fixture
+def worst_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_dot(builder, a, b, d, *_):
+        return interpreter.TensorHandle(worst_product(a.data, b.data, d.data), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def cut_off_attack(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pairs of centroids at one distance but for a little; cutting off costs one more than the other.
+
+    Of a pair, the first has large products of one sign first, the second has them last.
+    """
+    features = 512
+    row = torch.ones(40, features) + 0.001 * randn(40, features)
+    first = torch.full((20, features), 1.0 + 2.0**-9) + 0.01 * randn(20, features, seed=1)
+    second = first.flip(1) + 2.0**-13 * randn(20, features, seed=2)
+    return row.to(dtype), torch.cat([first, -first, second, -second])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_exact_on_the_worst_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, worst_tensor_cores: None, dtype: torch.dtype
+) -> None:
+    use(monkeypatch, AssignConfig(64, 64, 128, 4, 2, False, capacity=8))
+    for x, centroids in (cut_off_attack(dtype), (relu(40, 512).to(dtype), relu(30, 512, seed=1))):
+        assert_float64_argmin(assign(x, centroids), x, centroids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 100.0])
+def test_scores_are_within_the_stated_bound(dtype: torch.dtype, spread: float) -> None:
+    """|score - P^2 S| <= r a + z with the operands as the kernels round them and the worst tensor cores."""
+    x = (relu(24, 200) * spread + 1).to(dtype)
+    centroids = relu(30, 200, seed=1) * spread + 1
+    scores, bound, truth = scores_and_bound(x, centroids)
+    assert torch.all((scores - truth).abs() <= bound)
+    assert (scores - truth).abs().max() > 0.002 * bound.max()
+
+
+def scores_and_bound(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, K) float64: the scores in the kernel's arithmetic, their error bound, and P^2 S_k."""
+    direct = triton_backend.is_direct(x[None], True, SMALL)
+    part, prepared = triton_backend.centroids_launch(centroids[None], x.dtype, direct, SMALL)
+    part.run(x.device)
+    part, rows = triton_backend.rows_launch(x[None], prepared, direct, True, SMALL)
+    part.run(x.device)
+    clusters = len(centroids)
+    product = worst_product(rows.values.numpy(), prepared.values.numpy().T, np.zeros((len(x), len(prepared.values))))
+    slack, slope, bias = (values[:clusters].double() for values in (prepared.slack, prepared.slope, prepared.bias))
+    scores = torch.from_numpy(product).double()[:, :clusters] * rows.scale[:, None].double() + (bias + slack)
+    bound = rows.radius[:, None].double() * slope + slack
+    scale = 2.0 ** (13 - torch.frexp(prepared.largest[0])[1].item() + 1)
+    mean = prepared.mean[0].double()
+    moved = centroids.double() - mean
+    constant = mean if x.dtype == torch.float16 else 0 * mean
+    own = x.double() - (mean - constant)
+    truth = moved.square().sum(1) + 2 * moved @ constant - 2 * own @ moved.T
+    return scores, bound, truth * scale**2
+
+
+def test_without_the_bound_the_ids_would_be_wrong(monkeypatch: pytest.MonkeyPatch, worst_tensor_cores: None) -> None:
+    """The attack has teeth: the fast pass on the same data is wrong."""
+    use(monkeypatch, AssignConfig(64, 64, 128, 4, 2, False))
+    x, centroids = cut_off_attack(torch.float16)
+    wrong = assign(x, centroids, exact=False) != all_distances(x, centroids).argmin(1)
+    assert wrong.any()
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    x, centroids = randn(4, 3), randn(2, 3)
+    with pytest.raises(TypeError, match=r"takes float16, bfloat16 and float32, got float64"):
+        assign(x.double(), centroids)
+    with pytest.raises(ValueError, match=r"wrong.* in bfloat16|computes bfloat16 wrongly"):
+        assign(x.bfloat16(), centroids.bfloat16())
+    with pytest.raises(ValueError, match=r"wrong.* in bfloat16|computes bfloat16 wrongly"):
+        kmeans_update(x.bfloat16(), torch.zeros(4, dtype=torch.int64), 1, backend="triton")
+
+
+@pytest.mark.parametrize("name", REGISTRY["kmeans_assign"].shapes)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_registry_shapes_of_assign(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    use(monkeypatch, SMALL)
+    spec = REGISTRY["kmeans_assign"]
+    case = spec.make_case(spec.shapes[name], dtype)
+    ids, distances = spec.plain(**{key: x.double() for key, x in case.inputs.items()}, **case.options)
+    actual = spec.function(**case.inputs, **case.options, backend="triton")
+    assert torch.equal(actual[0], ids)
+    torch.testing.assert_close(actual[1].double(), distances, rtol=2.0**-22, atol=0)
+
+
+def exact_sums(x: Tensor, ids: Tensor, clusters: int) -> Tensor:
+    return torch.zeros(clusters, x.shape[1], dtype=torch.float64).index_add_(0, ids, x.double())
+
+
+UPDATE_SHAPES = [(1, 1, 1), (97, 41, 13), (11, 64, 33), (203, 2, 7), (160, 1, 130), (0, 3, 4), (129, 3, 1)]
+
+
+@pytest.mark.parametrize(("n", "clusters", "features"), UPDATE_SHAPES)
+def test_update_is_the_float64_sum_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, n: int, clusters: int, features: int
+) -> None:
+    monkeypatch.setattr(update_backend, "PIECE", 32)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        x = (randn(n, features) + 100).to(dtype)
+        ids = torch.randint(0, clusters, (n,), generator=torch.Generator().manual_seed(n))
+        sums, counts = kmeans_update(x, ids, clusters, backend="triton")
+        assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        rounding = 2.0**-45 if dtype == torch.float64 else 2.0**-24
+        torch.testing.assert_close(sums.double(), exact_sums(x, ids, clusters), rtol=1.01 * rounding, atol=0)
+        assert torch.equal(counts, ids.bincount(minlength=clusters))
+
+
+def test_update_gives_the_same_bits_every_time_and_for_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_backend, "PIECE", 16)
+    x, ids = randn(150, 40), torch.randint(0, 3, (150,), generator=torch.Generator().manual_seed(1))
+    first = kmeans_update(x, ids, 3, backend="triton")[0]
+    for other in (x, x.T.contiguous().T, torch.stack([x, x], dim=2).flatten(1)[:, ::2]):
+        assert torch.equal(kmeans_update(other, ids, 3, backend="triton")[0], first)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_update_of_random_clusters_in_chunks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Skewed cluster sizes, pieces that end anywhere: sums of chunks, added in place, are those of the whole."""
+    choose = random.Random(seed)
+    monkeypatch.setattr(update_backend, "PIECE", choose.choice((1, 2, 5, 16)))
+    monkeypatch.setattr(update_backend, "STEP", choose.choice((1, 4, 16)))
+    n, clusters, features = choose.randint(1, 90), choose.randint(1, 9), choose.choice((1, 5, 17))
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(n, generator=generator) ** 3 * clusters).long()
+    x = randn(n, features, seed=seed)
+    truth = exact_sums(x, ids, clusters)
+    torch.testing.assert_close(
+        kmeans_update(x, ids, clusters, backend="triton")[0], truth.float(), rtol=2e-7, atol=1e-7
+    )
+    out = torch.zeros(clusters, features, dtype=torch.float64), torch.zeros(clusters, dtype=torch.int64)
+    for start in range(0, n, 23):
+        few = slice(start, start + 23)
+        assert kmeans_update(x[few], ids[few], clusters, out=out, backend="triton") is out
+    torch.testing.assert_close(out[0], truth, rtol=1e-13, atol=1e-13)
+    assert torch.equal(out[1], ids.bincount(minlength=clusters))
+
+
+def test_opcheck_of_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, SMALL)
+    ops = SimpleNamespace(assign=torch.ops.mapet_kernels.kmeans_assign, add=torch.ops.mapet_kernels.kmeans_update_add)
+    torch.library.opcheck(ops.assign, (randn(2, 5, 4).half(), randn(2, 3, 4), True, True, "triton"))
+    out = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    torch.library.opcheck(ops.add, (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), *out, "triton"))
+
+
+def test_statuses_are_what_the_launches_take_them_for() -> None:
+    assert (kernel.UNDECIDED.value, kernel.OPEN.value) == (1, 2)
