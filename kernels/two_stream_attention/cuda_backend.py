@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mapet_kernels import _C  # noqa: F401  (loads the operators)
+from mapet_kernels.backends import MAX_CUDA_HEAD_SIZE
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
 DTYPES = (torch.float16, torch.bfloat16)
-MAX_HEAD_SIZE = 128
 
 
 def forward(
@@ -62,8 +62,8 @@ def _check(k: Tensor) -> None:
     # Autocast changes the dtype after the backend was chosen, so it is checked here again.
     if k.dtype not in DTYPES:
         raise ValueError(f"backend 'cuda' takes float16 and bfloat16, got {k.dtype}")
-    if not 1 <= k.shape[-1] <= MAX_HEAD_SIZE:
-        raise ValueError(f"backend 'cuda' takes head sizes 1 to {MAX_HEAD_SIZE}, got {k.shape[-1]}")
+    if not 1 <= k.shape[-1] <= MAX_CUDA_HEAD_SIZE:
+        raise ValueError(f"backend 'cuda' takes head sizes 1 to {MAX_CUDA_HEAD_SIZE}, got {k.shape[-1]}")
 
 
 def _both(streams: Streams) -> tuple[Tensor | None, Tensor]:
