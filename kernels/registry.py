@@ -342,7 +342,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_two_stream_cost,
             backends=ATTENTION_BACKENDS,
-            gpu_backends=("triton", "flash"),
+            gpu_backends=("triton", "flash", "cuda"),
         ),
         OpSpec(
             name="prefix_suffix_attention",

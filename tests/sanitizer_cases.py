@@ -1,8 +1,9 @@
-"""Every Triton kernel of the registry, forward and backward, at small awkward shapes: what compute-sanitizer watches.
+"""Every kernel of the registry, forward and backward, at small awkward shapes: what compute-sanitizer watches.
 
     python tests/sanitizer_cases.py cuda [MOST_FLOP]
 
-With cpu for cuda and TRITON_INTERPRET=1 the same runs in Triton's interpreter. Inputs are made on the host and copied.
+Kernels are Triton's and, where they are built, those in CUDA C++. With cpu for cuda and TRITON_INTERPRET=1 the former
+run in Triton's interpreter. Inputs are made on the host and copied.
 Exit code 3: a kernel was never launched.
 """
 
@@ -18,6 +19,7 @@ import torch
 from test_ops import outputs_and_gradients
 
 import mapet_kernels
+from mapet_kernels.backends import available_backends
 from mapet_kernels.registry import REGISTRY, Case, OpSpec
 
 MOST_FLOP = 2e7
@@ -47,12 +49,14 @@ class Recorded:
         return self.kernel[grid]
 
 
-def cases(most_flop: float) -> list[tuple[OpSpec, str]]:
-    """Ops with Triton kernels, and the names of their shapes that take at most so many operations."""
+def cases(device: str, most_flop: float) -> list[tuple[OpSpec, str, str]]:
+    """Ops with kernels, their backends, and the names of their shapes that take at most so many operations."""
+    built = available_backends(device, DTYPE)["cuda"] is None
     return [
-        (spec, name)
+        (spec, backend, name)
         for spec in REGISTRY.values()
-        if "triton" in (*spec.backends, *spec.gpu_backends)
+        for backend in ("triton", "cuda")
+        if backend in (*spec.backends, *spec.gpu_backends) and (backend == "triton" or built)
         for name, shape in spec.shapes.items()
         if spec.cost(shape, DTYPE)[0] <= most_flop
     ]
@@ -73,11 +77,11 @@ def main(device: str, most_flop: float = MOST_FLOP) -> int:
     for module in modules:
         for name in kernel_names([module]):
             setattr(module, name, Recorded(getattr(module, name), name, launched))
-    for spec, shape in cases(most_flop):
+    for spec, backend, shape in cases(device, most_flop):
         inputs, options = copied(spec.make_case(spec.shapes[shape], DTYPE), device)
-        out, gradients = outputs_and_gradients(spec.function, inputs, options, backend="triton")
+        out, gradients = outputs_and_gradients(spec.function, inputs, options, backend=backend)
         if not all(torch.isfinite(x).all() for x in (*out, *gradients.values()) if x.is_floating_point()):
-            raise RuntimeError(f"{spec.name}, shape {shape}: a result is not finite")
+            raise RuntimeError(f"{spec.name}, shape {shape}, backend {backend}: a result is not finite")
     print("launched:", *sorted(launched))
     if missing := sorted(set(names) - launched):
         print("never launched:", *missing)

@@ -1,4 +1,4 @@
-"""compute-sanitizer over all Triton kernels (reliability, assertion 16), and what of it needs no GPU."""
+"""compute-sanitizer over all kernels (reliability, assertion 16), and what of it needs no GPU."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_backend_choice_is_a_pure_function_of_the_device() -> None:
     assert choose_backend("auto", "cpu") == "sdpa" and choose_backend("auto", "cuda") == "sdpa"
     assert choose_backend("auto", "meta") == "reference"
     available = available_backends("cpu")
-    assert available.keys() == {"reference", "sdpa", "triton", "flash"} and available["sdpa"] is None
+    assert available.keys() == {"reference", "sdpa", "triton", "flash", "cuda"} and available["sdpa"] is None
     with pytest.raises(ValueError, match="cannot run here: needs a CPU or CUDA device, not meta"):
         choose_backend("sdpa", "meta")
 

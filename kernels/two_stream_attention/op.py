@@ -15,14 +15,14 @@ from mapet_kernels.two_stream_attention import image_order
 from mapet_kernels.two_stream_attention.checks import check
 from mapet_kernels.two_stream_attention.problem import Problem, Streams, split_flat
 
-GATHERING_BACKENDS = ("triton", "flash")
+GATHERING_BACKENDS = ("triton", "flash", "cuda")
 """Backends that take `perm` themselves."""
 
 
 @functools.cache
 def _backend(name: str) -> ModuleType:
-    """The backend's module, imported at first use: Triton may not be installed, and takes its time."""
-    module = "triton_backend" if name == "triton" else name
+    """The backend's module, imported at first use: Triton and the CUDA kernels may not be installed."""
+    module = {"triton": "triton_backend", "cuda": "cuda_backend"}.get(name, name)
     return importlib.import_module(f"mapet_kernels.two_stream_attention.{module}")
 
 
@@ -54,8 +54,8 @@ def two_stream_attention(
             M and query rows stay in target order. Without it content rows are in permuted order.
         scale: factor of the scores; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
-        backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "sdpa" or
-            "reference".
+        backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "cuda" (fp16
+            and bf16, head sizes up to 128, where csrc/ is built), "sdpa" or "reference".
 
     Returns:
         (out_content, out_query), shaped as q_content (None where it is) and q_query, in their dtype (under autocast,
