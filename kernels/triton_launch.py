@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,13 @@ class Launch:
 
     def run(self, device: torch.device) -> None:
         """Launch on `device`, which need not be the current one."""
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on_device(device):
             self.kernel[(self.programs,)](*self.arguments, **self.constants)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Inside, `device` is the one that Triton launches on; nothing to do in the interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def architecture(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapet_kernels.permuted_embed import kernel
+from mapet_kernels.triton_launch import on_device
 
 GRADIENT_BLOCK = 64
 """Columns of one program of the position gradient: narrow, so that N * D / 64 programs fill the device."""
@@ -23,11 +24,12 @@ def permuted_patches(
     batch, rows = patches.shape
     columns = images.shape[1] * patch_size**2
     out = torch.empty(batch, rows, columns, dtype=dtype, device=images.device)
-    kernel.permuted_patches_kernel[(batch * rows,)](
-        images, patches.contiguous(), out, mean, std, *images.stride(), rows, images.shape[2] // patch_size,
-        PATCH=patch_size, COLUMNS=columns, BLOCK=triton.next_power_of_2(columns), IS_UINT8=images.dtype == torch.uint8,
-        NORMALISE=mean is not None, WORK=_work(dtype), num_warps=4,
-    )  # fmt: skip
+    with on_device(images.device):
+        kernel.permuted_patches_kernel[(batch * rows,)](
+            images, patches.contiguous(), out, mean, std, *images.stride(), rows, images.shape[2] // patch_size,
+            PATCH=patch_size, COLUMNS=columns, BLOCK=triton.next_power_of_2(columns),
+            IS_UINT8=images.dtype == torch.uint8, NORMALISE=mean is not None, WORK=_work(dtype), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -48,13 +50,14 @@ def assemble(
     content_rows = ranks + (targets if mask_tokens else 0)
     rows = batch * (content_rows + (targets if query_stream else 0))
     out = torch.empty(rows, width, dtype=content.dtype, device=content.device)
-    kernel.assemble_kernel[(batch * (ranks + targets),)](
-        content.contiguous(), pos_embed.contiguous(), mask_token.contiguous(),
-        None if class_token is None else class_token.contiguous(), perm.contiguous(), out,
-        batch, tokens, ranks, cut, content_rows, width,
-        HAS_CLASS=class_token is not None, MASK_TOKENS=mask_tokens, QUERY_STREAM=query_stream,
-        BD=triton.next_power_of_2(width), num_warps=_warps(width),
-    )  # fmt: skip
+    with on_device(content.device):
+        kernel.assemble_kernel[(batch * (ranks + targets),)](
+            content.contiguous(), pos_embed.contiguous(), mask_token.contiguous(),
+            None if class_token is None else class_token.contiguous(), perm.contiguous(), out,
+            batch, tokens, ranks, cut, content_rows, width,
+            HAS_CLASS=class_token is not None, MASK_TOKENS=mask_tokens, QUERY_STREAM=query_stream,
+            BD=triton.next_power_of_2(width), num_warps=_warps(width),
+        )  # fmt: skip
     return out
 
 
@@ -71,10 +74,11 @@ def assemble_backward(
     order = torch.arange(tokens, device=perm.device).expand_as(perm)
     rank_of = torch.empty_like(perm).scatter_(1, perm, order)
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(width))
-    kernel.assemble_position_gradient_kernel[(tokens, triton.cdiv(width, block))](
-        d_rows, rank_of, d_position, d_masked, batch, tokens, ranks, cut, content_rows, width,
-        MASK_TOKENS=mask_tokens, QUERY_STREAM=query_stream, BD=block, WORK=_work(d_rows.dtype), num_warps=1,
-    )  # fmt: skip
+    with on_device(d_rows.device):
+        kernel.assemble_position_gradient_kernel[(tokens, triton.cdiv(width, block))](
+            d_rows, rank_of, d_position, d_masked, batch, tokens, ranks, cut, content_rows, width,
+            MASK_TOKENS=mask_tokens, QUERY_STREAM=query_stream, BD=block, WORK=_work(d_rows.dtype), num_warps=1,
+        )  # fmt: skip
     d_content = d_rows[: batch * content_rows].view(batch, content_rows, width)
     # A custom op must return no view of its inputs. Token 0 is the class token where there is one, and never a target.
     d_patches = d_content[:, int(class_token) : ranks].clone(memory_format=torch.contiguous_format)
