@@ -10,15 +10,16 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import records
+from bench import kmeans_plot, records
 from mapet_kernels import kmeans_assign
+from mapet_kernels.kmeans import fit
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKED_ROWS = 64
@@ -33,6 +34,7 @@ class KMeansBenchmark:
     Attributes:
         rows: how many rows a call assigns.
         backend: of ours, as in kmeans_assign.
+        fit_rows: rows of the fit from end to end, one start, at the largest features and median clusters; 0: none.
         device: "cuda", or "cpu" for small sizes.
         output: folder for the record.
     """
@@ -43,6 +45,8 @@ class KMeansBenchmark:
     dtype: str = "fp16"
     backend: str = "auto"
     repeats: int = 10
+    fit_rows: int = 262144
+    fit_iterations: int = 20
     device: str = "cuda"
     record: bool = True
     output: Path = records.RESULTS
@@ -51,7 +55,8 @@ class KMeansBenchmark:
         """Measure, print a line a way, and keep a record if wanted."""
         results = run(self)
         if self.record:
-            print(f"record: {records.write('kmeans', f'{self.dtype}_{self.device}', results, self.output)}")
+            path = records.write("kmeans", f"{self.dtype}_{self.device}", results, self.output)
+            print(f"record: {path}\npicture: {kmeans_plot.draw(path)}")
 
 
 def run(options: KMeansBenchmark) -> dict[str, Any]:
@@ -66,7 +71,30 @@ def run(options: KMeansBenchmark) -> dict[str, Any]:
     sizes = [measure(options, features, clusters) for features in options.features for clusters in options.clusters]
     return {
         "rows": options.rows, "dtype": options.dtype, "backend": options.backend, "device_type": options.device,
-        "sizes": sizes,
+        "sizes": sizes, "fit": measure_fit(options) if options.fit_rows else None,
+    }  # fmt: skip
+
+
+def measure_fit(options: KMeansBenchmark) -> dict[str, Any]:
+    """One start of a fit over rows in memory, from end to end: seconds of all and of an iteration, the objectives."""
+    features, clusters = max(options.features), sorted(options.clusters)[len(options.clusters) // 2]
+    x, _ = clip_like(replace(options, rows=options.fit_rows), features, 1)
+    iterations: list[float] = []
+    start = time.perf_counter()
+    result = fit(
+        x, clusters, iterations=options.fit_iterations, redos=1, max_points_per_centroid=None,
+        backend=options.backend, on_iteration=lambda done: iterations.append(done.seconds),
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    iteration = records.quantiles(iterations)
+    print(
+        f"fit D {features} K {clusters} n {options.fit_rows} {options.dtype} {options.device.upper()}: "
+        f"{seconds:.2f} s, an iteration {iteration['p50_ms']:.1f} ms",
+        flush=True,
+    )
+    return {
+        "features": features, "clusters": clusters, "rows": options.fit_rows, "seconds": seconds,
+        "iteration": iteration, "objectives": result.objectives[0],
     }  # fmt: skip
 
 

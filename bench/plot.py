@@ -19,6 +19,7 @@ from mapet.report.picture import CONTEXT, FAINT, INK, MASK, QUERY, TARGET, save
 OURS = "ours_"
 NAMES = {
     "ours_triton": "ours, Triton",
+    "ours_cuda": "ours, CUDA C++",
     "ours_flash": "ours, composed flash",
     "ours_sdpa": "ours, composed SDPA",
     "ours_reference": "ours, plain torch",
@@ -31,7 +32,9 @@ NAMES = {
 """Ways in the order they are drawn, with their names in a picture; `flex` is FlexAttention's best setting, `flex_tuned`
 the better one of those with tuned tiles, which have a configuration of their own."""
 COLOURS = dict(
-    zip(NAMES, (CONTEXT, "#5aa9d6", "#6c5b9e", FAINT, MASK, TARGET, "#1d6b51", QUERY, "#e3a0bd"), strict=True)
+    zip(
+        NAMES, (CONTEXT, "#16324a", "#5aa9d6", "#6c5b9e", FAINT, MASK, TARGET, "#1d6b51", QUERY, "#e3a0bd"), strict=True
+    )
 )
 SHADES = {"forward": CONTEXT, "backward": "#9cc4e4", "both": INK}
 WANTED = {"sdpa_mask": 5.0, "flex": 2.5, "flex_tuned": 2.5, "official": 10.0}

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image as mpimg
 import pytest
 import torch
 
-from bench import kmeans
+from bench import kmeans, kmeans_plot
 
-SMALL = kmeans.KMeansBenchmark(features=(8,), clusters=(16,), rows=200, repeats=2, device="cpu", record=False)
+SMALL = kmeans.KMeansBenchmark(
+    features=(8,), clusters=(16,), rows=200, repeats=2, fit_rows=300, fit_iterations=3, device="cpu"
+)
 
 
 def test_a_small_run_on_the_cpu(capsys: pytest.CaptureFixture) -> None:
@@ -20,7 +27,19 @@ def test_a_small_run_on_the_cpu(capsys: pytest.CaptureFixture) -> None:
     for way in size["ways"].values():
         assert way["tflops"] > 0 and way["timing"]["repeats"] == 2
     assert 0 <= size["redecided_share"]["among_few"] <= 1
+    assert len(results["fit"]["objectives"]) == 3 and results["fit"]["seconds"] > 0
     assert "CPU exact" in capsys.readouterr().out
+
+
+def test_a_record_has_a_picture(tmp_path: Path) -> None:
+    replace(SMALL, clusters=(16, 5), output=tmp_path, fit_rows=0).run()
+    (record,) = tmp_path.glob("kmeans_*.json")
+    picture = mpimg.imread(record.with_suffix(".png"))
+    assert picture[..., :3].std() > 0.05 and json.loads(record.read_text())["fit"] is None
+    other = tmp_path / "other.json"
+    other.write_text('{"suite": "step"}')
+    with pytest.raises(ValueError, match=r"other.json is no record of `python -m bench kmeans`"):
+        kmeans_plot.draw(other)
 
 
 def test_wrong_ids_are_not_timed() -> None:
