@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench-gpu lint clean
+.PHONY: demo test test-gpu bench-gpu bench-gpu-tokens lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
-# (CONTRIBUTING.md, On a GPU machine). Each of the two is meant to end within 10 minutes.
+# (CONTRIBUTING.md, On a GPU machine). Each is meant to end within 10 minutes.
 GPU_PYTHON ?= $(BIN)/python
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 RESULTS ?= bench/results
@@ -36,8 +36,13 @@ bench-gpu:
 	$(GPU_PYTHON) -m bench attention --device cuda --time-limit 360 --output $(RESULTS) || status=1; \
 	for dtype in bf16 fp32; do \
 		$(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype --output $(RESULTS) || status=1; \
-	done; \
-	$(GPU_PYTHON) -m bench kmeans --output $(RESULTS) || status=1; exit $$status
+	done; exit $$status
+
+# The tokens' side: k-means beside its peers, then tokenizing with the network of k-CLIP.
+bench-gpu-tokens:
+	status=0; \
+	$(GPU_PYTHON) -m bench kmeans --output $(RESULTS) || status=1; \
+	$(GPU_PYTHON) -m bench tokenize --device cuda --workers 12 --output $(RESULTS) || status=1; exit $$status
 
 lint:
 	ruff check . && ruff format --check .

@@ -60,7 +60,7 @@ def run_kmeans_fit(options: kmeans_fit.KMeansFitBenchmark) -> None:
 def run_tokenize(options: tokenize_suite.TokenizeBenchmark) -> None:
     """Measure, print and record the tokenizing of images."""
     results = tokenize_suite.run(options)
-    path = records.write("tokenize", f"kclip_{results['precision']}_{options.device}", results)
+    path = records.write("tokenize", f"kclip_{results['precision']}_{options.device}", results, options.output)
     print(f"{json.dumps(results, indent=1)}\nrecord: {path}")
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from bench.records import RESULTS
 from mapet.data.images import open_source
 from mapet.data.subset import Subset
 from mapet.tokenize import fit_batches, tokenize
@@ -43,6 +44,8 @@ class TokenizeBenchmark:
     """Of the JPEG files, in pixels; these are ImageNet's average."""
     height: int = 375
     quality: int = 90
+    output: Path = RESULTS
+    """Folder for the record."""
 
 
 def run(options: TokenizeBenchmark) -> dict[str, Any]:
