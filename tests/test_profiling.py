@@ -107,6 +107,22 @@ def test_roofline_sorts_by_what_is_to_gain() -> None:
     assert all(math.isfinite(rate) and rate > 1e6 for rate in (measured.flops, measured.bandwidth))
 
 
+def test_memory_timeline_knows_who_holds_what(tmp_path: Path) -> None:
+    timeline = importlib.import_module("memory_timeline")
+    workload = small()
+    moments = timeline.measure(workload)
+    held = moments.at_peak()
+    learner, batch = workload.build()
+    weights = 4 * sum(p.numel() for p in learner.objective.parameters())
+    # Weights and two moments each; and the step counters, the batch and the buffers, which are small.
+    assert 3 * weights < held[timeline.BEFORE] < 3.05 * weights + batch.images.numel() + 8 * batch.tokens.numel()
+    first, last = moments.live[0].sum(), moments.live[-1].sum()
+    assert held["mlp, forward"] > held["norms, forward"] > 0 and first < moments.live.max(axis=0).sum()
+    assert last <= first + weights + 2**20, "a step leaves its gradients and nothing else"
+    picture = timeline.draw(moments, tmp_path / "memory.png", "a step")
+    assert picture.stat().st_size > 10_000 and "| all |" in timeline.as_table(moments)
+
+
 def test_device_time_counts_overlapping_kernels_once() -> None:
     timeline = importlib.import_module("step_timeline")
     ranges = [SimpleNamespace(start=start, end=end) for start, end in ((5, 9), (0, 4), (3, 6), (20, 21))]
