@@ -49,7 +49,8 @@ def known_architecture(capability: tuple[int, int]) -> int:
 def attention_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
     """Configuration of the forward kernel of an attention op for head size `size`, 1 to 128.
 
-    Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU.
+    Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU. Rows that do not
+    start at multiples of 16 bytes are moved element by element, which spills in 16 bits at wide heads.
     """
     padded = padded_size(size)
     if dtype.itemsize > 2:
