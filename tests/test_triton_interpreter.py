@@ -12,16 +12,16 @@ import pytest
 from mapet_kernels.backends import choose_backend
 
 NAMES = ("", "prefix_", "embed_", "model_", "kmeans_")
-CASES = [Path(__file__).with_name(f"triton_{name}cases.py") for name in NAMES]
+CASES = [f"triton_{name}cases.py" for name in NAMES]
+FOLDER = Path(__file__).parent
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_in_the_interpreter(cases: str) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *map(str, CASES)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=CASES[0].parent.parent, check=False
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(FOLDER / cases)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parent, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
