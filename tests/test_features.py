@@ -14,7 +14,7 @@ from datafakes import NoiseSource, entries
 from forked import killed_at_sync, run_ranks
 
 from mapet import features as features_module
-from mapet.cli import main
+from mapet.cli import INTERRUPTED, main
 from mapet.commands import tokenize as command
 from mapet.data.cache import TokenCache
 from mapet.distributed import connect
@@ -207,6 +207,29 @@ class TestCommand:
         monkeypatch.setattr(command, "IN_MEMORY_BYTES", 640 * 48 * 2)
         assert main([*map(str, (*given, "--output", tmp_path / "d"))]) == 0
         assert not (tmp_path / "d_features").exists()
+
+    def test_a_fit_from_files_that_was_stopped_goes_on(self, images, tmp_path, monkeypatch, capsys):
+        given = ["tokenize", "--fit", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-9]
+
+        def fit(name: str) -> int:
+            places = ("--output", tmp_path / name, "--features-dir", tmp_path / f"{name}_features")
+            return main([*map(str, (*given, *places))])
+
+        def interrupt(done) -> None:
+            if done.iteration == 1:
+                raise KeyboardInterrupt
+
+        assert fit("whole") == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "iteration_lines", lambda options: interrupt)
+            assert fit("stopped") == INTERRUPTED
+        assert (tmp_path / "stopped_features" / "kmeans").exists()
+        seen = []
+        monkeypatch.setattr(command, "iteration_lines", lambda options: lambda done: seen.append(done.iteration))
+        assert fit("stopped") == 0 and seen == [2]
+        whole, stopped = (load_tokenizer(tmp_path / f"{name}_tokenizer") for name in ("whole", "stopped"))
+        assert torch.equal(whole.codebook, stopped.codebook)
+        assert not (tmp_path / "stopped_features" / "kmeans").exists()
 
     def test_ranks_share_the_sampling(self, images, tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(features_module, "GROUP", 10)
