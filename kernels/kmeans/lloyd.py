@@ -253,21 +253,18 @@ def _converged(curve: list[float], tolerance: float) -> bool:
 def one_pass(data: Data, centroids: Tensor, exact: bool, backend: str) -> Pass:
     """Assign every row to its nearest centroid (K, D) and add up; over several processes one all-reduce."""
     clusters, features = centroids.shape
+    # One tensor for one all-reduce; float64 holds every count exactly.
     total = torch.zeros(clusters * features + clusters + 1, dtype=torch.float64, device=data.device)
-    sums, counts, objective = total.split([clusters * features, clusters, 1])
+    sums, shared_counts, objective = total.split([clusters * features, clusters, 1])
+    sums = sums.view(clusters, features)
+    counts = torch.zeros(clusters, dtype=torch.int64, device=data.device)
     for _, rows in data.chunks():
         ids, distances = kmeans_assign(rows, centroids, exact=exact, return_distance=True, backend=backend)
         objective += distances.sum(dtype=torch.float64)
-        _accumulate(sums.view(clusters, features), counts, rows, ids, backend)
+        kmeans_update(rows, ids, clusters, out=(sums, counts), backend=backend)
+    shared_counts.copy_(counts)
     data.ranks.sum(total)
-    return Pass(sums.view(clusters, features), counts.long(), objective.item())
-
-
-def _accumulate(sums: Tensor, counts: Tensor, rows: Tensor, ids: Tensor, backend: str) -> None:
-    """Add the rows of a chunk to the float64 sums (K, D) and counts (K,) of their clusters, in place."""
-    new_sums, new_counts = kmeans_update(rows, ids, len(counts), backend=backend)
-    sums += new_sums
-    counts += new_counts
+    return Pass(sums, shared_counts.long(), objective.item())
 
 
 class _Keeper:

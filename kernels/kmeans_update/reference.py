@@ -29,5 +29,8 @@ def kmeans_update(x: Tensor, ids: Tensor, sums: Tensor, counts: Tensor, add: boo
         bags = (first_rows[low : high + 1] - start).clamp_(min=0)
         # An embedding bag is a sum over runs of rows, one thread to a run and a feature.
         total[low : high + 1] += F.embedding_bag(torch.arange(stop - start, device=x.device), values, bags, mode="sum")
-    sums.copy_(total + sums if add else total)
+    if add and sums.dtype == total.dtype:
+        sums += total
+    else:
+        sums.copy_(total + sums if add else total)
     counts.copy_(first_rows.diff() + counts if add else first_rows.diff())
