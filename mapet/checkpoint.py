@@ -14,6 +14,7 @@ checkpoint with a warning when something is damaged.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -32,7 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, model_config_from_dict, to_dict
+from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, model_config_from_dict, to_dict
 from mapet.errors import CheckpointError
 from mapet.settings import REPLACED
 
@@ -54,7 +55,6 @@ MAY_CHANGE = frozenset(
         "train.gpu_memory",
         "train.auto_batch",
         "train.budget",  # the epochs it led to may not change
-        "train.compile",
         "train.backend",
         "train.save_every",
         "train.keep",
@@ -63,6 +63,7 @@ MAY_CHANGE = frozenset(
         "train.log_every",
         "train.trackers",
         "train.deterministic",
+        *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig) if field.name != "fp8"),
     }
 )
 """Fields of RunConfig that a resumed run may set differently. Any other field changes what is learned."""
@@ -229,8 +230,11 @@ def verify(folder: Path) -> int:
 
 
 def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Fields that differ and are not in MAY_CHANGE, nor of earlier versions; each as "section.field was A, is B"."""
-    before, now = _flatten(saved), _flatten(current)
+    """Fields that differ and are not in MAY_CHANGE, nor of earlier versions; each as "section.field was A, is B".
+
+    A checkpoint from before there were switches of speed counts as one with their defaults.
+    """
+    before, now = _flatten({"speed": to_dict(SpeedConfig()), **saved}), _flatten(current)
     fields = [name for name in sorted(before | now) if name not in MAY_CHANGE and name not in REPLACED]
     return [
         f"{name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')}"

@@ -180,8 +180,6 @@ class TrainConfig:
     recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it: nothing; norms and GELU (cheap); or all of every
     block (blocks). Less memory, more time, the same gradients."""
-    compile: bool = False
-    """Compile the step with torch.compile."""
     backend: str = "auto"
     """Attention backend of mapet_kernels."""
     ema_decay: float = 0.0
@@ -223,6 +221,38 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """What makes a step fast, one switch each; `python -m bench ablation` turns each off in turn.
+
+    None of it changes what is learned beyond rounding, except fp8.
+    """
+
+    compile: bool = False
+    """Fuse the elementwise work (additions, norms, GELU, drop-path) by torch.compile."""
+    joint_streams: bool = True
+    """One matrix product over the rows of both streams; off, one for each."""
+    fold_layer_scale: bool = True
+    """Layer scale multiplies the weights of the product before it, not its result."""
+    prune_last_block: bool = True
+    """The last block computes nothing that no prediction reads."""
+    skip_dropped: bool = True
+    """Stochastic depth leaves out the work of dropped images; off, it multiplies by zero."""
+    chunked_head: bool = True
+    """Head and loss go through the targets in chunks; off, all logits exist at once."""
+    fused_optimizer: bool = True
+    """AdamW in one pass over each weight; off, one small operation after another."""
+    device_jitter: bool = True
+    """Colours are changed on the device, from uint8; off, by the data workers, which send fp32."""
+    wait_free: bool = True
+    """The host never waits for the device within a step; off, it reads loss and gradient norm of each step."""
+    cuda_graphs: bool = False
+    """Record the micro-batch's forward and backward pass once and replay them: for small models, whose kernels are
+    shorter than it takes to launch them. Needs a GPU and one process; dropped images are then not skipped."""
+    fp8: bool = False
+    """Matrix products of the blocks in fp8 (package torchao; compute capability 8.9 or newer). Changes the rounding."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One pre-training run."""
 
@@ -231,6 +261,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
         check_cut(self.objective.cut, self.model.tokens)

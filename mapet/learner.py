@@ -83,7 +83,7 @@ class Learner:
         self.failure = torch.zeros(4, dtype=torch.float64, device=world.device)  # whether, step, loss, gradient norm
         self.last = torch.zeros(2, device=world.device)  # accuracy, gradient norm
         self.loss_sum, self.unread = torch.zeros((), device=world.device), 0
-        if train.compile:
+        if config.speed.compile:
             self.objective.compile(dynamic=False)
         self.network = world.wrap(self.objective)
         self.fits = False  # a step was done with this micro-batch

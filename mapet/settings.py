@@ -17,7 +17,10 @@ from typing import Any, Literal
 from mapet.config import RunConfig
 from mapet.errors import ConfigError
 
-REPLACED = {"train.activation_checkpointing": "train.recompute: none for false, blocks for true, or cheap in between"}
+REPLACED = {
+    "train.activation_checkpointing": "train.recompute: none for false, blocks for true, or cheap in between",
+    "train.compile": "speed.compile",
+}
 """Fields of earlier versions, and what took their place."""
 
 

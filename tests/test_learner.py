@@ -216,7 +216,7 @@ def test_assertion_18_no_recompilation_after_warm_up(cache, monkeypatch):
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
     torch._dynamo.reset()
-    learner = make_learner(cache, **{"train.compile": True, "train.micro_batch": 4, "train.ema_decay": 0.9})
+    learner = make_learner(cache, **{"speed.compile": True, "train.micro_batch": 4, "train.ema_decay": 0.9})
     plain = make_learner(cache, **{"train.micro_batch": 4, "train.ema_decay": 0.9})
     steps = list(batches(cache, learner.config, 8))
     for step, batch in enumerate(steps):
