@@ -15,6 +15,7 @@ from bench import records
 from bench.aot import DTYPES, ptxas_report, source
 from mapet_kernels import launch
 from mapet_kernels.kmeans_assign import triton_backend as assign
+from mapet_kernels.kmeans_assign.passes import is_direct
 from mapet_kernels.kmeans_update import triton_backend as update
 from mapet_kernels.triton_launch import Launch
 
@@ -90,7 +91,7 @@ def launches(
     x = torch.empty(1, options.rows, features, dtype=dtype)
     centroids = torch.empty(1, options.clusters, features)
     config = launch.kmeans_assign_scores(features, exact, architecture)
-    direct = assign.is_direct(x, exact, config)
+    direct = is_direct(x, exact, config)
     centroids_part, prepared = assign.centroids_launch(centroids, dtype, direct, config)
     rows_part, rows = assign.rows_launch(x, prepared, direct, exact, config)
     scores_part, found = assign.scores_launch(rows, prepared, options.rows, exact, config, PROCESSORS[architecture])

@@ -52,8 +52,8 @@ using RightTransposed = wmma::fragment<wmma::matrix_b, 16, 16, 16, E, wmma::col_
 using Sum = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
 
 template <class Fragment, class E>
-MAPET_DEVICE void load(Fragment& fragment, const E* tile) {
-  wmma::load_matrix_sync(fragment, tile, 16);
+MAPET_DEVICE void load(Fragment& fragment, const E* tile, int stride = 16) {
+  wmma::load_matrix_sync(fragment, tile, stride);
 }
 MAPET_DEVICE void load(Sum& sum, const float* tile) { wmma::load_matrix_sync(sum, tile, 16, wmma::mem_row_major); }
 MAPET_DEVICE void store(float* tile, const Sum& sum) { wmma::store_matrix_sync(tile, sum, 16, wmma::mem_row_major); }

@@ -221,17 +221,20 @@ using Sum = Fragment<float, 59>;
 inline int lane_of_thread() { return emulation::block().current % emulation::WARP; }
 
 template <class E, int FACTOR>
-void load(Fragment<E, FACTOR>& fragment, const E* tile) {
-  emulation::check_operand(tile);
-  for (int i = 0; i < 8; i++) fragment.x[i] = tile[fragment.position(lane_of_thread(), i)];
-}
-
-template <class E>
-void load(RightTransposed<E>& fragment, const E* tile) {
+void load(Fragment<E, FACTOR>& fragment, const E* tile, int stride = 16) {
   emulation::check_operand(tile);
   for (int i = 0; i < 8; i++) {
     const int at = fragment.position(lane_of_thread(), i);
-    fragment.x[i] = tile[at % 16 * 16 + at / 16];
+    fragment.x[i] = tile[at / 16 * stride + at % 16];
+  }
+}
+
+template <class E>
+void load(RightTransposed<E>& fragment, const E* tile, int stride = 16) {
+  emulation::check_operand(tile);
+  for (int i = 0; i < 8; i++) {
+    const int at = fragment.position(lane_of_thread(), i);
+    fragment.x[i] = tile[at % 16 * stride + at / 16];
   }
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from mapet_kernels import kmeans_assign, kmeans_update, launch
-from mapet_kernels.kmeans_assign import kernel, triton_backend
+from mapet_kernels.kmeans_assign import kernel, passes, triton_backend
 from mapet_kernels.kmeans_update import triton_backend as update_backend
 from mapet_kernels.launch import AssignConfig
 from mapet_kernels.registry import REGISTRY
@@ -120,7 +120,7 @@ def test_random_shapes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         monkeypatch.setattr(triton_backend, "_feature_blocks", blocks)
     if choose.random() < 0.5:
         count = choose.randint(1, 4)
-        monkeypatch.setattr(triton_backend, "_processors", lambda _: count)
+        monkeypatch.setattr(passes, "processors", lambda _: count)
     n, k, d = choose.randint(1, 50), choose.choice((1, 2, 17, 40)), choose.choice((1, 3, 16, 31, 64, 97))
     lead = choose.choice(((), (), (1,), (3,)))
     dtype = choose.choice((torch.float16, torch.float32))
@@ -151,8 +151,8 @@ def test_shares_of_the_centroids_do_not_change_the_ids(monkeypatch: pytest.Monke
 def test_chunks_of_rows_do_not_change_the_ids(monkeypatch: pytest.MonkeyPatch, config: AssignConfig) -> None:
     x, centroids = near_ties(36, 16, 1e-7)
     whole = assign(x.float(), centroids.float(), return_distance=True, return_redecided=True)
-    monkeypatch.setattr(triton_backend, "COPY_BYTES", 1)
-    monkeypatch.setattr(triton_backend, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(passes, "COPY_BYTES", 1)
+    monkeypatch.setattr(passes, "CHUNK_ROWS", 1)
     pieces = assign(x.float(), centroids.float(), return_distance=True, return_redecided=True)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
 
@@ -227,7 +227,7 @@ def test_rows_anywhere_in_memory_give_the_same_ids(config: AssignConfig) -> None
     apart = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :64]
     turned = x.T.contiguous().T
     half = torch.stack([x, x], dim=1).view(100, 64)[::2]
-    kinds = [triton_backend.is_direct(v[None], True, config) for v in (x, apart, half, unaligned, turned)]
+    kinds = [passes.is_direct(v[None], True, config) for v in (x, apart, half, unaligned, turned)]
     assert kinds == [True, True, True, False, False]
     for other in (unaligned, apart, turned, half):
         assert torch.equal(assign(other, centroids.T.contiguous().T), expected)
@@ -296,7 +296,7 @@ def test_scores_are_within_the_stated_bound(dtype: torch.dtype, spread: float) -
 
 def scores_and_bound(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n, K) float64: the scores in the kernel's arithmetic, their error bound, and P^2 S_k."""
-    direct = triton_backend.is_direct(x[None], True, SMALL)
+    direct = passes.is_direct(x[None], True, SMALL)
     part, prepared = triton_backend.centroids_launch(centroids[None], x.dtype, direct, SMALL)
     part.run(x.device)
     part, rows = triton_backend.rows_launch(x[None], prepared, direct, True, SMALL)
@@ -406,4 +406,4 @@ def test_opcheck_of_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_statuses_are_what_the_launches_take_them_for() -> None:
-    assert (kernel.UNDECIDED.value, kernel.OPEN.value) == (1, 2)
+    assert (kernel.UNDECIDED.value, kernel.OPEN.value) == (passes.UNDECIDED, passes.OPEN) == (1, 2)

@@ -1,6 +1,6 @@
 """Nearest centroid: 16-bit operands with their rounding errors, scores with a running argmin, the decision.
 
-The formulas, the error bound and its proof are in triton_backend.py. No scores are kept: a program owns BM rows, loops
+The formulas, the error bound and its proof are in bound.py. No scores are kept: a program owns BM rows, loops
 over its share of the centroids, and keeps for every row either the best score (fast) or the few centroids that the
 bound cannot exclude (exact).
 
@@ -12,14 +12,16 @@ matrices (G n, D) and (G K, D), D padded to BK, K to BN.
 import triton
 import triton.language as tl
 
+from mapet_kernels.kmeans_assign import bound, passes
+
 NO_ID = tl.constexpr(2**31 - 1)
-WIDER = tl.constexpr(1 + 2.0**-9)  # covers the rounding of a norm in fp32, and of what is made of it
-ROUNDINGS = tl.constexpr(2.0**-20)  # 16 fp32 units of round-off
-SUM_ROUNDINGS = tl.constexpr(2.0**-36)  # of a float64 sum of up to 2^16 terms
-TINY = tl.constexpr(2.0**-100)
-LARGE = tl.constexpr(2.0**60)
-UNDECIDED = tl.constexpr(1)  # a row with several candidates
-OPEN = tl.constexpr(2)  # a row with more than the list holds, or out of range
+WIDER = tl.constexpr(bound.WIDER)
+ROUNDINGS = tl.constexpr(bound.ROUNDINGS)
+SUM_ROUNDINGS = tl.constexpr(bound.SUM_ROUNDINGS)
+TINY = tl.constexpr(bound.TINY)
+LARGE = tl.constexpr(bound.LARGE)
+UNDECIDED = tl.constexpr(passes.UNDECIDED)
+OPEN = tl.constexpr(passes.OPEN)
 
 
 @triton.jit

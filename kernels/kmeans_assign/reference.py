@@ -60,7 +60,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bo
             here = group if x.dim() == 3 else ...
             again += _nearest(x[here], centroids[here], dtype, exact, out=ids[here])
             if return_distance:
-                _squared_distances(x[here], centroids[here], ids[here], out=distances[here])
+                squared_distances(x[here], centroids[here], ids[here], out=distances[here])
     return ids, distances, again.to(x.device)
 
 
@@ -129,7 +129,7 @@ def _decide_near_ties(
         _nearest(rows, centroids, torch.float64, exact=True, out=decided)
         ids[tied] = decided
         return torch.tensor([0, len(tied)])
-    ids[tied] = _nearest_candidate(rows, centroids, candidates, scale)
+    ids[tied] = nearest_of_pairs(rows, centroids, *candidates.nonzero().unbind(1), scale)
     return torch.tensor([len(tied), 0])
 
 
@@ -142,9 +142,11 @@ def _two_smallest(scores: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([smallest, second], dim=1)
 
 
-def _nearest_candidate(x: Tensor, centroids: Tensor, candidates: Tensor, scale: float) -> Tensor:
-    """The id of the nearest among the candidates (n, K), at least one a row, by sum((x - c)^2) in float64; (n,)."""
-    i_row, i_centroid = candidates.nonzero().unbind(1)
+def nearest_of_pairs(x: Tensor, centroids: Tensor, i_row: Tensor, i_centroid: Tensor, scale: float) -> Tensor:
+    """The id (n,) of the nearest of each row's candidates by sum((scale x - scale c)^2) in float64, ties to the lowest.
+
+    x is (n, D) and centroids (K, D); the pairs i_row and i_centroid (P,), in any order, hold at least one of each row.
+    """
     distances = torch.empty(len(i_row), dtype=torch.float64, device=x.device)
     step = _rows_of_a_chunk(x.shape[1], torch.float64)
     for start in range(0, len(i_row), step):
@@ -157,7 +159,7 @@ def _nearest_candidate(x: Tensor, centroids: Tensor, candidates: Tensor, scale: 
     return torch.full((len(x),), len(centroids), device=x.device).scatter_reduce_(0, i_row, nearest, "amin")
 
 
-def _squared_distances(x: Tensor, centroids: Tensor, ids: Tensor, out: Tensor) -> None:
+def squared_distances(x: Tensor, centroids: Tensor, ids: Tensor, out: Tensor) -> None:
     """Write |x - centroids[ids]|^2 into out (n,), from the differences: never negative, and 0 for equal rows."""
     rows = _rows_of_a_chunk(x.shape[1], out.dtype)
     for start in range(0, x.shape[0], rows):

@@ -1,0 +1,77 @@
+// Launches of the k-means scores: checks, how many blocks, which of the kernel's forms.
+//
+// Compile: nvcc -c -O3 -std=c++17 -gencode arch=compute_80,code=sm_80 csrc/kmeans_assign.cu
+// What is computed, and in what memory and registers: kmeans_assign.cuh. The interface: kmeans_assign.h.
+// Without nvcc, c++ -x c++ -std=c++17 compiles the same source for the CPU (host_emulation.h), for tests.
+#include "kmeans_assign.cuh"
+
+#include <climits>
+#include <initializer_list>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace mapet {
+namespace {
+
+bool starts_at_16_bytes(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<unsigned long long>(p) % 16 != 0) return false;
+  return true;
+}
+
+AssignStatus check(
+    const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, int architecture) {
+  if (architecture < 70) return AssignStatus::architecture;
+  const bool padded = sizes.clusters % ASSIGN_CLUSTERS == 0 && sizes.features % ASSIGN_FEATURES == 0;
+  if (!padded || sizes.clusters < 1 || sizes.features < 1 || sizes.shares < 1) return AssignStatus::size;
+  const bool aligned = starts_at_16_bytes({rows.values, centroids.values, centroids.bias, centroids.slope});
+  return aligned && rows.stride % 8 == 0 ? AssignStatus::ok : AssignStatus::alignment;
+}
+
+template <class Kernel>
+AssignStatus launch(Kernel kernel, const AssignCall& call, int blocks, void* stream) {
+  // Without asking the driver for more, a block may have 48 KB, which is what there is.
+  static_assert(assign_bytes<Half>() <= 48 << 10);
+#if defined(__CUDACC__)
+  kernel<<<blocks, ASSIGN_THREADS, assign_bytes<Half>(), static_cast<cudaStream_t>(stream)>>>(call);
+  return cudaGetLastError() == cudaSuccess ? AssignStatus::ok : AssignStatus::launch;
+#else
+  (void)stream;
+  emulation::launch(kernel, blocks, ASSIGN_THREADS, assign_bytes<Half>(), call);
+  return AssignStatus::ok;
+#endif
+}
+
+}  // namespace
+
+const char* explain(AssignStatus status) {
+  switch (status) {
+    case AssignStatus::ok: return "ok";
+    case AssignStatus::size: return "centroids must be padded to multiples of 128 and features to multiples of 32";
+    case AssignStatus::alignment: return "operands must start at multiples of 16 bytes, and rows too";
+    case AssignStatus::architecture: return "tensor cores need a GPU of sm_70 or newer";
+    default: return "the kernel could not be launched";
+  }
+}
+
+AssignStatus assign_scores(
+    const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, bool exact,
+    const AssignLists& lists, int architecture, void* stream) {
+  if (const AssignStatus bad = check(sizes, rows, centroids, architecture); bad != AssignStatus::ok) return bad;
+  const Index row_tiles = (sizes.rows + ASSIGN_ROWS - 1) / ASSIGN_ROWS;
+  const Index blocks = sizes.groups * row_tiles * sizes.shares;
+  if (blocks == 0) return AssignStatus::ok;
+  if (blocks > INT_MAX) return AssignStatus::size;
+  const int share_tiles = tiles_of(sizes.clusters / ASSIGN_CLUSTERS, sizes.shares);
+  const AssignCall call{sizes, rows, centroids, lists, static_cast<int>(row_tiles), share_tiles};
+  const int count = static_cast<int>(blocks);
+  if (architecture >= 80)
+    return exact ? launch(scores_kernel<Half, true, true>, call, count, stream)
+                 : launch(scores_kernel<Half, false, true>, call, count, stream);
+  return exact ? launch(scores_kernel<Half, true, false>, call, count, stream)
+               : launch(scores_kernel<Half, false, false>, call, count, stream);
+}
+
+}  // namespace mapet
