@@ -1,7 +1,7 @@
 // The kernels as torch operators: the one file that knows torch. It checks what it is given, and fills given outputs.
 //
-// Compile: setup.py with MAPET_BUILD_CUDA=1, together with two_stream_attention.cu, as mapet_kernels._C.
-// Autograd, autocast and torch.compile live in kernels/two_stream_attention/op.py, above these operators.
+// Compile: setup.py with MAPET_BUILD_CUDA=1, together with the .cu files here, as mapet_kernels._C.
+// Autograd, autocast and torch.compile live in each op's op.py in kernels/, above these operators.
 #include <Python.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -10,7 +10,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 
+#include "kmeans_assign.h"
 #include "two_stream_attention.h"
 
 namespace {
@@ -181,6 +183,65 @@ void backward(
       call);
 }
 
+// k-means assignment. Operands are made by kernels/kmeans_assign/bound.py.
+
+void check_assign(
+    const char* name, const Tensor& x, at::IntArrayRef shape, at::ScalarType type, const Tensor& like,
+    bool dense = true) {
+  check_shape(name, x, shape, like, false);
+  TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(!dense || x.is_contiguous(), name, " must be contiguous, got strides ", x.strides());
+}
+
+void assign_scores(
+    const Tensor& rows, const Tensor& scale, const OptionalTensor& radius, const Tensor& centroids, const Tensor& bias,
+    const OptionalTensor& slope, const OptionalTensor& slack, const Tensor& bounds, const Tensor& ids,
+    const OptionalTensor& reach, int64_t groups, int64_t n, int64_t shares) {
+  TORCH_CHECK_VALUE(rows.is_cuda(), "backend 'cuda' takes tensors on a CUDA device, got ", rows.device());
+  TORCH_CHECK_VALUE(
+      rows.dim() == 2 && centroids.dim() == 2, "rows and centroids must be (G n, D) and (G K, D), got ", rows.sizes(),
+      " and ", centroids.sizes());
+  TORCH_CHECK_VALUE(
+      groups >= 1 && n >= 0 && shares >= 1 && centroids.size(0) % groups == 0, "G and S must be positive, and K whole, "
+      "got G ", groups, ", n ", n, ", S ", shares, " and G K ", centroids.size(0));
+  const bool exact = reach.has_value();
+  TORCH_CHECK_VALUE(
+      !exact || (radius && slope && slack), "the exact mode, with reach, needs radius, slope and slack");
+  const int64_t total = groups * n, features = centroids.size(1), lists = shares * mapet::ASSIGN_LISTS;
+  check_assign("rows", rows, {total, features}, at::kHalf, rows, false);
+  TORCH_CHECK_VALUE(rows.stride(1) == 1, "rows must have a last dimension of stride 1, got ", rows.strides());
+  check_assign("centroids", centroids, centroids.sizes(), at::kHalf, rows);
+  check_assign("scale", scale, {total}, at::kFloat, rows);
+  check_assign("bias", bias, {centroids.size(0)}, at::kFloat, rows);
+  check_assign("bounds", bounds, {lists, mapet::assign_slots(exact), total}, at::kFloat, rows);
+  check_assign("ids", ids, {lists, mapet::assign_slots(exact), total}, at::kInt, rows);
+  if (exact) {
+    check_assign("radius", *radius, {total}, at::kFloat, rows);
+    check_assign("slope", *slope, {centroids.size(0)}, at::kFloat, rows);
+    check_assign("slack", *slack, {centroids.size(0)}, at::kFloat, rows);
+    check_assign("reach", *reach, {lists, total}, at::kFloat, rows);
+  }
+  const auto floats = [](const OptionalTensor& x) { return x ? x->data_ptr<float>() : nullptr; };
+  const int64_t clusters = centroids.size(0) / groups;
+  TORCH_CHECK_VALUE(
+      std::max({groups, clusters, features, shares}) <= std::numeric_limits<int>::max(),
+      "G, K, D and S must be below 2^31, got ", groups, ", ", clusters, ", ", features, " and ", shares);
+  const mapet::AssignSizes sizes{
+      static_cast<int>(groups), n, static_cast<int>(clusters), static_cast<int>(features), static_cast<int>(shares)};
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream(rows.get_device());
+  const mapet::AssignStatus status = mapet::assign_scores(
+      sizes, {rows.data_ptr(), rows.stride(0), floats(scale), floats(radius)},
+      {centroids.data_ptr(), floats(bias), floats(slope), floats(slack)}, exact,
+      {floats(bounds), ids.data_ptr<int>(), floats(reach)}, describe(rows.get_device(), -1).architecture,
+      stream.stream());
+  if (status == mapet::AssignStatus::ok) return;
+  const cudaError_t error = cudaGetLastError();
+  TORCH_CHECK_VALUE(
+      false, "backend 'cuda' cannot assign ", rows.sizes(), " to ", centroids.sizes(), ": ", mapet::explain(status),
+      error == cudaSuccess ? "" : std::string(" (") + cudaGetErrorString(error) + ")");
+}
+
 bool built_for(int64_t device) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
   return mapet::has_kernels_for_current_device();
@@ -199,11 +260,15 @@ TORCH_LIBRARY_FRAGMENT(mapet_kernels, m) {
       "Tensor(a!)? dq_content, Tensor(b!) dq_query, Tensor(c!) dk, Tensor(d!) dv, Tensor(e!) workspace, int tokens, "
       "int cut, Tensor? cuts, Tensor? perm, bool mask_tokens, float scale, int shared_limit=-1) -> ()");
   m.def("cuda_built_for(int device) -> bool", built_for);
+  m.def(
+      "cuda_assign_scores(Tensor rows, Tensor scale, Tensor? radius, Tensor centroids, Tensor bias, Tensor? slope, "
+      "Tensor? slack, Tensor(a!) bounds, Tensor(b!) ids, Tensor(c!)? reach, int groups, int n, int shares) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mapet_kernels, CUDA, m) {
   m.impl("cuda_two_stream_forward", forward);
   m.impl("cuda_two_stream_backward", backward);
+  m.impl("cuda_assign_scores", assign_scores);
 }
 
 // Importing mapet_kernels._C loads the library, and with it the operators above; the module itself is empty.

@@ -192,6 +192,35 @@ inline Fiber* publish(const void* mine) {
   return &b.fibers[b.current / WARP * WARP];
 }
 
+// Whether sums are as coarse as any GPU's may be (kernels/kmeans_assign/bound.py), and not those of a C++ loop.
+inline bool& coarse() {
+  static bool c = false;
+  return c;
+}
+
+inline double cut_off(double value, double largest) {
+  const double quantum = largest > 0 ? std::ldexp(1.0, std::ilogb(largest) - 23) : 1.0;
+  return std::trunc(value / quantum) * quantum;
+}
+
+// total + row . column of a 16 x 16 x 16 product, four products at a time: each and the total cut off at 2^-23 of the
+// largest one's power of two, and then their sum.
+inline float coarse_sum(const float* row, const float* column, float total) {
+  double sum = total;
+  for (int first = 0; first < 16; first += 4) {
+    double products[4], largest = std::fabs(sum);
+    for (int k = 0; k < 4; k++) {
+      products[k] = static_cast<double>(row[first + k]) * column[16 * (first + k)];
+      largest = std::fmax(largest, std::fabs(products[k]));
+    }
+    if (!std::isfinite(largest)) return total + products[0] + products[1] + products[2] + products[3];
+    sum = cut_off(sum, largest);
+    for (const double product : products) sum += cut_off(product, largest);
+    sum = cut_off(sum, std::fabs(sum));
+  }
+  return static_cast<float>(sum);
+}
+
 inline void check_operand(const void* tile) {
   if (reinterpret_cast<std::size_t>(tile) % 32 != 0) fail("a matrix operand is not aligned to 32 bytes");
 }
@@ -266,7 +295,12 @@ void multiply_add(Sum& sum, const Fragment<E, A>& a, const Fragment<E, B>& b) {
       for (int k = 0; k < 16; k++)
         for (int n = 0; n < 16; n++) product[m * 16 + n] += left[m * 16 + k] * right[k * 16 + n];
     for (int lane = 0; lane < 32; lane++)
-      for (int i = 0; i < 8; i++) of(lane)->sum->x[i] += product[sum.position(lane, i)];
+      for (int i = 0; i < 8; i++) {
+        float& total = of(lane)->sum->x[i];
+        const int at = sum.position(lane, i);
+        total = emulation::coarse() ? emulation::coarse_sum(left + at / 16 * 16, right + at % 16, total)
+                                    : total + product[at];
+      }
   }
   emulation::wait(emulation::Wait::warp);
 }

@@ -6,22 +6,22 @@
 //     score = bias_k + scale_i (X_i . C_k)               X.C on tensor cores, added up in float
 //     fast      the lowest score of a list and its id, ties to the lowest id
 //     exact     the three lowest lower bounds l_k = score - radius_i slope_k with their ids, and
-//               reach = min of h_k = l_k + 2 (radius_i slope_k + slack_k) over those k that were in the list for a while
+//               reach = min of h_k = l_k + 2 (radius_i slope_k + slack_k) over those k that ever were in the list
 //
-// h_k is an upper bound, so the nearest centroid has l_k <= reach over all lists of its row. A list whose third entry is
-// within reach may have dropped it; otherwise it is among the entries (kernels/kmeans_assign/candidates.py decides).
+// h_k is an upper bound, so the nearest centroid has l_k <= reach over all lists of its row. A list whose third entry
+// is within reach may have dropped it; else it is among the entries (kernels/kmeans_assign/candidates.py decides).
 //
 // A block has 128 rows and a share of the centroids, 128 at a time. 8 warps, 4 by 2, take 32 x 64 scores each. Operands
 // come 32 features at a time in two buffers: the next are on their way while the present ones are multiplied. AHEAD:
-// cp.async brings them (sm_80 and newer); otherwise registers hold them until the products are done. One barrier a step.
-// Scores go through shared memory, a 16 x 16 tile of a warp at a time, as WMMA does not say which lane holds what. Two
-// lanes look after a row: a row has one list for each of them and each of the two warps, ASSIGN_LISTS in all. Who writes
-// where follows from sizes alone, there are no atomics: the same bits every time.
+// cp.async brings them (sm_80 and newer); otherwise registers hold them until the products are done. One barrier a
+// step. Scores go through shared memory, a 16 x 16 tile of a warp at a time, as WMMA does not say which lane holds
+// what. Two lanes look after a row: it has one list for each of them in each of the two warps, ASSIGN_LISTS in all. Who
+// writes where follows from sizes alone, there are no atomics: the same bits every time.
 //
-// Shared memory of a block, in bytes: 2 * 2 * (128 + 128) * 40 operands, rows padded from 32 elements to 40 so that 8 of
-// them lie in different banks, and 8 * 1024 scores: 49152, which every GPU gives without being asked.
-// Registers: 64 of sums, at most 200 a thread in all, nothing spilled (tests/test_cuda_kmeans.py checks it): one block of
-// 8 warps a processor, as a product kernel of this tile has it.
+// Shared memory of a block, in bytes: 2 * 2 * (128 + 128) * 40 operands, rows padded from 32 elements to 40 so that 8
+// of them lie in different banks, and 8 * 1024 scores: 49152, which every GPU gives without being asked.
+// Registers: 64 of sums, at most 200 a thread in all, nothing spilled (tests/test_cuda_kmeans.py checks it): one block
+// of 8 warps a processor, as a product kernel of this tile has it.
 #pragma once
 
 #include "device.cuh"

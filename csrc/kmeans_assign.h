@@ -27,7 +27,7 @@ struct AssignSizes {
   int shares;              // S: each block takes one share of the tiles of centroids
 };
 
-// Matrix (G n, D) in half precision, rows `stride` elements apart, with a factor and, for the exact mode, a radius each.
+// Matrix (G n, D) in half precision, rows `stride` elements apart; a factor for each and, for the exact mode, a radius.
 struct AssignRows {
   const void* values = nullptr;
   long long stride = 0;
@@ -40,8 +40,8 @@ struct AssignCentroids {
   const float *bias = nullptr, *slope = nullptr, *slack = nullptr;
 };
 
-// Results, all rows of one list and slot together: (S * ASSIGN_LISTS, slots, G n), and reach (S * ASSIGN_LISTS, G n) for
-// the exact mode. Ids count within a group; -1 in a slot that nothing was put in.
+// Results, all rows of one list and slot together: (S * ASSIGN_LISTS, slots, G n), and for the exact mode reach
+// (S * ASSIGN_LISTS, G n). Ids count within a group; -1 in a slot that nothing was put in.
 struct AssignLists {
   float* bounds = nullptr;
   int* ids = nullptr;

@@ -61,7 +61,35 @@ def reason_against_triton(device: torch.device, dtype: torch.dtype | None) -> st
 
 @torch.compiler.assume_constant_result
 def reason_against_cuda(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why the CUDA C++ kernels do not run on this device (in this dtype), or None."""
+    """Why the CUDA C++ kernels of attention do not run on this device (in this dtype), or None."""
+    if (reason := _reason_against_cuda_device(device)) is not None:
+        return reason
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return f"bfloat16 needs compute capability 8.0 or newer, {name} has {capability[0]}.{capability[1]}: float16"
+    return _reason_against_cuda_library(_index(device))
+
+
+@torch.compiler.assume_constant_result
+def reason_against_cuda_kmeans(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why the CUDA C++ kernel of kmeans_assign does not run on this device (in this dtype), or None.
+
+    Whatever the dtype, it multiplies in float16, so that bfloat16 runs on every GPU with tensor cores.
+    """
+    if (reason := _reason_against_cuda_device(device)) is not None:
+        return reason
+    if dtype == torch.float64:
+        return "takes float16, bfloat16 and float32, not float64"
+    return _reason_against_cuda_library(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _reason_against_cuda_device(device: torch.device) -> str | None:
     if importlib.util.find_spec("mapet_kernels._C") is None:
         return f"the CUDA C++ kernels are not built ({HOW_TO_BUILD_CUDA}, in a checkout, with nvcc on PATH)"
     if device.type != "cuda":
@@ -71,11 +99,7 @@ def reason_against_cuda(device: torch.device, dtype: torch.dtype | None) -> str 
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < (7, 0):
         return f"needs compute capability 7.0 or newer, {name} has {capability[0]}.{capability[1]}"
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        return f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if dtype == torch.bfloat16 and capability < (8, 0):
-        return f"bfloat16 needs compute capability 8.0 or newer, {name} has {capability[0]}.{capability[1]}: float16"
-    return _reason_against_cuda_library(torch.cuda.current_device() if device.index is None else device.index)
+    return None
 
 
 @functools.cache
@@ -135,20 +159,28 @@ def choose_listed_backend(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> str:
-    """The backend for a request, of an op whose backends but "triton" run on every device.
+    """The backend for a request, of an op whose backends but "triton" and "cuda" run on every device.
 
-    "auto" takes "triton" on a CUDA device where it is listed and runs (in `dtype`), else the first.
+    "auto" takes "triton" on a CUDA device where it is listed and runs (in `dtype`), then "cuda", else the first.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot run on the device in the dtype; the text says why.
     """
     device = torch.device(device)
     if requested == "auto":
-        on_gpu = "triton" in listed and device.type == "cuda" and reason_against_triton(device, dtype) is None
-        return "triton" if on_gpu else listed[0]
+        # The interpreter is for tests: on CPU tensors Triton has to be asked for.
+        fast = ("triton", "cuda") if device.type == "cuda" else ()
+        runs = (name for name in fast if name in listed and reason_against_listed(name, device, dtype) is None)
+        return next(runs, listed[0])
     if requested not in listed:
         raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(listed)}")
-    reason = reason_against_triton(device, dtype) if requested == "triton" else None
-    if reason is not None:
+    if (reason := reason_against_listed(requested, device, dtype)) is not None:
         raise ValueError(f"backend {requested!r} cannot run here: {reason}")
     return requested
+
+
+def reason_against_listed(name: str, device: torch.device | str, dtype: torch.dtype | None) -> str | None:
+    """Why a backend of an op as in `choose_listed_backend` does not run on this device (in this dtype), or None."""
+    device = torch.device(device)
+    reasons = {"triton": reason_against_triton, "cuda": reason_against_cuda_kmeans}
+    return reasons[name](device, dtype) if name in reasons else None

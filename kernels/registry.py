@@ -395,7 +395,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_kmeans_assign_cost,
             backends=("reference",),
-            gpu_backends=("triton",),
+            gpu_backends=("triton", "cuda"),
             differentiable=False,
         ),
         OpSpec(

@@ -258,10 +258,11 @@ def one_pass(data: Data, centroids: Tensor, exact: bool, backend: str) -> Pass:
     sums, shared_counts, objective = total.split([clusters * features, clusters, 1])
     sums = sums.view(clusters, features)
     counts = torch.zeros(clusters, dtype=torch.int64, device=data.device)
+    update_backend = "auto" if backend == "cuda" else backend  # sums need no kernel in CUDA C++
     for _, rows in data.chunks():
         ids, distances = kmeans_assign(rows, centroids, exact=exact, return_distance=True, backend=backend)
         objective += distances.sum(dtype=torch.float64)
-        kmeans_update(rows, ids, clusters, out=(sums, counts), backend=backend)
+        kmeans_update(rows, ids, clusters, out=(sums, counts), backend=update_backend)
     shared_counts.copy_(counts)
     data.ranks.sum(total)
     return Pass(sums, shared_counts.long(), objective.item())

@@ -12,13 +12,13 @@ from torch import Tensor
 from mapet_kernels.backends import choose_listed_backend
 from mapet_kernels.checks import check_floating
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "cuda")
 
 
 @functools.cache
 def _backend(name: str) -> ModuleType:
     """The backend's module, imported at first use: Triton may not be installed, and takes its time."""
-    return importlib.import_module(f"mapet_kernels.kmeans_assign.{name}{'_backend' if name == 'triton' else ''}")
+    return importlib.import_module(f"mapet_kernels.kmeans_assign.{name}{'' if name == 'reference' else '_backend'}")
 
 
 def kmeans_assign(
@@ -37,11 +37,12 @@ def kmeans_assign(
         centroids: (K, D), or (G, K, D); any of the same dtypes. The work is float64 if either input is, else fp32.
         exact: the id equals the float64 argmin of sum((x - c)^2) wherever the two best are not tied to float64
             rounding; TF32 and autocast are off. False: one pass, near ties as they fall, with "reference" in the
-            working dtype, fp32 products as the caller's TF32 setting has them, with "triton" in 16 bits.
+            working dtype, fp32 products as the caller's TF32 setting has them, with "triton" and "cuda" in 16 bits.
         return_distance: also give the squared distance to that centroid, computed from the differences.
         return_redecided: also give how many rows the first pass could not decide and float64 (or fp32 with a proven
             bound) did: (2,) int64, among a few candidates and among all centroids. Divided by n, the share of rows.
-        backend: "auto" (triton on a GPU that runs it, for all but float64), "triton" or "reference".
+        backend: "auto" (for all but float64 triton on a GPU that runs it, cuda on one that does not, V100 or T4, where
+            the CUDA C++ kernels are built), "triton", "cuda" or "reference".
 
     Returns:
         ids int64 (n,) or (G, n); with return_distance also the distances, fp32 or float64, of the same shape; with

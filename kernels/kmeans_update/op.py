@@ -33,7 +33,8 @@ def kmeans_update(
         out: contiguous sums (K, D), fp32 or float64 (float64 for float64 x), and counts (K,) int64 of earlier chunks of
             rows; those of x are added to both in place. float64 sums over chunks are those over all rows at once, but
             for float64 rounding.
-        backend: "auto" (triton on a GPU that runs it, for all but float64), "triton" or "reference".
+        backend: "auto" (triton on a GPU that runs it, for all but float64), "triton" or "reference": plain torch on any
+            device, what V100 and T4 get, where a pass over the rows costs little beside the assignment.
 
     Returns:
         sums (K, D), float64 for float64 x, else fp32, and counts (K,) int64; zeros for a cluster without rows. With

@@ -1,0 +1,25 @@
+// The k-means kernel's own source on the CPU, behind functions that ctypes can call: see csrc/host_emulation.h.
+#include "../csrc/kmeans_assign.cu"
+
+using namespace mapet;
+
+#if defined(__FLT16_MAX__)
+extern "C" int host_assign_scores(
+    const AssignSizes* sizes, const AssignRows* rows, const AssignCentroids* centroids, int exact,
+    const AssignLists* lists, int architecture, int descending, int coarse) {
+  emulation::descending() = descending;
+  emulation::coarse() = coarse;
+  return static_cast<int>(assign_scores(*sizes, *rows, *centroids, exact, *lists, architecture, nullptr));
+}
+#endif
+
+extern "C" const char* host_explain_assign(int status) { return explain(static_cast<AssignStatus>(status)); }
+
+extern "C" int host_assign_shared_bytes() { return assign_bytes<short>(); }
+
+// Rows, centroids and features of a tile; lists of a row and share; slots of a list in the exact and the fast mode.
+extern "C" void host_assign_constants(int* values) {
+  const int all[] = {ASSIGN_ROWS, ASSIGN_CLUSTERS, ASSIGN_FEATURES, ASSIGN_LISTS, assign_slots(true),
+                     assign_slots(false)};
+  std::copy(std::begin(all), std::end(all), values);
+}
