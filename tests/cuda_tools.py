@@ -129,10 +129,10 @@ class Nvrtc12:
         library, runtime, crt = found.values()
         return Nvrtc12(ctypes.CDLL(str(library)), (CSRC, runtime.parent, crt.parent.parent))
 
-    def compile(self, names: list[str], target: str) -> tuple[str, str]:
+    def compile(self, names: list[str], target: str, header: str = "two_stream_attention.cuh") -> tuple[str, str]:
         """(log, PTX) of kernels by their C++ names; for a target sm_XX the log has what ptxas says."""
         program = ctypes.c_void_p()
-        source = b'#include "two_stream_attention.cuh"\n'
+        source = f'#include "{header}"\n'.encode()
         self._check(self.library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None))
         for name in names:
             self._check(self.library.nvrtcAddNameExpression(program, name.encode()))

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_kmeans import ADVERSARIAL, all_distances, assert_float64_argmin, near_ties, randn
+from kmeans_attacks import ATTACKS, cut_off_attack, relu
+from test_kmeans import all_distances, assert_float64_argmin, near_ties, randn
 from torch import Tensor
 from triton.runtime import interpreter
 
 from mapet_kernels import kmeans_assign, kmeans_update, launch
-from mapet_kernels.kmeans_assign import kernel, passes, triton_backend
+from mapet_kernels.kmeans_assign import bound, kernel, passes, triton_backend
 from mapet_kernels.kmeans_update import triton_backend as update_backend
 from mapet_kernels.launch import AssignConfig
 from mapet_kernels.registry import REGISTRY
@@ -58,34 +59,6 @@ def redecided(x: Tensor, centroids: Tensor) -> tuple[int, int]:
     ids, counts = assign(x, centroids, return_redecided=True)
     assert_float64_argmin(ids, x, centroids)
     return tuple(counts.tolist())
-
-
-def relu(*shape: int, seed: int = 0) -> Tensor:
-    return randn(*shape, seed=seed).relu()
-
-
-FINE = 2.0**-20
-ATTACKS = {
-    **{
-        name: lambda make=make: tuple(v.float()[:36] for v in make())
-        for name, make in ADVERSARIAL.items()
-        if "float64" not in name and name != "near ties, long rows"
-    },
-    "float16, plain": lambda: (randn(36, 64).half(), randn(50, 64, seed=1).half()),
-    "float16 rows, float32 centroids": lambda: (relu(36, 64).half(), relu(50, 64, seed=1)),
-    "float16, one feature": lambda: (randn(36, 1).half(), randn(50, 1, seed=1).half()),
-    "float16, post-ReLU like CLIP's": lambda: (relu(20, 2048).half(), relu(40, 2048, seed=1)),
-    "float16, large common offset": lambda: ((randn(36, 32) + 1000).half(), (randn(50, 32, seed=1) + 1000).half()),
-    "float16, huge": lambda: ((randn(36, 32) * 15000).half(), randn(50, 32, seed=1) * 15000),
-    "float16, subnormal": lambda: ((randn(36, 32) * 1e-6).half(), (randn(50, 32, seed=1) * 1e-6).half()),
-    "float16, near ties below its digits": lambda: tuple(v.half() for v in near_ties(36, 64, 1e-4)),
-    "float16, midpoints": lambda: (((c := randn(24, 32).half())[:-1] + c[1:]) / 2, c),
-    "tiny rows, huge centroids": lambda: (randn(30, 16) * 1e-30, randn(20, 16, seed=1) * 1e30),
-    "huge rows, tiny centroids": lambda: (randn(30, 16) * 1e30, randn(20, 16, seed=1) * 1e-30),
-    "zero rows": lambda: (torch.zeros(9, 16), randn(20, 16, seed=1)),
-    "all centroids equal": lambda: (randn(9, 16), torch.ones(20, 16)),
-    "centroids a few float32 steps apart": lambda: (randn(30, 16), 1 + FINE * randn(20, 16, seed=1)),
-}
 
 
 @pytest.mark.parametrize(("i_attack", "attack"), enumerate(ATTACKS))
@@ -262,18 +235,6 @@ def worst_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
-def cut_off_attack(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pairs of centroids at one distance but for a little; cutting off costs one more than the other.
-
-    Of a pair, the first has large products of one sign first, the second has them last.
-    """
-    features = 512
-    row = torch.ones(40, features) + 0.001 * randn(40, features)
-    first = torch.full((20, features), 1.0 + 2.0**-9) + 0.01 * randn(20, features, seed=1)
-    second = first.flip(1) + 2.0**-13 * randn(20, features, seed=2)
-    return row.to(dtype), torch.cat([first, -first, second, -second])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_exact_on_the_worst_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, worst_tensor_cores: None, dtype: torch.dtype
@@ -289,9 +250,9 @@ def test_scores_are_within_the_stated_bound(dtype: torch.dtype, spread: float) -
     """|score - P^2 S| <= r a + z with the operands as the kernels round them and the worst tensor cores."""
     x = (relu(24, 200) * spread + 1).to(dtype)
     centroids = relu(30, 200, seed=1) * spread + 1
-    scores, bound, truth = scores_and_bound(x, centroids)
-    assert torch.all((scores - truth).abs() <= bound)
-    assert (scores - truth).abs().max() > 0.002 * bound.max()
+    scores, width, truth = scores_and_bound(x, centroids)
+    assert torch.all((scores - truth).abs() <= width)
+    assert (scores - truth).abs().max() > 0.002 * width.max()
 
 
 def scores_and_bound(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,14 +266,14 @@ def scores_and_bound(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tens
     product = worst_product(rows.values.numpy(), prepared.values.numpy().T, np.zeros((len(x), len(prepared.values))))
     slack, slope, bias = (values[:clusters].double() for values in (prepared.slack, prepared.slope, prepared.bias))
     scores = torch.from_numpy(product).double()[:, :clusters] * rows.scale[:, None].double() + (bias + slack)
-    bound = rows.radius[:, None].double() * slope + slack
+    width = rows.radius[:, None].double() * slope + slack
     scale = 2.0 ** (13 - torch.frexp(prepared.largest[0])[1].item() + 1)
     mean = prepared.mean[0].double()
     moved = centroids.double() - mean
     constant = mean if x.dtype == torch.float16 else 0 * mean
     own = x.double() - (mean - constant)
     truth = moved.square().sum(1) + 2 * moved @ constant - 2 * own @ moved.T
-    return scores, bound, truth * scale**2
+    return scores, width, truth * scale**2
 
 
 def test_without_the_bound_the_ids_would_be_wrong(monkeypatch: pytest.MonkeyPatch, worst_tensor_cores: None) -> None:
@@ -403,6 +364,27 @@ def test_opcheck_of_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None
     torch.library.opcheck(ops.assign, (randn(2, 5, 4).half(), randn(2, 3, 4), True, True, "triton"))
     out = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     torch.library.opcheck(ops.add, (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), *out, "triton"))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_preparation_in_torch_is_that_of_the_kernels(dtype: torch.dtype, direct: bool) -> None:
+    """Operands bit for bit; coefficients of the bound, sums in another order, but for their own rounding."""
+    x, centroids = relu(2, 37, 64).to(dtype), 3 * relu(2, 21, 64, seed=1) + 1
+    if direct and not passes.is_direct(x, True, SMALL):
+        pytest.skip("only float16 rows are read where they lie")
+    part, prepared = triton_backend.centroids_launch(centroids, dtype, direct, SMALL)
+    part.run(x.device)
+    plain = bound.centroids_of(centroids, dtype, direct, SMALL.clusters, SMALL.features)
+    part, rows = triton_backend.rows_launch(x, prepared, direct, True, SMALL)
+    part.run(x.device)
+    plain_rows = bound.rows_of(x, plain, direct)
+    assert torch.equal(plain.values, prepared.values) and torch.equal(plain_rows.values, rows.values)
+    assert torch.equal(plain_rows.scale, rows.scale)
+    pairs = [(plain_rows.radius, rows.radius)]
+    pairs += [(getattr(plain, name), getattr(prepared, name)) for name in ("bias", "slope", "slack", "mean", "largest")]
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
 def test_statuses_are_what_the_launches_take_them_for() -> None:
