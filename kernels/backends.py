@@ -16,7 +16,7 @@ ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
 
 PREFIX_SUFFIX_BACKENDS = (*ATTENTION_BACKENDS, "triton")
-TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton", "flash", "cuda")
+TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "matmul", "triton", "flash", "cuda")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton kernels run in Python on CPU tensors: as the process started, since kernels are made at import."""
@@ -34,6 +34,7 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype | 
     return {
         "reference": None,
         "sdpa": reason,
+        "matmul": None,
         "triton": reason_against_triton(device, dtype),
         "flash": reason_against_flash(device, dtype),
         "cuda": reason_against_cuda(device, dtype),

@@ -236,7 +236,8 @@ class SpeedConfig:
     prune_last_block: bool = True
     """The last block computes nothing that no prediction reads."""
     skip_dropped: bool = True
-    """Stochastic depth leaves out the work of dropped images; off, it multiplies by zero."""
+    """Stochastic depth leaves out the work of dropped images; off, or with compile or cuda_graphs, whose shapes must
+    stay the same, it multiplies by zero."""
     chunked_head: bool = True
     """Head and loss go through the targets in chunks; off, all logits exist at once."""
     fused_optimizer: bool = True
@@ -247,7 +248,7 @@ class SpeedConfig:
     """The host never waits for the device within a step; off, it reads loss and gradient norm of each step."""
     cuda_graphs: bool = False
     """Record the micro-batch's forward and backward pass once and replay them: for small models, whose kernels are
-    shorter than it takes to launch them. Needs a GPU and one process; dropped images are then not skipped."""
+    shorter than it takes to launch them. Needs a GPU and one process."""
     fp8: bool = False
     """Matrix products of the blocks in fp8 (package torchao; compute capability 8.9 or newer). Changes the rounding."""
 
@@ -265,6 +266,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_cut(self.objective.cut, self.model.tokens)
+
+    @property
+    def worker_jitter(self) -> float:
+        """Strength with which data workers change colours; 0 where the device does."""
+        return 0.0 if self.speed.device_jitter else self.data.color_jitter
 
 
 def check_cut(cut: int, tokens: int) -> None:

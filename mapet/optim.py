@@ -18,23 +18,31 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and own_name != "bias" and own_name not in NEVER_DECAYED
 
 
-def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(module: nn.Module, optim: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `module` (a model or an objective around it).
 
-    The fused form runs on CPU and CUDA alike and takes a tensor that calls the update off, see `gated_step`.
+    The fused form runs on CPU and CUDA alike and takes a tensor that calls the update off, see `gated_step`. The other
+    goes through the parameters one by one, an operation at a time.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trainable if is_decayed(name, p)]
     others = [p for name, p in trainable if not is_decayed(name, p)]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused, foreach=False
+    )
 
 
 def gated_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
     """One update, or none at all where `skip` (scalar float32 on the device) is 1; the host never waits for `skip`.
 
-    These two attributes are how GradScaler tells a fused optimizer of an overflow.
+    These two attributes are how GradScaler tells a fused optimizer of an overflow. For an optimizer that is not fused
+    the host has to wait.
     """
+    if not optimizer.defaults["fused"]:
+        if not skip.item():
+            optimizer.step()
+        return
     optimizer.grad_scale, optimizer.found_inf = None, skip
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf

@@ -137,6 +137,7 @@ class Run:
                 rank=self.world.rank,
                 world_size=self.world.size,
                 workers=self.config.data.workers,
+                color_jitter=self.config.worker_jitter,
             )
         )
         clock = Clock()
