@@ -30,6 +30,9 @@ from mapet_kernels.two_stream_attention.problem import Problem, Streams
 TARGET_TILE = 75
 """Targets in a tile, at most: smaller tiles visit fewer masked keys, larger ones make fewer calls."""
 
+ROW_TILE = 256
+"""Rows A and M in a tile, at most."""
+
 SCORE_BYTES = 16 << 20
 """Scores that exist at a time: what the caches of a few cores hold."""
 
@@ -146,7 +149,7 @@ def _tiles(q: Streams, problem: Problem) -> list[Tile]:
     tiles = []
     if with_content and window:
         masks = (slice(tokens, tokens + targets),) if mask_tokens else ()
-        tiles.append(Tile((slice(0, cut), *masks), (), slice(0, window)))
+        tiles += [Tile(rows, (), slice(0, window)) for rows in _row_tiles((slice(0, cut), *masks))]
     size = -(-targets // -(-targets // TARGET_TILE))
     mask = None
     for start in range(0, targets, size):
@@ -158,6 +161,23 @@ def _tiles(q: Streams, problem: Problem) -> list[Tile]:
         sees_nothing = not window and not start
         dead_row = (stop if with_content else 0) if sees_nothing else None
         tiles.append(Tile(content, (slice(start, stop),), slice(key, window + stop), mask, dead_row))
+    return tiles
+
+
+def _row_tiles(runs: tuple[slice, ...]) -> list[tuple[slice, ...]]:
+    """Runs of rows in tiles of ROW_TILE rows at most, a tile taking from several runs."""
+    tiles: list[tuple[slice, ...]] = []
+    room = 0
+    for run in runs:
+        first = run.start
+        while first < run.stop:
+            if not room:
+                tiles.append(())
+                room = ROW_TILE
+            last = min(first + room, run.stop)
+            tiles[-1] += (slice(first, last),)
+            room -= last - first
+            first = last
     return tiles
 
 
