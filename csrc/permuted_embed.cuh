@@ -71,12 +71,22 @@ struct alignas(V * sizeof(E)) Pack {
   E x[V];
 };
 
+// A GPU faults where a pack is not aligned; a CPU does not mind.
+template <class E, int V>
+MAPET_DEVICE void check_aligned(const E* p) {
+#if !defined(__CUDACC__)
+  if (reinterpret_cast<std::size_t>(p) % alignof(Pack<E, V>) != 0) emulation::fail("a pack is not aligned");
+#endif
+}
+
 template <class E, int V>
 MAPET_DEVICE Pack<E, V> read(const E* p) {
+  check_aligned<E, V>(p);
   return *reinterpret_cast<const Pack<E, V>*>(p);
 }
 template <class E, int V>
 MAPET_DEVICE void write(E* p, const Pack<E, V>& pack) {
+  check_aligned<E, V>(p);
   *reinterpret_cast<Pack<E, V>*>(p) = pack;
 }
 

@@ -132,12 +132,15 @@ def off_by_one(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("uint8", [True, False])
 def test_images_and_weights_anywhere_in_memory(host: HostOperators, uint8: bool) -> None:
-    """Channels last, off by one element, transposed: the bits of the case that is aligned and contiguous."""
+    """Channels last, off by one element, transposed, cut out: the bits of the case that is aligned and contiguous."""
     shape = PermutedEmbedShape(16, 4, 24, cut=5, uint8=uint8)
     case = SPEC.make_case(shape, torch.float32)
     images = case.options.pop("images", None) if uint8 else case.inputs.pop("images")
     expected = SPEC.function(images, **case.inputs, **case.options)
-    for moved in (images.to(memory_format=torch.channels_last), off_by_one(images), images.mT.contiguous().mT):
+    wider = torch.nn.functional.pad(images, (0, 1))[..., :-1]
+    for moved in (
+        images.to(memory_format=torch.channels_last), off_by_one(images), images.mT.contiguous().mT, wider
+    ):  # fmt: skip
         assert torch.equal(SPEC.function(moved, **case.inputs, **case.options), expected)
     names = ("pos_embed", "mask_token", "class_token")
     inputs = case.inputs | {name: off_by_one(case.inputs[name]) for name in names}
