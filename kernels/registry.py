@@ -377,7 +377,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_permuted_embed_cost,
             backends=("reference",),
-            gpu_backends=("triton",),
+            gpu_backends=("triton", "cuda"),
         ),
         OpSpec(
             name="kmeans_assign",

@@ -20,7 +20,7 @@ from rich.text import Text
 from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
-from mapet_kernels.backends import available_backends
+from mapet_kernels.backends import available_backends, explain_auto
 from mapet_kernels.flash_providers import provider_for
 from mapet_kernels.selfcheck import two_stream_agreement
 
@@ -68,7 +68,7 @@ def doctor_report(*, cache: str | Path | None = None, run: str | Path | None = N
     findings += [gpu_finding(i, gpu) for i, gpu in enumerate(gpus)] or [no_gpu_finding()]
     findings += [triton_finding(gpus)]
     for device in ["cpu", *(f"cuda:{i}" for i in range(len(gpus)))]:
-        findings += backend_findings(device, available_backends(device))
+        findings += [*backend_findings(device, available_backends(device)), auto_finding(device)]
     findings += [package_finding(name, *what) for name, what in OPTIONAL_PACKAGES.items()]
     findings.append(compiler_finding())
     if cache is not None:
@@ -191,11 +191,22 @@ def backend_findings(device: str, backends: dict[str, str | None]) -> list[Findi
     ]
 
 
+def auto_finding(device: str) -> Finding:
+    """Which attention backend "auto" takes, and why."""
+    backend, why = explain_auto(torch.device(device), trial_dtype(device))
+    dtype = str(trial_dtype(device)).removeprefix("torch.")
+    return Finding(f"attention auto on {device}", "ok", f"takes {backend} in {dtype}: {why}")
+
+
+def trial_dtype(device: str) -> torch.dtype:
+    """What backends are tried in."""
+    return torch.float32 if device == "cpu" else torch.float16
+
+
 def trial_finding(subject: str, backend: str, device: str) -> Finding:
     """Run MaPeT's attention once, forward and backward, and compare with plain torch in float64."""
-    dtype = torch.float32 if device == "cpu" else torch.float16
     try:
-        agreement = two_stream_agreement(backend, device, dtype)
+        agreement = two_stream_agreement(backend, device, trial_dtype(device))
     except Exception as error:  # whatever a kernel's compiler or a driver raises is a finding
         return Finding(subject, "problem", f"does not run: {error}", f"set train.backend to another than {backend}")
     errors = f"errors are {agreement.outputs:.2f} (outputs) and {agreement.gradients:.2f} (gradients) of the tolerance"

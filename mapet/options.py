@@ -189,10 +189,12 @@ class Plan:
     """GPUs that share a step."""
     gpu_memory: Annotated[str | None, _wanted("16GB", "no limit")] = None
     """Memory of one GPU: GB is 10^9 bytes, GiB 2^30."""
+    gpu: Annotated[Literal["V100"] | None, _wanted("V100")] = None
+    """Adds images per second on this GPU, computed from its data sheet; its memory is the limit where none is given."""
     interconnect: Annotated[str | None, _wanted("400Gb")] = None
     """Bits (Gb) or bytes (GB) per second of one GPU's slowest link: adds traffic and times of several GPUs."""
     images: Annotated[str, arg(metavar="1.28M")] = "1281167"
-    """Images of an epoch, for --interconnect."""
+    """Images of an epoch, for --gpu and --interconnect."""
     images_per_second: Annotated[float | None, _wanted("FLOAT", "unknown")] = None
     """What one GPU trains on its own, measured, for --interconnect."""
     set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()

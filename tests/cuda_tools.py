@@ -81,11 +81,11 @@ def cuobjdump() -> str | None:
     return str(inside) if inside.is_file() else None
 
 
-def instructions(cubin: Path) -> dict[str, Counter[str]]:
-    """How often each instruction stands in each function of a cubin: HMMA.16816 multiplies 16 x 16 by 16 x 8."""
+def instructions(cubin: Path, wanted: str = r"\b(HMMA\.\d+|LDGSTS)\b") -> dict[str, Counter[str]]:
+    """How often each `wanted` stands in each function of a cubin: HMMA.16816 multiplies 16 x 16 by 16 x 8."""
     text = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]
-    pattern = re.compile(r"\b(HMMA\.\d+|LDGSTS)\b")
+    pattern = re.compile(wanted)
     return {name: Counter(pattern.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
@@ -129,10 +129,10 @@ class Nvrtc12:
         library, runtime, crt = found.values()
         return Nvrtc12(ctypes.CDLL(str(library)), (CSRC, runtime.parent, crt.parent.parent))
 
-    def compile(self, names: list[str], target: str) -> tuple[str, str]:
+    def compile(self, names: list[str], target: str, header: str = "two_stream_attention.cuh") -> tuple[str, str]:
         """(log, PTX) of kernels by their C++ names; for a target sm_XX the log has what ptxas says."""
         program = ctypes.c_void_p()
-        source = b'#include "two_stream_attention.cuh"\n'
+        source = f'#include "{header}"\n'.encode()
         self._check(self.library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None))
         for name in names:
             self._check(self.library.nvrtcAddNameExpression(program, name.encode()))

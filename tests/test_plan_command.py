@@ -52,6 +52,15 @@ def test_several_gpus(mapet) -> None:
     assert "20 s to 29.1 s" in mapet.succeed("plan", *BASE, *options, "--images-per-second", 1000).out
 
 
+def test_a_gpu_that_is_not_here(mapet) -> None:
+    said = mapet.succeed("plan", "--recipe", "vit_base_kclip", "--gpu", "V100").out
+    assert "95 % of 16GB" in said and "micro-batch 64" in said, "its memory is the limit"
+    assert "one V100, fp16" in said and "232 GFLOP" in said and "300 epochs of 1,281,167 images" in said
+    smaller = mapet.succeed("plan", "--recipe", "vit_base_kclip", "--gpu", "V100", "--gpu-memory", "8GB").out
+    assert "95 % of 8GB" in smaller and "micro-batch 32" in smaller
+    mapet.fail("plan", *BASE, "--gpu", "V100", code=2, names=("V100 computes in fp32 and fp16, not in bf16",))
+
+
 def test_bad_plans_say_what_is_wrong(mapet) -> None:
     mapet.fail(
         "plan", *BASE, "--gpu-memory", "1GiB", code=2, names=("1.00 GiB are too little", "the least that would do")

@@ -14,6 +14,9 @@ from mapet.objectives.loss import token_accuracy, token_cross_entropy, whole_cro
 from mapet.stochastic_depth import kept_images
 from mapet.streams import StreamLayout
 
+EMBEDDING_BACKENDS = ("auto", "triton", "cuda")
+"""Backends that the embedding has as well as attention."""
+
 RECOMPUTED_AT_ONCE = 128
 """Images whose block is recomputed at a time, at most: all activations of one block exist for so many images only."""
 
@@ -39,7 +42,7 @@ class Objective(nn.Module, ABC):
     Args:
         config: the network.
         cut: tokens that are not predicted, the class token included; in [1, N - 1].
-        backend: attention backend of mapet_kernels; the embedding is in plain torch unless it is auto or triton.
+        backend: of attention, in mapet_kernels; the embedding is in plain torch unless it is in EMBEDDING_BACKENDS.
         recompute: see MaskedTokenViT. With "blocks" images go through the network in parts.
         speed: switches of a fast step; chunked_head is read here.
     """
@@ -118,7 +121,7 @@ class Objective(nn.Module, ABC):
 
     def _features(self, images: Tensor, permutation: Tensor, keep: Keep | None, normalise: bool) -> Tensor:
         layout = self.layout(images.shape[0])
-        embedding = self.backend if self.backend in ("auto", "triton") else "reference"
+        embedding = self.backend if self.backend in EMBEDDING_BACKENDS else "reference"
         x = self.model.embed(images, permutation, layout, normalise=normalise, backend=embedding)
         return self.model.encode(x, layout, keep, self.attention)
 
