@@ -50,6 +50,7 @@ MAY_CHANGE = frozenset(
         "data.workers",
         "train.output",
         "train.device",
+        "train.parallel",
         "train.micro_batch",
         "train.recompute",
         "train.gpu_memory",

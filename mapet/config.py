@@ -17,6 +17,7 @@ from mapet.units import parse_bytes, parse_duration
 Precision = Literal["fp32", "bf16", "fp16"]
 ObjectiveName = Literal["mapet", "pim", "mim"]
 Recompute = Literal["none", "cheap", "blocks"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -175,6 +176,9 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."""
     precision: Precision = "fp32"
     """Of the forward pass; weights stay fp32. fp16 scales the loss."""
+    parallel: Parallel = "ddp"
+    """With several processes: ddp keeps all weights and the optimizer's state in each, fsdp shares them out (FSDP2,
+    block by block), for models that are large beside the memory of a GPU. What is learned is the same."""
     micro_batch: int = 0
     """Images per forward pass and process; 0 means the process's whole share of the global batch."""
     recompute: Recompute = "none"
@@ -213,6 +217,7 @@ class TrainConfig:
         _require(
             self.recompute in get_args(Recompute), f"train.recompute must be one of {', '.join(get_args(Recompute))}"
         )
+        _require(self.parallel in get_args(Parallel), f"train.parallel must be ddp or fsdp, got {self.parallel!r}")
         if self.gpu_memory:
             parse_bytes(self.gpu_memory)
         if self.budget:
