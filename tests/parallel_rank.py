@@ -1,6 +1,7 @@
 """Sharded weights beside copies of them, as one of several processes.
 
-As a script: parallel_rank.py CACHE CHECKPOINTS REPORT VARIANT... The main process writes what was found as JSON to REPORT. CHECKPOINTS is the store of a run of one process.
+As a script: parallel_rank.py CACHE CHECKPOINTS REPORT VARIANT... The main process writes what was found as JSON to
+REPORT. CHECKPOINTS is the store of a run of one process.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import parallel_rank
@@ -22,7 +21,7 @@ from mapet.schedule import plan_steps
 from mapet.train import pretrain
 
 SHARDED = {**CHANGES, "train.micro_batch": 1, "train.parallel": "fsdp"}
-FOUR = ("fp32", "blocks")
+FOUR = ("fp16",)
 """Variants that are also run with 4 processes."""
 
 
@@ -147,9 +146,8 @@ def test_one_process_has_nothing_to_share(cache, tmp_path):
 def test_parts_are_even_where_they_can_be(shape, processes, dimension):
     chosen = placement(torch.empty(shape), processes)
     assert (chosen.dim if chosen else None) == dimension
-    assert dimension is None or (shape[dimension] % processes == 0 and math.prod(shape))
 
 
 def test_a_value_that_is_not_allowed_is_refused():
-    with pytest.raises(ConfigError, match="train.parallel must be ddp or fsdp, got 'zero'"):
+    with pytest.raises(ConfigError, match=r"train\.parallel must be ddp or fsdp, got 'zero'"):
         make_config(Path("c"), Path("o"), **{"train.parallel": "zero"})
