@@ -250,7 +250,9 @@ class Learner:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """ConfigError when a GPU has no bf16 of its own."""
+    """ConfigError when a GPU has no bf16 of its own; ValueError for auto, which mapet/precision.py settles before."""
+    if precision == "auto":
+        raise ValueError("train.precision auto is settled before a learner is made: mapet.precision.settled")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"

@@ -137,8 +137,8 @@ class Pretrain:
     """Images of a step, over all processes."""
     lr: Annotated[float | None, _short_for("lr")] = None
     """Peak learning rate."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
-    """Of the forward pass."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
+    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
     device: Annotated[str | None, _short_for("device")] = None
     """auto, cpu, cuda or cuda:N."""
     micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
@@ -179,8 +179,8 @@ class Plan:
     """What is predicted from what."""
     cut: Annotated[int | None, _short_for("cut")] = None
     """Tokens that are not predicted."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
-    """Of the forward pass."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
+    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
     micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
     """Images of a forward pass; the largest that fits where it is not given."""
     global_batch: Annotated[int | None, _wanted("INT", "optim.global_batch, 2048")] = None

@@ -334,12 +334,13 @@ def step_size(config: RunConfig, processes: int, micro_batch: int = 0) -> StepSi
         raise ConfigError(f"optim.global_batch {config.optim.global_batch} is not divisible by {processes} processes")
     if share % (micro or share):
         raise ConfigError(f"train.micro_batch {micro} does not divide the {share} images of one process in a step")
+    precision = config.train.precision
     return StepSize(
         config.model,
         config.objective,
         micro or share,
         share,
-        config.train.precision,
+        "bf16" if precision == "auto" else precision,  # on an older GPU it is fp16, which takes as much
         config.train.recompute,
         config.train.ema_decay > 0,
         processes,

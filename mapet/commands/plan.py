@@ -88,6 +88,8 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
         f"GPUs: {options.gpus}, each with {share} images of a step",
         "computed, not measured; for eager mode and without the memory of the CUDA context",
     ]
+    if config.train.precision == "auto":
+        lines.append("precision auto: bf16 on a GPU of compute capability 8.0 or newer, else fp16, which takes as much")
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch)
     levels = [f"{level} {gib(predict_memory(replace(size, recompute=level)).total)}" for level in LEVELS]
     lines.append(f"this micro-batch at each level: {', '.join(levels)}")
