@@ -15,8 +15,8 @@ from mapet.checkpoint import CheckpointStore
 from mapet.distributed import World
 from mapet.errors import ConfigError
 from mapet.learner import Learner
-from mapet.objectives import build_objective
 from mapet.parallel import placement
+from mapet.plan import in_parts, moments, step_size
 from mapet.schedule import plan_steps
 from mapet.train import pretrain
 
@@ -110,11 +110,11 @@ def test_a_checkpoint_is_the_same_after_loading_and_saving_in_parts(found):
     assert found["loaded"] == [[]] * found["size"]
 
 
-def test_each_process_holds_its_part_only(found):
-    objective = build_objective(make_config(Path("c"), Path("o")).objective, make_config(Path("c"), Path("o")).model)
-    whole = 4 * sum(parameter.numel() for parameter in objective.parameters())
-    part = whole // found["size"]
-    expected = {"weights": part, "gradients": part, "optimizer": 2 * part, "average": part}
+def test_each_process_holds_the_part_that_is_planned(found):
+    changes = {**parallel_rank.CHANGES, "train.parallel": "fsdp"}
+    size = step_size(make_config(Path("c"), Path("o"), **changes), found["size"])
+    planned = next(in_parts(size, moment) for moment in moments(size) if moment.moment == "update")
+    expected = {name: getattr(planned, name) for name in ("weights", "gradients", "optimizer", "average")}
     assert found["held"] == [expected] * found["size"]
 
 

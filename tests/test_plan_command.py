@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_several_gpus(mapet) -> None:
     said = mapet.succeed("plan", *BASE, *options).out
     assert "725 MB" in said and "14.5 ms" in said and "193 GB" in said and "unknown" in said
     assert "20 s to 29.1 s" in mapet.succeed("plan", *BASE, *options, "--images-per-second", 1000).out
+
+
+def test_parts_are_planned_for(mapet) -> None:
+    copies = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8).out
+    parts = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8, "--parallel", "fsdp").out
+    totals = re.search(r"train.parallel\): ddp ([\d.]+ GiB), fsdp ([\d.]+ GiB)", copies)
+    assert totals[0] in parts and totals[1] != totals[2]
+    assert re.search(rf"in all .*{totals[1]}", copies) and re.search(rf"in all .*{totals[2]}", parts)
+    assert "train.parallel" not in mapet.succeed("plan", *BASE, "--global-batch", 96).out
 
 
 def test_bad_plans_say_what_is_wrong(mapet) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from mapet.commands.pretrain import given
-from mapet.config import MODEL_PRESETS, RunConfig
+from mapet.config import MODEL_PRESETS, Parallel, RunConfig
 from mapet.errors import ConfigError
 from mapet.options import Plan as Options
 from mapet.plan import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
@@ -93,6 +94,10 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch)
     levels = [f"{level} {gib(predict_memory(replace(size, recompute=level)).total)}" for level in LEVELS]
     lines.append(f"this micro-batch at each level: {', '.join(levels)}")
+    if options.gpus > 1:
+        size = replace(size, recompute=plan.recompute)
+        ways = [f"{way} {gib(predict_memory(replace(size, parallel=way)).total)}" for way in get_args(Parallel)]
+        lines.append(f"weights and optimizer whole in each GPU, or shared out (train.parallel): {', '.join(ways)}")
     if config.train.gpu_memory:
         lines.append(
             f"a plan fills {100 * USABLE:.0f} % of {config.train.gpu_memory}, for gaps between the allocator's blocks"
