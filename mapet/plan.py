@@ -35,7 +35,7 @@ all, if they add up over micro-batches) exist:
                 computed again then: GELU's result and fc2's weights (cheap), the rest of the block (blocks)
     update      all gradients; with a moving average the differences, as large as the weights
 
-With train.parallel fsdp, n processes share out P parameters; E of them, in the embedding, the last norm and the head, are
+With train.parallel fsdp, n processes share out P parameters; E of them, in embedding, last norm and head, are
 one unit, and the K of each block another (mapet/parallel.py). See `in_parts`:
 
     weights     4 P / n, and whole: E, the block at work, the next one, and the buffer in which it arrives: 4 (E + 3 K)
