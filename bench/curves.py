@@ -2,8 +2,8 @@
 
 Weights, batches, permutations and drop-path are those of one seed, so that the curves differ by rounding (and by steps
 that fp16's loss scaling leaves out) alone. The measure of "alike" is a run in fp32 from the next seed, which sees the
-same images: smoothed over 10 steps, a curve may be away from that of fp32 by a tenth of what the other seed's is at most.
-Then rounding adds a hundredth, the square, to the variance that chance gives a run.
+same images: smoothed over 10 steps, a curve may be away from that of fp32 by a tenth of what the other seed's is at
+most. Then rounding adds a hundredth, the square, to the variance that chance gives a run.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def draw(path: Path) -> Path:
         style = {"color": colour, "linestyle": dashes.get(name, "-"), "label": name}
         above.plot(steps, curve, linewidth=1.2 if name == OTHER_SEED else 2.0, **style)
         if name != "fp32":
-            below.plot(steps, 100 * np.abs(curve - curves["fp32"]) / curves["fp32"], linewidth=1.4, **style)
+            difference = 100 * np.abs(curve - curves["fp32"]) / curves["fp32"]
+            below.plot(steps, difference, linewidth=1.4, **{**style, "label": None})
     below.axhline(100 * record["tolerance"], color=INK, linewidth=1.0, linestyle="--", label="tolerance")
     below.set_yscale("log")
     above.set_ylabel("loss (nats a token)", color=INK)
@@ -188,5 +189,5 @@ def draw(path: Path) -> Path:
     for axes in (above, below):
         axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best" if axes is above else "lower right")
     return save(figure, Path(path).with_suffix(".png"))
