@@ -15,8 +15,10 @@ from mapet.errors import ConfigError
 from mapet.units import parse_bytes, parse_duration
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PrecisionChoice = Literal[Precision, "auto"]
 ObjectiveName = Literal["mapet", "pim", "mim"]
 Recompute = Literal["none", "cheap", "blocks"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -173,8 +175,12 @@ class TrainConfig:
     """Of everything random: weights, order, permutations, drop-path, colour jitter."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."""
-    precision: Precision = "fp32"
-    """Of the forward pass; weights stay fp32. fp16 scales the loss."""
+    precision: PrecisionChoice = "fp32"
+    """Of the forward pass; weights stay fp32. fp16 scales the loss. auto takes bf16 on a GPU of compute capability 8.0
+    or newer, fp16 on an older one and fp32 on a CPU; a checkpoint holds what it took."""
+    parallel: Parallel = "ddp"
+    """With several processes: ddp keeps all weights and the optimizer's state in each, fsdp shares them out (FSDP2,
+    block by block), for models that are large beside the memory of a GPU. What is learned is the same."""
     micro_batch: int = 0
     """Images per forward pass and process; 0 means the process's whole share of the global batch."""
     recompute: Recompute = "none"
@@ -213,6 +219,12 @@ class TrainConfig:
         _require(
             self.recompute in get_args(Recompute), f"train.recompute must be one of {', '.join(get_args(Recompute))}"
         )
+        precisions = get_args(PrecisionChoice)
+        _require(
+            self.precision in precisions,
+            f"train.precision must be one of {', '.join(precisions)}, got {self.precision!r}",
+        )
+        _require(self.parallel in get_args(Parallel), f"train.parallel must be ddp or fsdp, got {self.parallel!r}")
         if self.gpu_memory:
             parse_bytes(self.gpu_memory)
         if self.budget:

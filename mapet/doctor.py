@@ -20,6 +20,7 @@ from rich.text import Text
 from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
+from mapet.precision import automatic
 from mapet_kernels.backends import available_backends, explain_auto
 from mapet_kernels.flash_providers import provider_for
 from mapet_kernels.selfcheck import two_stream_agreement
@@ -121,7 +122,9 @@ def cpu_finding() -> Finding:
     """Cores this process may use, and the vector instructions torch found."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return Finding("processor", "ok", f"{cores} cores, {instructions}; fp32 and bf16 run on it, fp16 needs a GPU")
+    return Finding(
+        "processor", "ok", f"{cores} cores, {instructions}; fp32 and bf16 run on it, fp16 needs a GPU{_auto(None)}"
+    )
 
 
 def memory_finding() -> Finding:
@@ -153,12 +156,17 @@ def list_gpus() -> list[Gpu]:
 def gpu_finding(index: int, gpu: Gpu) -> Finding:
     """What a GPU is and which precisions it is for."""
     major, minor = gpu.capability
-    detail = f"{gpu.name}, sm_{major}{minor}, {gpu.memory / 2**30:.0f} GiB"
+    detail, auto = f"{gpu.name}, sm_{major}{minor}, {gpu.memory / 2**30:.0f} GiB", _auto(gpu.capability)
     if gpu.capability >= (8, 0):
-        return Finding(f"GPU {index}", "ok", f"{detail}; fp32, bf16 and fp16")
+        return Finding(f"GPU {index}", "ok", f"{detail}; fp32, bf16 and fp16{auto}")
     if gpu.capability >= (7, 0):
-        return Finding(f"GPU {index}", "ok", f"{detail}; fp32 and fp16", "bf16 is emulated: set train.precision fp16")
-    return Finding(f"GPU {index}", "ok", f"{detail}; fp32", "no tensor cores: fp16 and bf16 gain nothing here")
+        advice = "bf16 is emulated: set train.precision fp16, or auto"
+        return Finding(f"GPU {index}", "ok", f"{detail}; fp32 and fp16{auto}", advice)
+    return Finding(f"GPU {index}", "ok", f"{detail}; fp32{auto}", "no tensor cores: fp16 and bf16 gain nothing here")
+
+
+def _auto(capability: tuple[int, int] | None) -> str:
+    return f"; train.precision auto takes {automatic(capability)}"
 
 
 def no_gpu_finding() -> Finding:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +30,16 @@ from mapet.limits import advice, halved
 from mapet.model import Keep, load_official
 from mapet.objectives import Plan, build_objective
 from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
+from mapet.parallel import (
+    check_parallel,
+    compile_network,
+    distribute,
+    gathered,
+    optimizer_as_parts,
+    reducing,
+    shards,
+    weights_as_parts,
+)
 from mapet.rng import global_rng_state, seed_global_generators, set_global_rng_state, step_generator
 from mapet.schedule import StepPlan, learning_rate
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
@@ -69,6 +78,7 @@ class Learner:
     def __init__(self, config: RunConfig, world: World, steps: StepPlan) -> None:
         check_precision(config.train.precision, world.device)
         check_attention(config, world.device)
+        check_parallel(config, world)
         check_speed(config, world)
         train = config.train
         self.config, self.world, self.steps = config, world, steps
@@ -79,17 +89,18 @@ class Learner:
             backend=train.backend,
             recompute=train.recompute,
             speed=config.speed,
-        ).to(world.device)
+        )
         self.model = self.objective.model
+        sharded = shards(config, world)
+        if config.speed.compile:
+            compile_network(self.objective, sharded=sharded)
+        self.network = distribute(self.objective, world, sharded=sharded)
         self.optimizer = make_optimizer(self.objective, config.optim, fused=config.speed.fused_optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
         self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         self.failure = torch.zeros(4, dtype=torch.float64, device=world.device)  # whether, step, loss, gradient norm
         self.last = torch.zeros(2, device=world.device)  # accuracy, gradient norm
         self.loss_sum, self.unread = torch.zeros((), device=world.device), 0
-        if config.speed.compile:
-            self.objective.compile(dynamic=False)
-        self.network = world.wrap(self.objective)
         self.skips = skips_dropped(config)
         self.graph: GraphedPass | None = None
         self.fits = False  # a step was done with this micro-batch
@@ -127,7 +138,10 @@ class Learner:
         return Failure(int(step), loss, norm) if happened else None
 
     def state(self) -> CheckpointState:
-        """Everything needed to go on exactly; tensors are not copied."""
+        """Everything needed to go on exactly; in the main process only where weights are sharded.
+
+        All processes call it. Tensors are not copied, but for those that are sharded: these are made whole on the CPU.
+        """
         extra = {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")}
         trainer = {
             "optimizer": self.optimizer.state_dict(),
@@ -136,13 +150,15 @@ class Learner:
             "objective": extra,
         }
         average = self.average.weights if self.average else None
-        return CheckpointState(self.model.state_dict(), trainer, to_dict(self.config), average)
+        parts = (self.model.state_dict(), trainer, average)
+        model, trainer, average = (gathered(part, keep=self.world.is_main) for part in parts)
+        return CheckpointState(model, trainer, to_dict(self.config), average)
 
     def load(self, state: CheckpointState) -> None:
         """The inverse of `state`, for the same configuration."""
-        load_official(self.model, state.model)
+        load_official(self.model, weights_as_parts(state.model, self.model.state_dict()))
         self.objective.load_state_dict(state.trainer["objective"], strict=False)
-        self.optimizer.load_state_dict(state.trainer["optimizer"])
+        self.optimizer.load_state_dict(optimizer_as_parts(state.trainer["optimizer"], self.optimizer))
         self.scaler.load_state_dict(state.trainer["scaler"])
         set_global_rng_state(state.trainer["random"], self.world.device)
         if self.average:
@@ -188,7 +204,7 @@ class Learner:
         for first in range(0, self.steps.share, self.steps.micro):
             part = slice(first, first + self.steps.micro)
             ends = reduces and part.stop == self.steps.share
-            with nullcontext() if ends or self.world.size == 1 else self.network.no_sync():
+            with reducing(self.network, ends):
                 sums += self._pass(batch[part], plan[part], jitter and jitter[part], with_accuracy)
         return sums
 
@@ -291,7 +307,9 @@ def check_speed(config: RunConfig, world: World) -> None:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """ConfigError when a GPU has no bf16 of its own."""
+    """ConfigError when a GPU has no bf16 of its own; ValueError for auto, which mapet/precision.py settles before."""
+    if precision == "auto":
+        raise ValueError("train.precision auto is settled before a learner is made: mapet.precision.settled")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mapet.config import OptimConfig
+from mapet.parallel import as_parts_of, whole
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 
@@ -49,9 +50,12 @@ def gated_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """The global gradient norm (scalar tensor); gradients are then scaled to norm `limit` at most, 0 for no limit."""
+    """The global gradient norm (scalar tensor); gradients are then scaled to norm `limit` at most, 0 for no limit.
+
+    The norm is that of the whole gradients where each process has parts of them.
+    """
     parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if limit > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
@@ -76,4 +80,4 @@ class WeightAverage:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over the averages of a checkpoint."""
         for name, value in self.weights.items():
-            value.copy_(weights[name])
+            value.copy_(as_parts_of(weights[name], value))

@@ -25,6 +25,7 @@ FIELD_OF = {
     "lr": "optim.lr",
     "precision": "train.precision",
     "device": "train.device",
+    "parallel": "train.parallel",
     "micro_batch": "train.micro_batch",
     "workers": "data.workers",
     "seed": "train.seed",
@@ -137,10 +138,12 @@ class Pretrain:
     """Images of a step, over all processes."""
     lr: Annotated[float | None, _short_for("lr")] = None
     """Peak learning rate."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
-    """Of the forward pass."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
+    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
     device: Annotated[str | None, _short_for("device")] = None
     """auto, cpu, cuda or cuda:N."""
+    parallel: Annotated[Literal["ddp", "fsdp"] | None, _short_for("parallel")] = None
+    """With several processes: weights and optimizer whole in each (ddp), or shared out (fsdp)."""
     micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
     """Images of a forward pass and process; 0 for all of a step."""
     workers: Annotated[int | None, _short_for("workers")] = None
@@ -179,8 +182,10 @@ class Plan:
     """What is predicted from what."""
     cut: Annotated[int | None, _short_for("cut")] = None
     """Tokens that are not predicted."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
-    """Of the forward pass."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
+    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
+    parallel: Annotated[Literal["ddp", "fsdp"] | None, _short_for("parallel")] = None
+    """With several processes: weights and optimizer whole in each (ddp), or shared out (fsdp)."""
     micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
     """Images of a forward pass; the largest that fits where it is not given."""
     global_batch: Annotated[int | None, _wanted("INT", "optim.global_batch, 2048")] = None

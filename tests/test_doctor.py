@@ -63,7 +63,8 @@ def test_doctor_prints_every_finding_and_exits_0(tmp_path):
 def test_a_gpu_is_described_by_what_it_can_do():
     assert "bf16" in gpu_finding(0, H200).detail and not gpu_finding(0, H200).advice
     assert "fp16" in gpu_finding(1, V100).detail and "bf16" not in gpu_finding(1, V100).detail
-    assert gpu_finding(1, V100).advice == "bf16 is emulated: set train.precision fp16"
+    assert gpu_finding(0, H200).detail.endswith("auto takes bf16") and gpu_finding(1, V100).detail.endswith("fp16")
+    assert gpu_finding(1, V100).advice == "bf16 is emulated: set train.precision fp16, or auto"
     assert "gain nothing" in gpu_finding(2, Gpu("P40", (6, 1), 24 << 30)).advice
     assert gpu_finding(0, H200).subject == "GPU 0" and "sm_90, 141 GiB" in gpu_finding(0, H200).detail
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_a_gpu_that_is_not_here(mapet) -> None:
     smaller = mapet.succeed("plan", "--recipe", "vit_base_kclip", "--gpu", "V100", "--gpu-memory", "8GB").out
     assert "95 % of 8GB" in smaller and "micro-batch 32" in smaller
     mapet.fail("plan", *BASE, "--gpu", "V100", code=2, names=("V100 computes in fp32 and fp16, not in bf16",))
+
+
+def test_parts_are_planned_for(mapet) -> None:
+    copies = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8).out
+    parts = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8, "--parallel", "fsdp").out
+    totals = re.search(r"train.parallel\): ddp ([\d.]+ GiB), fsdp ([\d.]+ GiB)", copies)
+    assert totals[0] in parts and totals[1] != totals[2]
+    assert re.search(rf"in all .*{totals[1]}", copies) and re.search(rf"in all .*{totals[2]}", parts)
+    assert "train.parallel" not in mapet.succeed("plan", *BASE, "--global-batch", 96).out
 
 
 def test_bad_plans_say_what_is_wrong(mapet) -> None:

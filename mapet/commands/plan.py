@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from mapet.commands.pretrain import given
-from mapet.config import MODEL_PRESETS, RunConfig
+from mapet.config import MODEL_PRESETS, Parallel, RunConfig
 from mapet.errors import ConfigError
 from mapet.expectation import GPUS, expectation_rows
 from mapet.options import Plan as Options
@@ -96,9 +97,15 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
         f"GPUs: {options.gpus}, each with {share} images of a step",
         "computed, not measured; for eager mode and without the memory of the CUDA context",
     ]
+    if config.train.precision == "auto":
+        lines.append("precision auto: bf16 on a GPU of compute capability 8.0 or newer, else fp16, which takes as much")
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch)
     levels = [f"{level} {gib(predict_memory(replace(size, recompute=level)).total)}" for level in LEVELS]
     lines.append(f"this micro-batch at each level: {', '.join(levels)}")
+    if options.gpus > 1:
+        size = replace(size, recompute=plan.recompute)
+        ways = [f"{way} {gib(predict_memory(replace(size, parallel=way)).total)}" for way in get_args(Parallel)]
+        lines.append(f"weights and optimizer whole in each GPU, or shared out (train.parallel): {', '.join(ways)}")
     if config.train.gpu_memory:
         lines.append(
             f"a plan fills {100 * USABLE:.0f} % of {config.train.gpu_memory}, for gaps between the allocator's blocks"
