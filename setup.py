@@ -45,7 +45,7 @@ def cuda_extensions() -> dict:
             )
     extension = CUDAExtension(
         "mapet_kernels._C",
-        ["csrc/bindings.cpp", "csrc/two_stream_attention.cu", "csrc/kmeans_assign.cu"],
+        ["csrc/bindings.cpp", "csrc/two_stream_attention.cu", "csrc/permuted_embed.cu", "csrc/kmeans_assign.cu"],
         extra_compile_args={"cxx": ["-O2"], "nvcc": ["-O3"]},
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

@@ -1,7 +1,7 @@
 // The kernels as torch operators: the one file that knows torch. It checks what it is given, and fills given outputs.
 //
-// Compile: setup.py with MAPET_BUILD_CUDA=1, together with the .cu files here, as mapet_kernels._C.
-// Autograd, autocast and torch.compile live in each op's op.py in kernels/, above these operators.
+// Compile: setup.py with MAPET_BUILD_CUDA=1, together with the .cu files beside it, as mapet_kernels._C.
+// Autograd, autocast and torch.compile live in the ops' op.py, above these operators.
 #include <Python.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "kmeans_assign.h"
+#include "permuted_embed.h"
 #include "two_stream_attention.h"
 
 namespace {
@@ -183,16 +184,120 @@ void backward(
       call);
 }
 
-// k-means assignment. Operands are made by kernels/kmeans_assign/bound.py.
-
-void check_assign(
-    const char* name, const Tensor& x, at::IntArrayRef shape, at::ScalarType type, const Tensor& like,
-    bool dense = true) {
+// The permuted embedding: every tensor is contiguous but the images.
+void check_dense(const char* name, const Tensor& x, at::IntArrayRef shape, const Tensor& like, at::ScalarType type) {
   check_shape(name, x, shape, like, false);
-  TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
-  TORCH_CHECK_VALUE(!dense || x.is_contiguous(), name, " must be contiguous, got strides ", x.strides());
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == type && x.is_contiguous(), name, " must be contiguous ", type, ", got ", x.scalar_type(),
+      x.is_contiguous() ? "" : ", not contiguous");
 }
 
+mapet::Element element(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.is_cuda(), "backend 'cuda' takes tensors on a CUDA device, got ", x.device());
+  switch (x.scalar_type()) {
+    case at::kHalf: return mapet::Element::float16;
+    case at::kBFloat16: return mapet::Element::bfloat16;
+    case at::kFloat: return mapet::Element::float32;
+    case at::kDouble: return mapet::Element::float64;
+    default: TORCH_CHECK_TYPE(false, "backend 'cuda' takes floating-point tensors, got ", x.scalar_type());
+  }
+}
+
+const void* pointer(const OptionalTensor& x) { return x ? x->data_ptr() : nullptr; }
+
+const long long* integers(const Tensor& x) { return reinterpret_cast<const long long*>(x.data_ptr<int64_t>()); }
+
+void check_status(mapet::EmbedStatus status) {
+  if (status == mapet::EmbedStatus::ok) return;
+  const cudaError_t error = cudaGetLastError();
+  TORCH_CHECK_VALUE(
+      false, "backend 'cuda' cannot embed: ", mapet::explain(status),
+      error == cudaSuccess ? "" : std::string(" (") + cudaGetErrorString(error) + ")");
+}
+
+void permuted_patches(
+    const Tensor& images, const Tensor& patches, const Tensor& out, const OptionalTensor& mean,
+    const OptionalTensor& std, int64_t patch_size) {
+  const auto work = out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = element(out);
+  TORCH_CHECK_VALUE(
+      images.dim() == 4 && images.size(1) == 3 && images.size(2) == images.size(3), "images must be (B, 3, S, S), got ",
+      images.sizes());
+  TORCH_CHECK_VALUE(images.device() == out.device(), "images must be on ", out.device(), ", got ", images.device());
+  TORCH_CHECK_TYPE(
+      images.scalar_type() == at::kByte || images.scalar_type() == work, "images must be Byte or ", work, ", got ",
+      images.scalar_type());
+  TORCH_CHECK_VALUE(
+      patch_size >= 1 && images.size(2) % patch_size == 0 && patches.dim() == 2,
+      "patches must be (B, R) and image size ", images.size(2), " divisible by the patch size, got ", patch_size);
+  TORCH_CHECK_VALUE(mean.has_value() == std.has_value(), "give both mean and std, or neither");
+  check_dense("patches", patches, {images.size(0), patches.size(1)}, out, at::kLong);
+  check_dense("out", out, {images.size(0), patches.size(1), 3 * patch_size * patch_size}, out, out.scalar_type());
+  if (mean) check_dense("mean", *mean, {3}, out, work);
+  if (std) check_dense("std", *std, {3}, out, work);
+  const mapet::PatchSizes sizes{
+      static_cast<int>(images.size(0)), static_cast<int>(patches.size(1)),
+      static_cast<int>(images.size(2) / patch_size), static_cast<int>(patch_size)};
+  const mapet::Pixels pixels{images.data_ptr(),  images.scalar_type() == at::kByte, images.stride(0), images.stride(1),
+                             images.stride(2), images.stride(3)};
+  const c10::cuda::CUDAGuard guard(out.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream(out.get_device());
+  check_status(mapet::permuted_patches(
+      sizes, type, pixels, integers(patches), pointer(mean), pointer(std), out.data_ptr(), stream.stream()));
+}
+
+// Sizes of a buffer (rows, D) of B images of N tokens, which `rows` must have.
+mapet::BufferSizes buffer_sizes(
+    const char* name, const Tensor& rows, const Tensor& by_image, int64_t ranks, int64_t cut, bool class_token,
+    bool mask_tokens, bool query_stream) {
+  TORCH_CHECK_VALUE(by_image.dim() == 2 && rows.dim() == 2, "need (B, N) integers and a buffer (rows, D)");
+  const int64_t images = by_image.size(0), tokens = by_image.size(1), targets = tokens - cut;
+  TORCH_CHECK_VALUE(
+      1 <= cut && cut < tokens && (ranks == cut || ranks == tokens), "need a cut in [1, N - 1] and cut or N content ",
+      "rows of an image, got N ", tokens, ", cut ", cut, " and ", ranks, " rows");
+  check_dense(
+      name, rows, {images * (ranks + targets * (mask_tokens + query_stream)), rows.size(1)}, rows, rows.scalar_type());
+  check_dense("perm and rank_of", by_image, {images, tokens}, rows, at::kLong);
+  return {
+      static_cast<int>(images), static_cast<int>(tokens), static_cast<int>(ranks), static_cast<int>(cut),
+      static_cast<int>(rows.size(1)), class_token, mask_tokens, query_stream};
+}
+
+void assemble_streams(
+    const Tensor& content, const Tensor& position, const Tensor& mask_token, const OptionalTensor& class_token,
+    const Tensor& perm, const Tensor& out, int64_t cut, bool mask_tokens, bool query_stream) {
+  const auto type = element(out);
+  TORCH_CHECK_VALUE(content.dim() == 3, "content must be (B, R, D), got ", content.sizes());
+  const bool first = class_token.has_value();
+  const auto sizes = buffer_sizes(
+      "out", out, perm, content.size(1) + first, cut, first, mask_tokens, query_stream);
+  const auto dtype = out.scalar_type();
+  check_dense("content", content, {sizes.images, sizes.ranks - first, sizes.width}, out, dtype);
+  check_dense("pos_embed", position, {sizes.tokens, sizes.width}, out, dtype);
+  check_dense("mask_token", mask_token, {sizes.width}, out, dtype);
+  if (class_token) check_dense("class_token", *class_token, {sizes.width}, out, dtype);
+  const c10::cuda::CUDAGuard guard(out.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream(out.get_device());
+  check_status(mapet::assemble_streams(
+      sizes, type, content.data_ptr(), position.data_ptr(), mask_token.data_ptr(), pointer(class_token),
+      integers(perm), out.data_ptr(), stream.stream()));
+}
+
+void assemble_position_gradient(
+    const Tensor& d_rows, const Tensor& rank_of, const Tensor& d_position, const Tensor& d_masked, int64_t ranks,
+    int64_t cut, bool mask_tokens, bool query_stream) {
+  const auto type = element(d_rows);
+  const auto sizes = buffer_sizes("d_rows", d_rows, rank_of, ranks, cut, false, mask_tokens, query_stream);
+  const auto work = d_rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  check_dense("d_position", d_position, {sizes.tokens, sizes.width}, d_rows, d_rows.scalar_type());
+  check_dense("d_masked", d_masked, {sizes.tokens, sizes.width}, d_rows, work);
+  const c10::cuda::CUDAGuard guard(d_rows.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream(d_rows.get_device());
+  check_status(mapet::assemble_position_gradient(
+      sizes, type, d_rows.data_ptr(), integers(rank_of), d_position.data_ptr(), d_masked.data_ptr(), stream.stream()));
+}
+
+// k-means assignment: operands are made by kernels/kmeans_assign/bound.py, and all but the rows are contiguous.
 void assign_scores(
     const Tensor& rows, const Tensor& scale, const OptionalTensor& radius, const Tensor& centroids, const Tensor& bias,
     const OptionalTensor& slope, const OptionalTensor& slack, const Tensor& bounds, const Tensor& ids,
@@ -208,18 +313,19 @@ void assign_scores(
   TORCH_CHECK_VALUE(
       !exact || (radius && slope && slack), "the exact mode, with reach, needs radius, slope and slack");
   const int64_t total = groups * n, features = centroids.size(1), lists = shares * mapet::ASSIGN_LISTS;
-  check_assign("rows", rows, {total, features}, at::kHalf, rows, false);
+  check_shape("rows", rows, {total, features}, rows, false);
+  TORCH_CHECK_TYPE(rows.scalar_type() == at::kHalf, "rows must be ", at::kHalf, ", got ", rows.scalar_type());
   TORCH_CHECK_VALUE(rows.stride(1) == 1, "rows must have a last dimension of stride 1, got ", rows.strides());
-  check_assign("centroids", centroids, centroids.sizes(), at::kHalf, rows);
-  check_assign("scale", scale, {total}, at::kFloat, rows);
-  check_assign("bias", bias, {centroids.size(0)}, at::kFloat, rows);
-  check_assign("bounds", bounds, {lists, mapet::assign_slots(exact), total}, at::kFloat, rows);
-  check_assign("ids", ids, {lists, mapet::assign_slots(exact), total}, at::kInt, rows);
+  check_dense("centroids", centroids, centroids.sizes(), rows, at::kHalf);
+  check_dense("scale", scale, {total}, rows, at::kFloat);
+  check_dense("bias", bias, {centroids.size(0)}, rows, at::kFloat);
+  check_dense("bounds", bounds, {lists, mapet::assign_slots(exact), total}, rows, at::kFloat);
+  check_dense("ids", ids, {lists, mapet::assign_slots(exact), total}, rows, at::kInt);
   if (exact) {
-    check_assign("radius", *radius, {total}, at::kFloat, rows);
-    check_assign("slope", *slope, {centroids.size(0)}, at::kFloat, rows);
-    check_assign("slack", *slack, {centroids.size(0)}, at::kFloat, rows);
-    check_assign("reach", *reach, {lists, total}, at::kFloat, rows);
+    check_dense("radius", *radius, {total}, rows, at::kFloat);
+    check_dense("slope", *slope, {centroids.size(0)}, rows, at::kFloat);
+    check_dense("slack", *slack, {centroids.size(0)}, rows, at::kFloat);
+    check_dense("reach", *reach, {lists, total}, rows, at::kFloat);
   }
   const auto floats = [](const OptionalTensor& x) { return x ? x->data_ptr<float>() : nullptr; };
   const int64_t clusters = centroids.size(0) / groups;
@@ -259,6 +365,15 @@ TORCH_LIBRARY_FRAGMENT(mapet_kernels, m) {
       "Tensor k, Tensor v, Tensor? out_content, Tensor out_query, Tensor? lse_content, Tensor lse_query, "
       "Tensor(a!)? dq_content, Tensor(b!) dq_query, Tensor(c!) dk, Tensor(d!) dv, Tensor(e!) workspace, int tokens, "
       "int cut, Tensor? cuts, Tensor? perm, bool mask_tokens, float scale, int shared_limit=-1) -> ()");
+  m.def(
+      "cuda_permuted_patches(Tensor images, Tensor patches, Tensor(a!) out, Tensor? mean, Tensor? std, "
+      "int patch_size) -> ()");
+  m.def(
+      "cuda_assemble_streams(Tensor content, Tensor pos_embed, Tensor mask_token, Tensor? class_token, Tensor perm, "
+      "Tensor(a!) out, int cut, bool mask_tokens, bool query_stream) -> ()");
+  m.def(
+      "cuda_assemble_position_gradient(Tensor d_rows, Tensor rank_of, Tensor(a!) d_position, Tensor(b!) d_masked, "
+      "int ranks, int cut, bool mask_tokens, bool query_stream) -> ()");
   m.def("cuda_built_for(int device) -> bool", built_for);
   m.def(
       "cuda_assign_scores(Tensor rows, Tensor scale, Tensor? radius, Tensor centroids, Tensor bias, Tensor? slope, "
@@ -268,6 +383,9 @@ TORCH_LIBRARY_FRAGMENT(mapet_kernels, m) {
 TORCH_LIBRARY_IMPL(mapet_kernels, CUDA, m) {
   m.impl("cuda_two_stream_forward", forward);
   m.impl("cuda_two_stream_backward", backward);
+  m.impl("cuda_permuted_patches", permuted_patches);
+  m.impl("cuda_assemble_streams", assemble_streams);
+  m.impl("cuda_assemble_position_gradient", assemble_position_gradient);
   m.impl("cuda_assign_scores", assign_scores);
 }
 

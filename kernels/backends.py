@@ -6,7 +6,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,12 +17,25 @@ ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
 
 PREFIX_SUFFIX_BACKENDS = (*ATTENTION_BACKENDS, "triton")
-TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "triton", "flash", "cuda")
+TWO_STREAM_BACKENDS = (*ATTENTION_BACKENDS, "matmul", "triton", "flash", "cuda")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton kernels run in Python on CPU tensors: as the process started, since kernels are made at import."""
 
 MAX_TRITON_HEAD_SIZE = MAX_CUDA_HEAD_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The faster of Triton's attention kernels and those in CUDA C++, and the record that shows it."""
+
+    backend: str
+    record: str
+    """A file of bench/results/."""
+
+
+RECORDED_WINNERS: dict[tuple[int, int], Winner] = {}
+"""By compute capability of the GPU that the record was made on."""
 
 HOW_TO_BUILD_CUDA = "MAPET_BUILD_CUDA=1 pip install --no-build-isolation --no-deps ."
 """In a checkout, with nvcc on PATH, and torch, setuptools and wheel installed."""
@@ -34,6 +48,7 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype | 
     return {
         "reference": None,
         "sdpa": reason,
+        "matmul": None,
         "triton": reason_against_triton(device, dtype),
         "flash": reason_against_flash(device, dtype),
         "cuda": reason_against_cuda(device, dtype),
@@ -60,36 +75,11 @@ def reason_against_triton(device: torch.device, dtype: torch.dtype | None) -> st
 
 
 @torch.compiler.assume_constant_result
-def reason_against_cuda(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why the CUDA C++ kernels of attention do not run on this device (in this dtype), or None."""
-    if (reason := _reason_against_cuda_device(device)) is not None:
-        return reason
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        return f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if dtype == torch.bfloat16 and capability < (8, 0):
-        return f"bfloat16 needs compute capability 8.0 or newer, {name} has {capability[0]}.{capability[1]}: float16"
-    return _reason_against_cuda_library(_index(device))
+def reason_against_cuda(device: torch.device, dtype: torch.dtype | None, products: bool = True) -> str | None:
+    """Why the CUDA C++ kernels do not run on this device (in this dtype), or None.
 
-
-@torch.compiler.assume_constant_result
-def reason_against_cuda_kmeans(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why the CUDA C++ kernel of kmeans_assign does not run on this device (in this dtype), or None.
-
-    Whatever the dtype, it multiplies in float16, so that bfloat16 runs on every GPU with tensor cores.
+    products: of an op that multiplies matrices, on tensor cores; others take any floating-point dtype.
     """
-    if (reason := _reason_against_cuda_device(device)) is not None:
-        return reason
-    if dtype == torch.float64:
-        return "takes float16, bfloat16 and float32, not float64"
-    return _reason_against_cuda_library(_index(device))
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _reason_against_cuda_device(device: torch.device) -> str | None:
     if importlib.util.find_spec("mapet_kernels._C") is None:
         return f"the CUDA C++ kernels are not built ({HOW_TO_BUILD_CUDA}, in a checkout, with nvcc on PATH)"
     if device.type != "cuda":
@@ -99,7 +89,11 @@ def _reason_against_cuda_device(device: torch.device) -> str | None:
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < (7, 0):
         return f"needs compute capability 7.0 or newer, {name} has {capability[0]}.{capability[1]}"
-    return None
+    if products and dtype not in (None, torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if products and dtype == torch.bfloat16 and capability < (8, 0):
+        return f"bfloat16 needs compute capability 8.0 or newer, {name} has {capability[0]}.{capability[1]}: float16"
+    return _reason_against_cuda_library(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
@@ -122,8 +116,8 @@ def choose_backend(
     among: Sequence[str] = ATTENTION_BACKENDS,
     size: int | None = None,
 ) -> str:
-    """The backend for a request: "auto" takes Triton's kernels where they run, else those in CUDA C++ (V100, T4), else
-    torch's own attention, else the reference.
+    """The backend for a request: "auto" takes Triton's kernels or those in CUDA C++ (`choose_kernels`), where neither
+    runs torch's own attention, else the reference.
 
     Args:
         among: the op's backends.
@@ -134,7 +128,7 @@ def choose_backend(
     """
     device = torch.device(device)
     if requested == "auto":
-        return _fastest(device, dtype, among, size)
+        return explain_auto(device, dtype, among, size)[0]
     if requested not in among:
         raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(among)}")
     if (reason := available_backends(device, dtype)[requested]) is not None:
@@ -142,15 +136,54 @@ def choose_backend(
     return requested
 
 
-def _fastest(device: torch.device, dtype: torch.dtype | None, among: Sequence[str], size: int | None) -> str:
-    fits = size is None or size <= MAX_TRITON_HEAD_SIZE
-    # The interpreter is for tests: on CPU tensors Triton has to be asked for.
-    if "triton" in among and device.type == "cuda" and fits and reason_against_triton(device, dtype) is None:
-        return "triton"
-    fits = size is None or size <= MAX_CUDA_HEAD_SIZE
-    if "cuda" in among and device.type == "cuda" and fits and reason_against_cuda(device, dtype) is None:
-        return "cuda"
-    return "sdpa" if "sdpa" in among and device.type in ("cpu", "cuda") else "reference"
+def explain_auto(
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    among: Sequence[str] = TWO_STREAM_BACKENDS,
+    size: int | None = None,
+) -> tuple[str, str]:
+    """The attention backend that "auto" takes on a device, and why."""
+    otherwise = "sdpa" if "sdpa" in among and device.type in ("cpu", "cuda") else "reference"
+    if device.type != "cuda":
+        # The interpreter is for tests: on CPU tensors Triton has to be asked for.
+        return otherwise, "the kernels are for CUDA devices"
+    reasons = {}
+    if "triton" in among:
+        reasons["triton"] = _too_large(size, MAX_TRITON_HEAD_SIZE) or reason_against_triton(device, dtype)
+    if "cuda" in among:
+        reasons["cuda"] = _too_large(size, MAX_CUDA_HEAD_SIZE) or reason_against_cuda(device, dtype)
+    return choose_kernels(reasons, _capability(device), otherwise, RECORDED_WINNERS)
+
+
+def choose_kernels(
+    reasons: Mapping[str, str | None],
+    capability: tuple[int, int],
+    otherwise: str,
+    winners: Mapping[tuple[int, int], Winner],
+) -> tuple[str, str]:
+    """Which kernels "auto" takes, and why: those that run; of two the faster by record, without a record Triton's.
+
+    Args:
+        reasons: by name of the kernels, "triton" first, None where they run or else why they do not.
+        otherwise: what is taken where none of them runs.
+        winners: by compute capability.
+    """
+    running = [name for name, reason in reasons.items() if reason is None]
+    others = "; ".join(f"{name} does not run: {reason}" for name, reason in reasons.items() if reason is not None)
+    if len(running) < 2:
+        return running[0] if running else otherwise, others or "there are no other kernels"
+    if (winner := winners.get(capability)) is not None:
+        return winner.backend, f"the faster of {' and '.join(running)} by {winner.record}"
+    return running[0], f"no record compares it with {running[1]} on compute capability {capability[0]}.{capability[1]}"
+
+
+def _too_large(size: int | None, most: int) -> str | None:
+    return None if size is None or size <= most else f"takes head sizes up to {most}, not {size}"
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
 def choose_listed_backend(
@@ -158,10 +191,15 @@ def choose_listed_backend(
     listed: Sequence[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    products: bool = True,
 ) -> str:
     """The backend for a request, of an op whose backends but "triton" and "cuda" run on every device.
 
-    "auto" takes "triton" on a CUDA device where it is listed and runs (in `dtype`), then "cuda", else the first.
+    "auto" takes "triton" on a CUDA device where it is listed and runs (in `dtype`), else "cuda", else the first.
+
+    Args:
+        products: whether the op's CUDA C++ kernels multiply matrices: in float16 whatever the dtype, so that bfloat16
+            runs on every GPU with tensor cores, but not float64. Others take any floating-point dtype.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot run on the device in the dtype; the text says why.
@@ -170,17 +208,25 @@ def choose_listed_backend(
     if requested == "auto":
         # The interpreter is for tests: on CPU tensors Triton has to be asked for.
         fast = ("triton", "cuda") if device.type == "cuda" else ()
-        runs = (name for name in fast if name in listed and reason_against_listed(name, device, dtype) is None)
-        return next(runs, listed[0])
+        running = (b for b in fast if b in listed and reason_against_listed(b, device, dtype, products) is None)
+        return next(running, listed[0])
     if requested not in listed:
         raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(listed)}")
-    if (reason := reason_against_listed(requested, device, dtype)) is not None:
+    if (reason := reason_against_listed(requested, device, dtype, products)) is not None:
         raise ValueError(f"backend {requested!r} cannot run here: {reason}")
     return requested
 
 
-def reason_against_listed(name: str, device: torch.device | str, dtype: torch.dtype | None) -> str | None:
+def reason_against_listed(
+    name: str, device: torch.device | str, dtype: torch.dtype | None = None, products: bool = True
+) -> str | None:
     """Why a backend of an op as in `choose_listed_backend` does not run on this device (in this dtype), or None."""
     device = torch.device(device)
-    reasons = {"triton": reason_against_triton, "cuda": reason_against_cuda_kmeans}
-    return reasons[name](device, dtype) if name in reasons else None
+    if name == "triton":
+        return reason_against_triton(device, dtype)
+    if name != "cuda":
+        return None
+    reason = reason_against_cuda(device, None, products=False)
+    if reason is None and products and dtype == torch.float64:
+        return "takes float16, bfloat16 and float32, not float64"
+    return reason

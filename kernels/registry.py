@@ -341,7 +341,7 @@ REGISTRY: dict[str, OpSpec] = {
                 "pim_cut_per_image": TwoStreamShape(23, (0, 9, 22), batch=3, mask_tokens=False, image_order=True),
             },
             cost=_two_stream_cost,
-            backends=ATTENTION_BACKENDS,
+            backends=(*ATTENTION_BACKENDS, "matmul"),
             gpu_backends=("triton", "flash", "cuda"),
         ),
         OpSpec(
@@ -377,7 +377,7 @@ REGISTRY: dict[str, OpSpec] = {
             },
             cost=_permuted_embed_cost,
             backends=("reference",),
-            gpu_backends=("triton",),
+            gpu_backends=("triton", "cuda"),
         ),
         OpSpec(
             name="kmeans_assign",

@@ -99,6 +99,7 @@ def measure(config: RunConfig, world: World, cache: TokenCache, steps: StepPlan,
         rank=world.rank,
         world_size=world.size,
         workers=config.data.workers,
+        color_jitter=config.worker_jitter,
     )
     began = 0.0
     for step, batch in zip(count(), batches, strict=False):

@@ -24,7 +24,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ MAY_CHANGE = frozenset(
         "data.workers",
         "train.output",
         "train.device",
+        "train.parallel",
         "train.micro_batch",
         "train.recompute",
         "train.gpu_memory",
@@ -159,11 +160,16 @@ class CheckpointStore:
             )
         return None
 
-    def load(self, step: int, config: RunConfig | None = None) -> LoadedCheckpoint:
-        """Read the verified checkpoint of `step`; CheckpointError if it belongs to a run configured unlike `config`."""
+    def load(
+        self, step: int, config: RunConfig | None = None, notes: Mapping[str, str] | None = None
+    ) -> LoadedCheckpoint:
+        """Read the verified checkpoint of `step`; CheckpointError if it belongs to a run configured unlike `config`.
+
+        `notes` say of fields, by dotted name, how they got their present value.
+        """
         folder = self.path(step)
         saved = json.loads((folder / "config.json").read_text())
-        if config is not None and (differences := config_differences(saved, to_dict(config))):
+        if config is not None and (differences := config_differences(saved, to_dict(config), notes)):
             raise CheckpointError(
                 f"checkpoint {folder} belongs to another configuration: " + "; ".join(differences) + ". Give the run "
                 "another train.output, restore these values, or start afresh with `mapet pretrain --fresh`"
@@ -229,15 +235,19 @@ def verify(folder: Path) -> int:
     return manifest["step"]
 
 
-def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def config_differences(
+    saved: dict[str, Any], current: dict[str, Any], notes: Mapping[str, str] | None = None
+) -> list[str]:
     """Fields that differ and are not in MAY_CHANGE, nor of earlier versions; each as "section.field was A, is B".
 
-    A checkpoint from before there were switches of speed counts as one with their defaults.
+    A checkpoint from before there were switches of speed counts as one with their defaults. A note on a
+    field follows in brackets.
     """
     before, now = _flatten({"speed": to_dict(SpeedConfig()), **saved}), _flatten(current)
     fields = [name for name in sorted(before | now) if name not in MAY_CHANGE and name not in REPLACED]
     return [
         f"{name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        + (f" ({notes[name]})" if notes and name in notes else "")
         for name in fields
         if before.get(name) != now.get(name)
     ]

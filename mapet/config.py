@@ -15,8 +15,10 @@ from mapet.errors import ConfigError
 from mapet.units import parse_bytes, parse_duration
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PrecisionChoice = Literal[Precision, "auto"]
 ObjectiveName = Literal["mapet", "pim", "mim"]
 Recompute = Literal["none", "cheap", "blocks"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -173,8 +175,12 @@ class TrainConfig:
     """Of everything random: weights, order, permutations, drop-path, colour jitter."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."""
-    precision: Precision = "fp32"
-    """Of the forward pass; weights stay fp32. fp16 scales the loss."""
+    precision: PrecisionChoice = "fp32"
+    """Of the forward pass; weights stay fp32. fp16 scales the loss. auto takes bf16 on a GPU of compute capability 8.0
+    or newer, fp16 on an older one and fp32 on a CPU; a checkpoint holds what it took."""
+    parallel: Parallel = "ddp"
+    """With several processes: ddp keeps all weights and the optimizer's state in each, fsdp shares them out (FSDP2,
+    block by block), for models that are large beside the memory of a GPU. What is learned is the same."""
     micro_batch: int = 0
     """Images per forward pass and process; 0 means the process's whole share of the global batch."""
     recompute: Recompute = "none"
@@ -213,6 +219,12 @@ class TrainConfig:
         _require(
             self.recompute in get_args(Recompute), f"train.recompute must be one of {', '.join(get_args(Recompute))}"
         )
+        precisions = get_args(PrecisionChoice)
+        _require(
+            self.precision in precisions,
+            f"train.precision must be one of {', '.join(precisions)}, got {self.precision!r}",
+        )
+        _require(self.parallel in get_args(Parallel), f"train.parallel must be ddp or fsdp, got {self.parallel!r}")
         if self.gpu_memory:
             parse_bytes(self.gpu_memory)
         if self.budget:
@@ -236,7 +248,8 @@ class SpeedConfig:
     prune_last_block: bool = True
     """The last block computes nothing that no prediction reads."""
     skip_dropped: bool = True
-    """Stochastic depth leaves out the work of dropped images; off, it multiplies by zero."""
+    """Stochastic depth leaves out the work of dropped images; off, or with compile or cuda_graphs, whose shapes must
+    stay the same, it multiplies by zero."""
     chunked_head: bool = True
     """Head and loss go through the targets in chunks; off, all logits exist at once."""
     fused_optimizer: bool = True
@@ -247,7 +260,7 @@ class SpeedConfig:
     """The host never waits for the device within a step; off, it reads loss and gradient norm of each step."""
     cuda_graphs: bool = False
     """Record the micro-batch's forward and backward pass once and replay them: for small models, whose kernels are
-    shorter than it takes to launch them. Needs a GPU and one process; dropped images are then not skipped."""
+    shorter than it takes to launch them. Needs a GPU and one process."""
     fp8: bool = False
     """Matrix products of the blocks in fp8 (package torchao; compute capability 8.9 or newer). Changes the rounding."""
 
@@ -265,6 +278,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_cut(self.objective.cut, self.model.tokens)
+
+    @property
+    def worker_jitter(self) -> float:
+        """Strength with which data workers change colours; 0 where the device does."""
+        return 0.0 if self.speed.device_jitter else self.data.color_jitter
 
 
 def check_cut(cut: int, tokens: int) -> None:

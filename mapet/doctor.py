@@ -20,7 +20,8 @@ from rich.text import Text
 from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
-from mapet_kernels.backends import available_backends
+from mapet.precision import automatic
+from mapet_kernels.backends import available_backends, explain_auto
 from mapet_kernels.flash_providers import provider_for
 from mapet_kernels.selfcheck import two_stream_agreement
 
@@ -68,7 +69,7 @@ def doctor_report(*, cache: str | Path | None = None, run: str | Path | None = N
     findings += [gpu_finding(i, gpu) for i, gpu in enumerate(gpus)] or [no_gpu_finding()]
     findings += [triton_finding(gpus)]
     for device in ["cpu", *(f"cuda:{i}" for i in range(len(gpus)))]:
-        findings += backend_findings(device, available_backends(device))
+        findings += [*backend_findings(device, available_backends(device)), auto_finding(device)]
     findings += [package_finding(name, *what) for name, what in OPTIONAL_PACKAGES.items()]
     findings.append(compiler_finding())
     if cache is not None:
@@ -121,7 +122,9 @@ def cpu_finding() -> Finding:
     """Cores this process may use, and the vector instructions torch found."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return Finding("processor", "ok", f"{cores} cores, {instructions}; fp32 and bf16 run on it, fp16 needs a GPU")
+    return Finding(
+        "processor", "ok", f"{cores} cores, {instructions}; fp32 and bf16 run on it, fp16 needs a GPU{_auto(None)}"
+    )
 
 
 def memory_finding() -> Finding:
@@ -153,12 +156,17 @@ def list_gpus() -> list[Gpu]:
 def gpu_finding(index: int, gpu: Gpu) -> Finding:
     """What a GPU is and which precisions it is for."""
     major, minor = gpu.capability
-    detail = f"{gpu.name}, sm_{major}{minor}, {gpu.memory / 2**30:.0f} GiB"
+    detail, auto = f"{gpu.name}, sm_{major}{minor}, {gpu.memory / 2**30:.0f} GiB", _auto(gpu.capability)
     if gpu.capability >= (8, 0):
-        return Finding(f"GPU {index}", "ok", f"{detail}; fp32, bf16 and fp16")
+        return Finding(f"GPU {index}", "ok", f"{detail}; fp32, bf16 and fp16{auto}")
     if gpu.capability >= (7, 0):
-        return Finding(f"GPU {index}", "ok", f"{detail}; fp32 and fp16", "bf16 is emulated: set train.precision fp16")
-    return Finding(f"GPU {index}", "ok", f"{detail}; fp32", "no tensor cores: fp16 and bf16 gain nothing here")
+        advice = "bf16 is emulated: set train.precision fp16, or auto"
+        return Finding(f"GPU {index}", "ok", f"{detail}; fp32 and fp16{auto}", advice)
+    return Finding(f"GPU {index}", "ok", f"{detail}; fp32{auto}", "no tensor cores: fp16 and bf16 gain nothing here")
+
+
+def _auto(capability: tuple[int, int] | None) -> str:
+    return f"; train.precision auto takes {automatic(capability)}"
 
 
 def no_gpu_finding() -> Finding:
@@ -191,11 +199,22 @@ def backend_findings(device: str, backends: dict[str, str | None]) -> list[Findi
     ]
 
 
+def auto_finding(device: str) -> Finding:
+    """Which attention backend "auto" takes, and why."""
+    backend, why = explain_auto(torch.device(device), trial_dtype(device))
+    dtype = str(trial_dtype(device)).removeprefix("torch.")
+    return Finding(f"attention auto on {device}", "ok", f"takes {backend} in {dtype}: {why}")
+
+
+def trial_dtype(device: str) -> torch.dtype:
+    """What backends are tried in."""
+    return torch.float32 if device == "cpu" else torch.float16
+
+
 def trial_finding(subject: str, backend: str, device: str) -> Finding:
     """Run MaPeT's attention once, forward and backward, and compare with plain torch in float64."""
-    dtype = torch.float32 if device == "cpu" else torch.float16
     try:
-        agreement = two_stream_agreement(backend, device, dtype)
+        agreement = two_stream_agreement(backend, device, trial_dtype(device))
     except Exception as error:  # whatever a kernel's compiler or a driver raises is a finding
         return Finding(subject, "problem", f"does not run: {error}", f"set train.backend to another than {backend}")
     errors = f"errors are {agreement.outputs:.2f} (outputs) and {agreement.gradients:.2f} (gradients) of the tolerance"

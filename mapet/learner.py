@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,14 +20,26 @@ from torch import Tensor
 
 from mapet.checkpoint import CheckpointState
 from mapet.config import RunConfig, to_dict
-from mapet.data.augment import JitterDraws, color_jitter, sample_color_jitter
+from mapet.data.augment import JitterDraws, color_jitter, step_jitter
 from mapet.data.loader import Batch
 from mapet.distributed import World
 from mapet.errors import ConfigError, OutOfMemory
+from mapet.fp8 import check_fp8
+from mapet.graphs import GraphedPass
 from mapet.limits import advice, halved
-from mapet.model import load_official
+from mapet.model import Keep, load_official
 from mapet.objectives import Plan, build_objective
 from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
+from mapet.parallel import (
+    check_parallel,
+    compile_network,
+    distribute,
+    gathered,
+    optimizer_as_parts,
+    reducing,
+    shards,
+    weights_as_parts,
+)
 from mapet.rng import global_rng_state, seed_global_generators, set_global_rng_state, step_generator
 from mapet.schedule import StepPlan, learning_rate
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
@@ -67,6 +78,8 @@ class Learner:
     def __init__(self, config: RunConfig, world: World, steps: StepPlan) -> None:
         check_precision(config.train.precision, world.device)
         check_attention(config, world.device)
+        check_parallel(config, world)
+        check_speed(config, world)
         train = config.train
         self.config, self.world, self.steps = config, world, steps
         seed_global_generators(train.seed)
@@ -75,17 +88,21 @@ class Learner:
             config.model,
             backend=train.backend,
             recompute=train.recompute,
-        ).to(world.device)
+            speed=config.speed,
+        )
         self.model = self.objective.model
-        self.optimizer = make_optimizer(self.objective, config.optim)
+        sharded = shards(config, world)
+        if config.speed.compile:
+            compile_network(self.objective, sharded=sharded)
+        self.network = distribute(self.objective, world, sharded=sharded)
+        self.optimizer = make_optimizer(self.objective, config.optim, fused=config.speed.fused_optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
         self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         self.failure = torch.zeros(4, dtype=torch.float64, device=world.device)  # whether, step, loss, gradient norm
         self.last = torch.zeros(2, device=world.device)  # accuracy, gradient norm
         self.loss_sum, self.unread = torch.zeros((), device=world.device), 0
-        if config.speed.compile:
-            self.objective.compile(dynamic=False)
-        self.network = world.wrap(self.objective)
+        self.skips = skips_dropped(config)
+        self.graph: GraphedPass | None = None
         self.fits = False  # a step was done with this micro-batch
 
     def step(self, step: int, batch: Batch, *, with_accuracy: bool) -> None:
@@ -104,6 +121,8 @@ class Learner:
         norm = self._update(step, loss)
         self.fits = True
         self.loss_sum, self.last, self.unread = self.loss_sum + loss, torch.stack([accuracy, norm]), self.unread + 1
+        if not self.config.speed.wait_free:
+            self.last.tolist()
 
     def read(self) -> Numbers:
         """The numbers since the last reading; the host waits for the device."""
@@ -119,7 +138,10 @@ class Learner:
         return Failure(int(step), loss, norm) if happened else None
 
     def state(self) -> CheckpointState:
-        """Everything needed to go on exactly; tensors are not copied."""
+        """Everything needed to go on exactly; in the main process only where weights are sharded.
+
+        All processes call it. Tensors are not copied, but for those that are sharded: these are made whole on the CPU.
+        """
         extra = {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")}
         trainer = {
             "optimizer": self.optimizer.state_dict(),
@@ -128,13 +150,15 @@ class Learner:
             "objective": extra,
         }
         average = self.average.weights if self.average else None
-        return CheckpointState(self.model.state_dict(), trainer, to_dict(self.config), average)
+        parts = (self.model.state_dict(), trainer, average)
+        model, trainer, average = (gathered(part, keep=self.world.is_main) for part in parts)
+        return CheckpointState(model, trainer, to_dict(self.config), average)
 
     def load(self, state: CheckpointState) -> None:
         """The inverse of `state`, for the same configuration."""
-        load_official(self.model, state.model)
+        load_official(self.model, weights_as_parts(state.model, self.model.state_dict()))
         self.objective.load_state_dict(state.trainer["objective"], strict=False)
-        self.optimizer.load_state_dict(state.trainer["optimizer"])
+        self.optimizer.load_state_dict(optimizer_as_parts(state.trainer["optimizer"], self.optimizer))
         self.scaler.load_state_dict(state.trainer["scaler"])
         set_global_rng_state(state.trainer["random"], self.world.device)
         if self.average:
@@ -145,19 +169,19 @@ class Learner:
         seed, device, batch = self.config.train.seed, self.world.device, self.config.optim.global_batch
         first = self.world.rank * self.steps.share
         mine = slice(first, first + self.steps.share)
-        plan = self.objective.sample_plan(batch, step_generator(seed, step, "plan", device), device)[mine]
+        host = step_generator(seed, step, "drop_path", "cpu")
+        plan = self.objective.sample_plan(batch, step_generator(seed, step, "plan", device), device, host)[mine]
         strength = self.config.data.color_jitter
-        if not strength:
+        if not strength or not self.config.speed.device_jitter:
             return plan, None
-        generator = step_generator(seed, step, "color_jitter", device)
-        return plan, sample_color_jitter(batch, strength, generator, device)[mine]
+        return plan, step_jitter(seed, step, batch, strength)[mine].to(device)
 
     def _gradients(self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool) -> Tensor | None:
         """Gradients of a step, from nothing, and sums of loss and accuracy (2,).
 
         None if some process ran out of memory and the step can be begun again.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.config.speed.cuda_graphs)
         several, auto = self.world.size > 1, self.config.train.auto_batch
         trial = auto and several and not self.fits
         sums = None
@@ -180,11 +204,37 @@ class Learner:
         for first in range(0, self.steps.share, self.steps.micro):
             part = slice(first, first + self.steps.micro)
             ends = reduces and part.stop == self.steps.share
-            with nullcontext() if ends or self.world.size == 1 else self.network.no_sync():
-                loss, accuracy = self._forward(batch[part], plan[part], jitter and jitter[part], with_accuracy)
-                self.scaler.scale(loss / self.steps.accumulation).backward()
-            sums += torch.stack([loss.detach(), accuracy])
+            with reducing(self.network, ends):
+                sums += self._pass(batch[part], plan[part], jitter and jitter[part], with_accuracy)
         return sums
+
+    def _pass(self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool) -> Tensor:
+        """Forward and backward pass of a micro-batch: loss and accuracy (2,); a recording of it where that is wanted.
+
+        Passes with accuracy are few, and not recorded.
+        """
+        keep = self._keep(plan)
+        drawn = () if jitter is None else (jitter.factors, jitter.order)
+        inputs = (batch.images, batch.tokens, plan.permutation, *drawn, *(() if keep is None else (keep,)))
+
+        def run(images: Tensor, tokens: Tensor, permutation: Tensor, *others) -> Tensor:
+            others = list(others)
+            jitter = JitterDraws(others.pop(0), others.pop(0)) if drawn else None
+            loss, accuracy = self._forward(images, tokens, permutation, jitter, *(others or [None]), with_accuracy)
+            self.scaler.scale(loss / self.steps.accumulation).backward()
+            return torch.stack([loss.detach(), accuracy])
+
+        if not self.config.speed.cuda_graphs or with_accuracy:
+            return run(*inputs)
+        if self.graph is None:
+            self.graph = GraphedPass(run, inputs, self.objective.parameters())
+        return self.graph(*inputs)
+
+    def _keep(self, plan: Plan) -> Tensor | tuple[Keep, ...] | None:
+        """What the objective is told of dropped branches."""
+        if not self.config.model.drop_path:
+            return None
+        return self.objective.kept(plan.keep, self.world.device) if self.skips else plan.keep.to(self.world.device)
 
     def _halve_micro_batch(self) -> None:
         """Take smaller micro-batches from now on; OutOfMemory where they cannot be smaller."""
@@ -198,19 +248,24 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.steps, self.fits = replace(self.steps, micro=micro), False
+        self.steps, self.fits, self.graph = replace(self.steps, micro=micro), False, None
 
     def _advice(self) -> str:
         return advice(self.config, self.world.device, self.world.size, self.steps.micro)
 
     def _forward(
-        self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        permutation: Tensor,
+        jitter: JitterDraws | None,
+        keep: Tensor | tuple[Keep, ...] | None,
+        with_accuracy: bool,
     ) -> tuple[Tensor, Tensor]:
-        images = batch.images if jitter is None else color_jitter(batch.images, jitter)
-        keep = plan.keep if self.config.model.drop_path else None
+        images = images if jitter is None else color_jitter(images, jitter)
         dtype = AUTOCAST.get(self.config.train.precision)
         with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
-            return self.network(images, batch.tokens, plan.permutation, keep, with_accuracy)
+            return self.network(images, tokens, permutation, keep, with_accuracy)
 
     def _update(self, step: int, loss: Tensor) -> Tensor:
         """Clip, then update weights and their average unless something is not finite; the gradient norm."""
@@ -233,8 +288,28 @@ class Learner:
         return norm
 
 
+def skips_dropped(config: RunConfig) -> bool:
+    """Whether the work of dropped images is left out: their number differs from step to step, which makes a program of
+    its own of each when compiling, and which a recording cannot follow."""
+    speed = config.speed
+    return bool(speed.skip_dropped and config.model.drop_path and not speed.compile and not speed.cuda_graphs)
+
+
+def check_speed(config: RunConfig, world: World) -> None:
+    """ConfigError when a switch of config.speed cannot be on here."""
+    if config.speed.fp8:
+        check_fp8(world.device)
+    if not config.speed.cuda_graphs:
+        return
+    if world.device.type != "cuda" or world.size > 1:
+        here = f"{world.size} processes" if world.size > 1 else str(world.device)
+        raise ConfigError(f"speed.cuda_graphs needs a GPU and one process, this run has {here}: leave it off")
+
+
 def check_precision(precision: str, device: torch.device) -> None:
-    """ConfigError when a GPU has no bf16 of its own."""
+    """ConfigError when a GPU has no bf16 of its own; ValueError for auto, which mapet/precision.py settles before."""
+    if precision == "auto":
+        raise ValueError("train.precision auto is settled before a learner is made: mapet.precision.settled")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mapet.config import ModelConfig, Recompute
+from mapet import stochastic_depth
+from mapet.config import ModelConfig, Recompute, SpeedConfig
 from mapet.errors import CheckpointError
+from mapet.fp8 import fp8_linear
+from mapet.stochastic_depth import Kept
 from mapet.streams import StreamLayout
 from mapet_kernels import permuted_embed
 
@@ -27,119 +31,161 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Attention = Callable[[Tensor, Tensor, StreamLayout], Tensor]
 """Maps q (R, H, d), kv (B, content_rows, 2, H, d) and the layout to (R, H, d); q may hold the predicted rows only."""
 
+Keep = Tensor | Sequence[tuple[Kept | None, Kept | None]]
+"""What the branches of all blocks keep: factors (depth, 2, B), or for every block the images of its two branches."""
+
 
 class LayerScale(nn.Module):
-    """Holds gamma, one factor per channel of a branch; `scaled_linear` applies it."""
+    """Holds gamma, one factor per channel of a branch; `Products.scaled` applies it."""
 
     def __init__(self, width: int, init: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), init))
 
 
-def scaled_linear(x: Tensor, linear: nn.Linear, scale: LayerScale) -> Tensor:
-    """gamma * linear(x), with gamma folded into the weights.
+class Products:
+    """How a block's matrix products are done, by config.speed."""
 
-    Scaling D x D weights instead of R x D activations saves three passes over them a branch, and keeping one for the
-    gradient of gamma.
-    """
-    return F.linear(x, linear.weight * scale.gamma.unsqueeze(1), linear.bias * scale.gamma)
+    def __init__(self, speed: SpeedConfig) -> None:
+        self.fold, self.fp8 = speed.fold_layer_scale, fp8_linear() if speed.fp8 else None
+
+    def __call__(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """linear(x)."""
+        return self.fp8(x, linear.weight, linear.bias) if self.fp8 else linear(x)
+
+    def scaled(self, x: Tensor, linear: nn.Linear, scale: LayerScale) -> Tensor:
+        """gamma * linear(x), with gamma folded into the weights.
+
+        Scaling D x D weights instead of R x D activations saves three passes over them a branch, and keeping one for
+        the gradient of gamma.
+        """
+        if not self.fold:
+            return self(x, linear) * scale.gamma
+        product = self.fp8 or F.linear
+        return product(x, linear.weight * scale.gamma.unsqueeze(1), linear.bias * scale.gamma)
 
 
 class StreamAttention(nn.Module):
     """Projections around an attention of the buffer's rows over the content stream's keys and values."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, products: Products) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.products = heads, products
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def project(self, rows: Tensor, content: Tensor, layout: StreamLayout) -> tuple[Tensor, Tensor]:
-        """q (R, H, d) of rows (R, D), and kv (B, content_rows, 2, H, d) of content (B * content_rows, D)."""
-        q = self.q(rows).unflatten(1, (self.heads, -1))
-        return q, self.kv(content).view(layout.batch, layout.content_rows, 2, self.heads, -1)
+    def queries(self, rows: Tensor) -> Tensor:
+        """q (R, H, d) of rows (R, D)."""
+        return self.products(rows, self.q).unflatten(1, (self.heads, -1))
+
+    def keys_and_values(self, content: Tensor, layout: StreamLayout) -> Tensor:
+        """kv (B, content_rows, 2, H, d) of content (B * content_rows, D)."""
+        return self.products(content, self.kv).view(layout.batch, layout.content_rows, 2, self.heads, -1)
 
     def output(self, attended: Tensor, scale: LayerScale) -> Tensor:
         """The attention's result (R, H, d) projected to (R, D) and scaled."""
-        return scaled_linear(attended.flatten(1), self.proj, scale)
+        return self.products.scaled(attended.flatten(1), self.proj, scale)
 
 
 class Mlp(nn.Module):
     """fc2(GELU(fc1(x))), the exact GELU, in two halves; the result is scaled."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, products: Products) -> None:
         super().__init__()
+        self.products = products
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
 
     def output(self, hidden: Tensor, scale: LayerScale) -> Tensor:
         """The scaled result from what fc1 returned."""
-        return scaled_linear(self.act(hidden), self.fc2, scale)
+        return self.products.scaled(self.act(hidden), self.fc2, scale)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block whose modules all streams share; `keep` drops the branches of whole images."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, speed: SpeedConfig) -> None:
         super().__init__()
+        products = Products(speed)
+        self.joint = speed.joint_streams
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = StreamAttention(config.width, config.heads)
+        self.attn = StreamAttention(config.width, config.heads, products)
         self.ls1 = LayerScale(config.width, config.layer_scale)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), products)
         self.ls2 = LayerScale(config.width, config.layer_scale)
 
     def forward(
         self,
         x: Tensor,
         layout: StreamLayout,
-        keep: Tensor | None,
+        keep: Tensor | tuple[Kept | None, Kept | None] | None,
         attention: Attention,
         predicted_only: bool,
         recompute: Recompute = "none",
     ) -> Tensor:
         """Map the buffer (R, D) to (R, D), or to its predicted rows (B * T, D) where nothing else is needed any more.
 
-        keep: (2, B) factors of the attention and MLP branches, or None. recompute: see MaskedTokenViT.
+        keep: what the attention and MLP branches keep: (2, B) factors that multiply every image, the images whose work
+            is done, or None for all. recompute: see MaskedTokenViT.
 
         A region that is computed again ends in the product that keeps its input, for there the recomputation stops; so
         the last addition is outside.
         """
-        keep1, keep2 = (None, None) if keep is None else (layout.per_row(k, predicted_only) for k in keep)
-        arguments = (x, layout, keep1, attention, predicted_only, recompute == "cheap")
+        keeps = (None, None) if keep is None else keep
+        if isinstance(keep, Tensor):
+            keeps = tuple(layout.per_row(factors, predicted_only) for factors in keep)
+        arguments = (x, layout, *keeps, attention, predicted_only, recompute == "cheap")
         x, branch = _again(self._branches, *arguments) if recompute == "blocks" else self._branches(*arguments)
-        return _add(x, branch, keep2)
+        return _add(x, branch, keeps[1], layout.groups(predicted_only))
 
     def _branches(
         self,
         x: Tensor,
         layout: StreamLayout,
-        keep: Tensor | None,
+        keep1: Tensor | Kept | None,
+        keep2: Tensor | Kept | None,
         attention: Attention,
         predicted_only: bool,
         cheap: bool,
     ) -> tuple[Tensor, Tensor]:
         """x with the attention's branch added, and the MLP's branch."""
+        rows, part = _kept_rows(x, keep1, layout.groups(False), layout)
         if cheap:
             # Two products end this region: their results are kept, as the attention keeps them anyway.
-            q, kv = _again(self._queries_and_keys, x, layout, predicted_only, context_fn=_keep_products)
+            q, kv = _again(self._queries_and_keys, rows, part, predicted_only, context_fn=_keep_products)
         else:
-            q, kv = self._queries_and_keys(x, layout, predicted_only)
+            q, kv = self._queries_and_keys(rows, part, predicted_only)
         if predicted_only:
             x = layout.predicted(x)
-        x = _add(x, self.attn.output(attention(q, kv, layout), self.ls1), keep)
+        attended = attention(q, kv, part)
+        branch = self._each(lambda r: self.attn.output(r, self.ls1), attended, part, predicted_only)
+        x = _add(x, branch, keep1, layout.groups(predicted_only))
+        rows, part = _kept_rows(x, keep2, layout.groups(predicted_only), layout)
         if not cheap:
-            return x, self.mlp.output(self._hidden(x), self.ls2)
-        return x, _again(self.mlp.output, _again(self._hidden, x), self.ls2)
+            return x, self._mlp(rows, part, predicted_only)
+        return x, _again(self.mlp.output, _again(self._hidden, rows), self.ls2)
 
     def _queries_and_keys(self, x: Tensor, layout: StreamLayout, predicted_only: bool) -> tuple[Tensor, Tensor]:
-        h = _for_products(self.norm1(x))
-        return self.attn.project(layout.predicted(h) if predicted_only else h, layout.content(h), layout)
+        h = _for_products(self._each(self.norm1, x, layout, False))
+        rows = layout.predicted(h) if predicted_only else h
+        q = self._each(self.attn.queries, rows, layout, predicted_only)
+        return q, self.attn.keys_and_values(layout.content(h), layout)
+
+    def _mlp(self, x: Tensor, layout: StreamLayout, predicted_only: bool) -> Tensor:
+        return self._each(lambda rows: self.mlp.output(self._hidden(rows), self.ls2), x, layout, predicted_only)
 
     def _hidden(self, x: Tensor) -> Tensor:
-        return self.mlp.fc1(self.norm2(x))
+        return self.mlp.products(self.norm2(x), self.mlp.fc1)
+
+    def _each(self, function: Callable[[Tensor], Tensor], x: Tensor, layout: StreamLayout, predicted: bool) -> Tensor:
+        """function(x) of the rows of all streams at once, or of each stream where speed.joint_streams is off."""
+        if self.joint or predicted or not layout.query_stream:
+            return function(x)
+        content = layout.content(x)
+        return torch.cat([function(content), function(x[content.shape[0] :])])
 
 
 def _again(function: Callable, *arguments: object, **options: object) -> object:
@@ -150,7 +196,7 @@ def _again(function: Callable, *arguments: object, **options: object) -> object:
 
 
 def _policy(context: object, op: object, *arguments: object, **options: object) -> CheckpointPolicy:
-    products = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+    products = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
     return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -165,9 +211,29 @@ def _for_products(x: Tensor) -> Tensor:
     return x
 
 
-def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    """x + keep * branch in x's dtype, in one pass; keep is (R, 1) or None for all ones."""
-    return x + branch if keep is None else torch.addcmul(x, keep.to(x.dtype), branch.to(x.dtype))
+def _kept_rows(
+    x: Tensor, keep: Tensor | Kept | None, groups: tuple[int, ...], layout: StreamLayout
+) -> tuple[Tensor, StreamLayout]:
+    """The rows of x whose branch is computed, and their layout."""
+    if not isinstance(keep, Kept) or _keeps_all(keep, layout.batch):
+        return x, layout
+    return stochastic_depth.take(x, keep.images, groups), replace(layout, batch=keep.images.shape[0])
+
+
+def _add(x: Tensor, branch: Tensor, keep: Tensor | Kept | None, groups: tuple[int, ...]) -> Tensor:
+    """x plus what is kept of the branch, in x's dtype; keep is (R, 1) factors, or the images that the branch is of."""
+    if keep is None:
+        return x + branch
+    if isinstance(keep, Tensor):
+        return torch.addcmul(x, keep.to(x.dtype), branch.to(x.dtype))
+    if _keeps_all(keep, x.shape[0] // sum(groups)):
+        return torch.add(x, branch, alpha=keep.factor)
+    return stochastic_depth.add(x, branch, keep, groups)
+
+
+def _keeps_all(keep: Kept, images: int) -> bool:
+    """Whether nothing is dropped."""
+    return keep.images.shape[0] == images and keep.factor > 0
 
 
 class PatchEmbed(nn.Module):
@@ -185,17 +251,17 @@ class MaskedTokenViT(nn.Module):
         config: sizes; the state dict's names and shapes follow the official MaPeT models.
         recompute: what the backward pass computes again: nothing, the norms and the GELU of a block ("cheap"; its
             matrix products and its attention are kept), or whole blocks ("blocks").
+        speed: switches of a fast step; joint_streams, fold_layer_scale, prune_last_block and fp8 are read here.
     """
 
-    def __init__(self, config: ModelConfig, *, recompute: Recompute = "none") -> None:
+    def __init__(self, config: ModelConfig, *, recompute: Recompute = "none", speed: SpeedConfig | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.recompute = recompute
+        self.config, self.recompute, self.speed = config, recompute, speed or SpeedConfig()
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.mask_positional_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, self.speed) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.decoder = nn.Linear(config.width, config.vocabulary)
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN), persistent=False)
@@ -241,15 +307,17 @@ class MaskedTokenViT(nn.Module):
             backend=backend,
         )
 
-    def encode(self, x: Tensor, layout: StreamLayout, keep: Tensor | None, attention: Attention) -> Tensor:
-        """Normalised features (B * T, D) of the predicted rows from the buffer (R, D); keep is (depth, 2, B) or None.
+    def encode(self, x: Tensor, layout: StreamLayout, keep: Keep | None, attention: Attention) -> Tensor:
+        """Normalised features (B * T, D) of the predicted rows from the buffer (R, D).
+
+        keep: for every block what its branches keep, see Block; None drops nothing.
 
         The last block needs keys and values of the content stream, but no other of its outputs.
         """
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            x = block(x, layout, None if keep is None else keep[i], attention, last, self.recompute)
-        return self.norm(x)
+            only = self.speed.prune_last_block and i == len(self.blocks) - 1
+            x = block(x, layout, None if keep is None else keep[i], attention, only, self.recompute)
+        return self.norm(x if self.speed.prune_last_block else layout.predicted(x))
 
 
 def drop_path_rates(config: ModelConfig) -> Tensor:

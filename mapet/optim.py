@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mapet.config import OptimConfig
+from mapet.parallel import as_parts_of, whole
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 
@@ -18,32 +19,43 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and own_name != "bias" and own_name not in NEVER_DECAYED
 
 
-def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(module: nn.Module, optim: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `module` (a model or an objective around it).
 
-    The fused form runs on CPU and CUDA alike and takes a tensor that calls the update off, see `gated_step`.
+    The fused form runs on CPU and CUDA alike and takes a tensor that calls the update off, see `gated_step`. The other
+    goes through the parameters one by one, an operation at a time.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trainable if is_decayed(name, p)]
     others = [p for name, p in trainable if not is_decayed(name, p)]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused, foreach=False
+    )
 
 
 def gated_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
     """One update, or none at all where `skip` (scalar float32 on the device) is 1; the host never waits for `skip`.
 
-    These two attributes are how GradScaler tells a fused optimizer of an overflow.
+    These two attributes are how GradScaler tells a fused optimizer of an overflow. For an optimizer that is not fused
+    the host has to wait.
     """
+    if not optimizer.defaults["fused"]:
+        if not skip.item():
+            optimizer.step()
+        return
     optimizer.grad_scale, optimizer.found_inf = None, skip
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """The global gradient norm (scalar tensor); gradients are then scaled to norm `limit` at most, 0 for no limit."""
+    """The global gradient norm (scalar tensor); gradients are then scaled to norm `limit` at most, 0 for no limit.
+
+    The norm is that of the whole gradients where each process has parts of them.
+    """
     parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if limit > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
@@ -68,4 +80,4 @@ class WeightAverage:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over the averages of a checkpoint."""
         for name, value in self.weights.items():
-            value.copy_(weights[name])
+            value.copy_(as_parts_of(weights[name], value))

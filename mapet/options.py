@@ -25,6 +25,7 @@ FIELD_OF = {
     "lr": "optim.lr",
     "precision": "train.precision",
     "device": "train.device",
+    "parallel": "train.parallel",
     "micro_batch": "train.micro_batch",
     "workers": "data.workers",
     "seed": "train.seed",
@@ -137,10 +138,12 @@ class Pretrain:
     """Images of a step, over all processes."""
     lr: Annotated[float | None, _short_for("lr")] = None
     """Peak learning rate."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
-    """Of the forward pass."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
+    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
     device: Annotated[str | None, _short_for("device")] = None
     """auto, cpu, cuda or cuda:N."""
+    parallel: Annotated[Literal["ddp", "fsdp"] | None, _short_for("parallel")] = None
+    """With several processes: weights and optimizer whole in each (ddp), or shared out (fsdp)."""
     micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
     """Images of a forward pass and process; 0 for all of a step."""
     workers: Annotated[int | None, _short_for("workers")] = None
@@ -179,8 +182,10 @@ class Plan:
     """What is predicted from what."""
     cut: Annotated[int | None, _short_for("cut")] = None
     """Tokens that are not predicted."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _short_for("precision")] = None
-    """Of the forward pass."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
+    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
+    parallel: Annotated[Literal["ddp", "fsdp"] | None, _short_for("parallel")] = None
+    """With several processes: weights and optimizer whole in each (ddp), or shared out (fsdp)."""
     micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
     """Images of a forward pass; the largest that fits where it is not given."""
     global_batch: Annotated[int | None, _wanted("INT", "optim.global_batch, 2048")] = None
@@ -189,10 +194,12 @@ class Plan:
     """GPUs that share a step."""
     gpu_memory: Annotated[str | None, _wanted("16GB", "no limit")] = None
     """Memory of one GPU: GB is 10^9 bytes, GiB 2^30."""
+    gpu: Annotated[Literal["V100"] | None, _wanted("V100")] = None
+    """Adds images per second on this GPU, computed from its data sheet; its memory is the limit where none is given."""
     interconnect: Annotated[str | None, _wanted("400Gb")] = None
     """Bits (Gb) or bytes (GB) per second of one GPU's slowest link: adds traffic and times of several GPUs."""
     images: Annotated[str, arg(metavar="1.28M")] = "1281167"
-    """Images of an epoch, for --interconnect."""
+    """Images of an epoch, for --gpu and --interconnect."""
     images_per_second: Annotated[float | None, _wanted("FLOAT", "unknown")] = None
     """What one GPU trains on its own, measured, for --interconnect."""
     set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()

@@ -35,6 +35,14 @@ all, if they add up over micro-batches) exist:
                 computed again then: GELU's result and fc2's weights (cheap), the rest of the block (blocks)
     update      all gradients; with a moving average the differences, as large as the weights
 
+With train.parallel fsdp, n processes share out P parameters; E of them, in embedding, last norm and head, are
+one unit, and the K of each block another (mapet/parallel.py). See `in_parts`:
+
+    weights     4 P / n, and whole: E, the block at work, the next one, and the buffer in which it arrives: 4 (E + 3 K)
+    gradients   4 P / n, and whole: E, the block at work and the one whose are being reduced: 4 (E + 2 K); all 4 P and
+                4 K while gradients add up over micro-batches, for they are reduced once a step
+    optimizer   8 P / n; average 4 P / n; update: all in parts, no weight whole
+
 The arithmetic is for eager mode: torch.compile keeps another set of tensors. tests/test_plan.py compares it with what
 torch allocates for the real objectives, operator by operator.
 """
@@ -45,7 +53,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from mapet.config import ModelConfig, ObjectiveConfig, Precision, Recompute, RunConfig
+from mapet.config import ModelConfig, ObjectiveConfig, Parallel, Precision, Recompute, RunConfig
 from mapet.errors import ConfigError
 from mapet.objectives.base import part_size
 from mapet.objectives.loss import CHUNK_BYTES
@@ -78,6 +86,7 @@ class StepSize:
         share: images of this process in a step, all on the device at once.
         ema: whether a moving average of the weights is kept.
         processes: with several, gradients exist all the time.
+        parallel: whether the processes share out weights (fsdp).
         jitter: whether the pictures' colours are changed.
     """
 
@@ -90,6 +99,12 @@ class StepSize:
     ema: bool = False
     processes: int = 1
     jitter: bool = False
+    parallel: Parallel = "ddp"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and optimizer state exist in parts."""
+        return self.parallel == "fsdp" and self.processes > 1
 
     @property
     def element(self) -> int:
@@ -183,7 +198,23 @@ def head_parameters(model: ModelConfig) -> int:
 
 def predict_memory(size: StepSize) -> Memory:
     """The peak of a training step on one GPU, without the CUDA context."""
-    return max(moments(size), key=lambda memory: memory.total)
+    every = moments(size)
+    return max((in_parts(size, m) for m in every) if size.sharded else every, key=lambda memory: memory.total)
+
+
+def in_parts(size: StepSize, memory: Memory) -> Memory:
+    """A moment of copies as one of parts; what is whole and in flight is bounded from above (top of the file)."""
+    model, n = size.model, size.processes
+    numbers, block = parameters(model), block_parameters(model)
+    around = numbers - model.depth * block
+    part = -(-FP32 * numbers // n)
+    parts = replace(memory, weights=part, gradients=part, optimizer=2 * part, average=part if size.ema else 0)
+    if memory.moment == "update":
+        return replace(parts, temporary=part if size.ema else 0)
+    reduced_once = size.share > size.micro_batch
+    gradients = numbers + block if reduced_once else around + min(2, model.depth) * block
+    weights = around + min(3, model.depth + 1) * block
+    return replace(parts, weights=part + FP32 * weights, gradients=part + FP32 * gradients)
 
 
 def moments(size: StepSize) -> Iterator[Memory]:
@@ -334,16 +365,18 @@ def step_size(config: RunConfig, processes: int, micro_batch: int = 0) -> StepSi
         raise ConfigError(f"optim.global_batch {config.optim.global_batch} is not divisible by {processes} processes")
     if share % (micro or share):
         raise ConfigError(f"train.micro_batch {micro} does not divide the {share} images of one process in a step")
+    precision = config.train.precision
     return StepSize(
         config.model,
         config.objective,
         micro or share,
         share,
-        config.train.precision,
+        "bf16" if precision == "auto" else precision,  # on an older GPU it is fp16, which takes as much
         config.train.recompute,
         config.train.ema_decay > 0,
         processes,
         config.data.color_jitter > 0,
+        config.train.parallel,
     )
 
 
@@ -380,10 +413,14 @@ def nothing_fits(size: StepSize, limit: int, levels: Sequence[Recompute] = LEVEL
     if other is not None:
         fits = f"micro-batch {other.micro_batch} with recompute {other.recompute}"
         return f"{text}; {fits} fits, {gib(other.memory.total)}"
-    smallest_of_all = predict_memory(replace(size, micro_batch=1, recompute=LEVELS[-1])).total
+    least = replace(size, micro_batch=1, recompute=LEVELS[-1])
+    smallest_of_all = predict_memory(least).total
+    parts = predict_memory(replace(least, parallel="fsdp")).total
+    shared = f"set train.parallel=fsdp (then {gib(parts / USABLE)}), " if parts < smallest_of_all else ""
     return (
         f"{text} ({gib(needed.images)} of that for all images of a step); the least that would do is "
-        f"{gib(smallest_of_all / USABLE)}: give more, spread the global batch over more GPUs, or take a smaller model"
+        f"{gib(smallest_of_all / USABLE)}: {shared}give more, spread the global batch over more GPUs, or take a "
+        "smaller model"
     )
 
 
@@ -403,8 +440,13 @@ def out_of_memory_advice(size: StepSize, limit: int) -> str:
         for micro, level in options
         for memory in [predict_memory(replace(size, micro_batch=micro, recompute=level))]
     ]
-    advice = f"; set {', or '.join(choices)}" if choices else "; take a smaller model or more memory"
-    return f"{said}{advice}, or give --auto-batch; what is learned stays the same" if choices else said + advice
+    parts = predict_memory(replace(size, parallel="fsdp")).total
+    if parts < predicted.total:
+        choices.append(f"train.parallel=fsdp (predicted {gib(parts)})")
+    if not choices:
+        return f"{said}; take a smaller model or more memory"
+    automatic = "" if size.sharded else ", or give --auto-batch"
+    return f"{said}; set {', or '.join(choices)}{automatic}; what is learned stays the same"
 
 
 def divisors(number: int) -> list[int]:

@@ -42,6 +42,12 @@ class StreamLayout:
         """Rows of the whole buffer."""
         return self.batch * (self.content_rows + self.query_rows)
 
+    def groups(self, predicted_only: bool) -> tuple[int, ...]:
+        """Rows of an image in each part of the buffer, or of its predicted rows; a part holds all images in turn."""
+        if predicted_only:
+            return (self.targets,)
+        return (self.content_rows, self.query_rows) if self.query_rows else (self.content_rows,)
+
     def content(self, x: Tensor) -> Tensor:
         """The content streams of a buffer (rows, ...), a view (batch * content_rows, ...)."""
         return x[: self.batch * self.content_rows]

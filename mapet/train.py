@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from mapet.errors import CheckpointError, TrainingError
 from mapet.learner import Learner
 from mapet.limits import cap_memory
 from mapet.metrics import MetricsLog, StepMetrics, import_trackers
+from mapet.precision import settled
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
 from mapet.schedule import StepPlan, learning_rate, plan_steps
@@ -79,6 +80,7 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         cap_memory(config.train.gpu_memory, world.device)
         cache = TokenCache.open(config.data.cache)
         cache.check_model(config.model)
+        config, why = settled(config, world)
         steps = plan_steps(config, len(cache), world.size)
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
         if config.train.budget:
@@ -87,11 +89,13 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
             if world.is_main:
                 print(decision, flush=True)
         run = Run(config, world, cache, steps)
-        start = run.resume()
+        start = run.resume({"train.precision": f"{why}; to go on here, name the earlier one"} if why else {})
         if world.is_main:
             log = MetricsLog(config.train.output, start, config.train.trackers, to_dict(config))
             run.log = stack.enter_context(log)
             run.display = stack.enter_context(make_progress(steps.last, start))
+        if why:
+            run.tell(f"precision {config.train.precision}, {why}")
         if start:
             run.tell(f"going on from step {start}, {run.store.path(start)}")
         return run.loop(start, stop)
@@ -107,15 +111,15 @@ class Run:
         self.log: MetricsLog | None = None
         self.display: ProgressDisplay | None = None
 
-    def resume(self) -> int:
-        """Load the newest valid checkpoint where there is one and it is wanted; the steps done."""
+    def resume(self, notes: Mapping[str, str] | None = None) -> int:
+        """Load the newest valid checkpoint where there is one and it is wanted; the steps done. `notes`: see there."""
         if not self.config.train.resume:
             self.world.on_main(self.store.set_aside)
             return 0
         newest = self.world.on_main(self.store.newest_valid)
         if newest is None:
             return 0
-        loaded = self.store.load(newest, self.config)
+        loaded = self.store.load(newest, self.config, notes)
         if loaded.state.trainer["data"] != cache_fingerprint(self.cache):
             raise CheckpointError(
                 f"checkpoint {loaded.folder} learned from other images or tokens than {self.config.data.cache} holds; "
@@ -137,6 +141,7 @@ class Run:
                 rank=self.world.rank,
                 world_size=self.world.size,
                 workers=self.config.data.workers,
+                color_jitter=self.config.worker_jitter,
             )
         )
         clock = Clock()

@@ -81,11 +81,11 @@ def cuobjdump() -> str | None:
     return str(inside) if inside.is_file() else None
 
 
-def instructions(cubin: Path) -> dict[str, Counter[str]]:
-    """How often each instruction stands in each function of a cubin: HMMA.16816 multiplies 16 x 16 by 16 x 8."""
+def instructions(cubin: Path, wanted: str = r"\b(HMMA\.\d+|LDGSTS)\b") -> dict[str, Counter[str]]:
+    """How often each `wanted` stands in each function of a cubin: HMMA.16816 multiplies 16 x 16 by 16 x 8."""
     text = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]
-    pattern = re.compile(r"\b(HMMA\.\d+|LDGSTS)\b")
+    pattern = re.compile(wanted)
     return {name: Counter(pattern.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny_run import make_cache, make_config
+from tiny_run import IMAGES, make_cache, make_config
 
 from mapet.checkpoint import CheckpointStore
+from mapet.data.loader import step_ids
 from mapet.distributed import StopRequest, World, connect, pick_device
 from mapet.errors import ConfigError, DataError
 from mapet.train import pretrain
@@ -69,6 +70,39 @@ def test_assertion_17_two_ranks_are_one_process(cache, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "only one process logs"
     assert lines[-1]["loss"] == pytest.approx(single.loss, rel=1e-5)
     assert lines[-1]["accuracy"] == pytest.approx(single.accuracy)
+    check_steps(tmp_path / "two", size=2, steps=4)
+
+
+def check_steps(output: Path, *, size: int, steps: int) -> list[dict[str, int]]:
+    """Each step's images are shared out whole, in order, none twice; the collectives of every rank and step."""
+    ranks = [
+        [json.loads(line) for line in (output / f"steps_{rank}.jsonl").read_text().splitlines()] for rank in range(size)
+    ]
+    assert [[line["step"] for line in rank] for rank in ranks] == [list(range(steps))] * size
+    for step in range(steps):
+        ids = [image for rank in ranks for image in rank[step]["ids"]]
+        assert ids == step_ids(IMAGES, seed=0, step=step, global_batch=8).tolist()
+        assert len(set(ids)) == len(ids)
+    return [line["collectives"] for rank in ranks for line in rank]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_four_ranks_are_one_process_and_wait_for_each_other_once_a_step(micro_batch, cache, tmp_path):
+    changes = {**CHANGES, "train.micro_batch": micro_batch}
+    processes = start_ranks(cache, tmp_path / "four", json.dumps(changes), size=4)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    single = pretrain(make_config(cache, tmp_path / "one", **CHANGES))
+    one, four = (CheckpointStore(tmp_path / name / "checkpoints").load_latest().state for name in ("one", "four"))
+    for ours, theirs in ((four.model, one.model), (four.ema, one.ema)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    ranks = [safetensors.torch.load_file(tmp_path / f"four/rank_{rank}.safetensors") for rank in range(4)]
+    assert all(torch.equal(rank[name], ranks[0][name]) for rank in ranks for name in rank)
+    lines = [json.loads(line) for line in (tmp_path / "four/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] == pytest.approx(single.loss, rel=1e-5)
+    # All gradients are one bucket here: one reduction of it, and one of loss and accuracy, however many micro-batches.
+    collectives = check_steps(tmp_path / "four", size=4, steps=4)
+    assert [counts["allreduce_"] for counts in collectives] == [2] * 16
 
 
 def test_a_run_of_one_process_goes_on_with_two_and_stops_when_one_is_told(cache, tmp_path):

@@ -16,6 +16,7 @@ from mapet.doctor import (
     Finding,
     Gpu,
     as_table,
+    auto_finding,
     backend_findings,
     compiler_finding,
     doctor,
@@ -45,7 +46,7 @@ def test_the_report_covers_every_subject_and_never_raises():
     found = by_subject(doctor_report())
     assert {"Python", "torch", "processor", "memory", "triton", "nvcc"} <= found.keys()
     assert {"xformers", "flash-attn", "faiss", "nvtx", "wandb", "trackio"} <= found.keys()
-    assert {f"attention {name} on cpu" for name in available_backends("cpu")} <= found.keys()
+    assert {f"attention {name} on cpu" for name in (*available_backends("cpu"), "auto")} <= found.keys()
     assert found["torch"].status == "ok" and torch.__version__ in found["torch"].detail
     assert any(subject.startswith("GPU") for subject in found)
     assert all(finding.detail for finding in found.values())
@@ -62,7 +63,8 @@ def test_doctor_prints_every_finding_and_exits_0(tmp_path):
 def test_a_gpu_is_described_by_what_it_can_do():
     assert "bf16" in gpu_finding(0, H200).detail and not gpu_finding(0, H200).advice
     assert "fp16" in gpu_finding(1, V100).detail and "bf16" not in gpu_finding(1, V100).detail
-    assert gpu_finding(1, V100).advice == "bf16 is emulated: set train.precision fp16"
+    assert gpu_finding(0, H200).detail.endswith("auto takes bf16") and gpu_finding(1, V100).detail.endswith("fp16")
+    assert gpu_finding(1, V100).advice == "bf16 is emulated: set train.precision fp16, or auto"
     assert "gain nothing" in gpu_finding(2, Gpu("P40", (6, 1), 24 << 30)).advice
     assert gpu_finding(0, H200).subject == "GPU 0" and "sm_90, 141 GiB" in gpu_finding(0, H200).detail
 
@@ -88,6 +90,14 @@ def test_a_backend_that_breaks_or_is_wrong_is_a_problem(monkeypatch):
     (wrong,) = backend_findings("cpu", {"sdpa": None})
     assert wrong.status == "problem" and "disagrees" in wrong.detail and "7.00 (gradients)" in wrong.detail
     assert "another than sdpa" in wrong.advice
+
+
+def test_auto_says_what_it_takes_and_why(monkeypatch):
+    assert auto_finding("cpu").detail == "takes sdpa in float32: the kernels are for CUDA devices"
+    monkeypatch.setattr(doctor_module, "explain_auto", lambda device, dtype: ("cuda", f"{device} in {dtype}"))
+    finding = auto_finding("cuda:1")
+    assert finding.subject == "attention auto on cuda:1"
+    assert finding.detail == "takes cuda in float16: cuda:1 in torch.float16"
 
 
 def test_no_gpu_says_whose_fault_it_is(monkeypatch):

@@ -11,11 +11,13 @@ from pathlib import Path
 import cuda_tools
 import pytest
 import torch
-from budget import FORWARD_FACTOR, assert_within_budget
+from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from cuda_host import COMPILER, Device, compile_library, forward_call
+from test_ops import outputs_and_gradients, with_inputs
 
-from mapet_kernels.backends import available_backends
-from mapet_kernels.registry import REGISTRY, TwoStreamShape
+from mapet_kernels.backends import available_backends, reason_against_cuda
+from mapet_kernels.permuted_embed.op import permuted_embed, permuted_patches_op
+from mapet_kernels.registry import REGISTRY, PermutedEmbedShape, TwoStreamShape
 from mapet_kernels.two_stream_attention import op
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
@@ -104,3 +106,74 @@ def test_voltas_code_runs_on_newer_gpus(shape: str, tmp_path: Path) -> None:
     for a, p, e in zip((out.content, out.query), plain, exact, strict=True):
         if e is not None:
             assert_within_budget(a, p, e, factor=FORWARD_FACTOR, what="output")
+
+
+EMBED = REGISTRY["permuted_embed"]
+
+
+def skip_without_embedding_kernels() -> None:
+    if reason := reason_against_cuda(torch.device("cuda"), None, products=False):
+        pytest.skip(f"backend cuda does not run here: {reason}")
+
+
+def embedded(shape: PermutedEmbedShape, dtype: torch.dtype, backend: str) -> tuple[list, dict[str, torch.Tensor]]:
+    """Output and gradients of the embedding on random input."""
+    case = EMBED.make_case(shape, dtype, "cuda")
+    return outputs_and_gradients(EMBED.function, with_inputs(case, dtype), case.options, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", EMBED.shapes)
+def test_embedding_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    """Also those that attention's kernels refuse on this GPU."""
+    skip_without_embedding_kernels()
+    case = EMBED.make_case(EMBED.shapes[name], dtype, "cuda")
+    exact, exact_gradients = outputs_and_gradients(EMBED.plain, with_inputs(case, torch.float64), case.options)
+    plain, plain_gradients = outputs_and_gradients(EMBED.plain, with_inputs(case, dtype), case.options)
+    actual, gradients = embedded(EMBED.shapes[name], dtype, "cuda")
+    assert_within_budget(actual[0], plain[0], exact[0], factor=FORWARD_FACTOR, what="output")
+    for key, gradient in gradients.items():
+        parts = gradient, plain_gradients[key], exact_gradients[key]
+        assert_within_budget(*parts, factor=GRADIENT_FACTOR, what=f"gradient of {key}")
+
+
+def test_embedding_repeats_bit_for_bit() -> None:
+    skip_without_embedding_kernels()
+    shape = PermutedEmbedShape(224, 16, 384, cut=50, batch=64)
+    first = None
+    for _ in range(50):
+        out, gradients = embedded(shape, torch.float32, "cuda")
+        result = [*out, gradients["pos_embed"], gradients["mask_token"], gradients["class_token"]]
+        first = first or result
+        assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 14e9, reason="needs 14 GB"
+)
+def test_embedding_beyond_2_to_the_31_elements() -> None:
+    """The last rows of results that are larger: of patches, and of a buffer whose content is the class token alone."""
+    skip_without_embedding_kernels()
+    batch, generator = 14_400, torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 224, 224), generator=generator).to("cuda", torch.uint8)
+    order = torch.rand(196, generator=generator).argsort().cuda().expand(batch, -1)
+    patches = permuted_patches_op(
+        image.expand(batch, -1, -1, -1), order.contiguous(), 16, None, None, torch.float16, "cuda"
+    )
+    assert patches.numel() > 2**31
+    expected = permuted_patches_op(image, order[:1], 16, None, None, torch.float32, "reference")[0]
+    torch.testing.assert_close(patches[-1].float(), expected, rtol=1e-3, atol=1e-3)
+    del patches
+    numbers = [
+        torch.randn(*shape, generator=generator).to("cuda", torch.float16) for shape in ((768, 3, 16, 16), (197, 768))
+    ]
+    token = numbers[1][0]
+    options = {"class_token": token, "target_content": False, "query_stream": False}
+    perm = torch.nn.functional.pad(order + 1, (1, 0))
+
+    def rows(count: int, backend: str) -> torch.Tensor:
+        images = image.expand(count, -1, -1, -1)
+        return permuted_embed(images, numbers[0], None, numbers[1], token, perm[:count], 1, **options, backend=backend)
+
+    large = rows(batch, "cuda")
+    assert large.numel() > 2**31 and torch.equal(large[-197:], rows(1, "reference"))

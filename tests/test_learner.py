@@ -34,8 +34,17 @@ def make_learner(cache: TokenCache, **changes) -> Learner:
 
 
 def batches(cache: TokenCache, config: RunConfig, steps: int = 20) -> Iterator[Batch]:
-    batch = config.optim.global_batch
-    return iter(make_loader(cache, seed=config.train.seed, global_batch=batch, start_step=0, stop_step=steps))
+    return iter(
+        make_loader(
+            cache,
+            seed=config.train.seed,
+            global_batch=config.optim.global_batch,
+            start_step=0,
+            stop_step=steps,
+            workers=config.data.workers,
+            color_jitter=config.worker_jitter,
+        )
+    )
 
 
 def run(learner: Learner, cache: TokenCache, first: int, last: int) -> None:

@@ -19,6 +19,8 @@ from mapet.plan import (
     LEVELS,
     USABLE,
     StepSize,
+    block_parameters,
+    in_parts,
     kept_in_all,
     moments,
     out_of_memory_advice,
@@ -151,6 +153,47 @@ def test_out_of_memory_advice_has_numbers() -> None:
     assert "of 16.00 GiB; set train.micro_batch=64 train.recompute=none (predicted 10.99 GiB), or" in text
     assert "train.micro_batch=128 train.recompute=cheap (predicted 13." in text and "--auto-batch" in text
     assert "smaller model" in out_of_memory_advice(size_of(BASE, 1, "blocks"), 0)
+
+
+def test_parts_divide_weights_gradients_and_optimizer_by_the_processes() -> None:
+    numbers, block = parameters(BASE), block_parameters(BASE)
+    around = numbers - BASE.depth * block
+    for processes in (2, 8):
+        size = size_of(BASE, 96, ema=True, processes=processes, parallel="fsdp")
+        part = FP32 * numbers // processes
+        by_moment = {moment.moment: in_parts(size, moment) for moment in moments(size)}
+        update, loss = by_moment["update"], by_moment["loss"]
+        held = (update.weights, update.gradients, update.optimizer, update.average)
+        assert held == pytest.approx((part, part, 2 * part, part), abs=2), "no weight is whole at the update"
+        assert loss.weights == pytest.approx(part + FP32 * (around + 3 * block), abs=1)
+        assert loss.gradients == pytest.approx(part + FP32 * (around + 2 * block), abs=1)
+        assert predict_memory(size).total == max(moment.total for moment in by_moment.values())
+        assert predict_memory(size).activations == predict_memory(replace(size, parallel="ddp")).activations
+
+
+def test_gradients_that_add_up_are_whole_in_every_process() -> None:
+    size = size_of(BASE, 32, share=64, processes=4, parallel="fsdp")
+    assert predict_memory(size).gradients > FP32 * parameters(BASE)
+    assert predict_memory(replace(size, share=32)).gradients < FP32 * parameters(BASE)
+
+
+def test_one_process_has_no_parts() -> None:
+    size = size_of(BASE, 96)
+    assert predict_memory(replace(size, parallel="fsdp")) == predict_memory(size)
+
+
+def test_parts_are_advised_where_they_help() -> None:
+    large = ModelConfig.preset("base", width=1536, heads=24, depth=24)
+    size = size_of(large, 16, share=16, processes=8)
+    text = out_of_memory_advice(size, 16 * GIB)
+    copies, parts = predict_memory(size).total, predict_memory(replace(size, parallel="fsdp")).total
+    assert parts < 0.7 * copies and f"train.parallel=fsdp (predicted {parts / GIB:.2f} GiB)" in text
+    assert "--auto-batch" in text
+    inside = out_of_memory_advice(replace(size, parallel="fsdp"), 16 * GIB)
+    assert "train.parallel" not in inside and "--auto-batch" not in inside, "neither goes with parts"
+    with pytest.raises(ConfigError, match=r"set train.parallel=fsdp \(then .*GiB\), give more"):
+        plan_memory(size, 8 * GIB)
+    assert plan_memory(replace(size, parallel="fsdp"), 8 * GIB).memory.total <= USABLE * 8 * GIB
 
 
 def test_uneven_shares_are_refused() -> None:

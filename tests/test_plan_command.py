@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,24 @@ def test_several_gpus(mapet) -> None:
     said = mapet.succeed("plan", *BASE, *options).out
     assert "725 MB" in said and "14.5 ms" in said and "193 GB" in said and "unknown" in said
     assert "20 s to 29.1 s" in mapet.succeed("plan", *BASE, *options, "--images-per-second", 1000).out
+
+
+def test_a_gpu_that_is_not_here(mapet) -> None:
+    said = mapet.succeed("plan", "--recipe", "vit_base_kclip", "--gpu", "V100").out
+    assert "95 % of 16GB" in said and "micro-batch 64" in said, "its memory is the limit"
+    assert "one V100, fp16" in said and "232 GFLOP" in said and "300 epochs of 1,281,167 images" in said
+    smaller = mapet.succeed("plan", "--recipe", "vit_base_kclip", "--gpu", "V100", "--gpu-memory", "8GB").out
+    assert "95 % of 8GB" in smaller and "micro-batch 32" in smaller
+    mapet.fail("plan", *BASE, "--gpu", "V100", code=2, names=("V100 computes in fp32 and fp16, not in bf16",))
+
+
+def test_parts_are_planned_for(mapet) -> None:
+    copies = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8).out
+    parts = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8, "--parallel", "fsdp").out
+    totals = re.search(r"train.parallel\): ddp ([\d.]+ GiB), fsdp ([\d.]+ GiB)", copies)
+    assert totals[0] in parts and totals[1] != totals[2]
+    assert re.search(rf"in all .*{totals[1]}", copies) and re.search(rf"in all .*{totals[2]}", parts)
+    assert "train.parallel" not in mapet.succeed("plan", *BASE, "--global-batch", 96).out
 
 
 def test_bad_plans_say_what_is_wrong(mapet) -> None:

@@ -64,7 +64,7 @@ def test_fields_that_are_valid_only_together():
         ("optim.epochs=1.5", "optim.epochs must be INT, got '1.5'"),
         ("optim.lr=fast", "optim.lr must be FLOAT"),
         ("speed.compile=yes", r"speed.compile must be true\|false, got 'yes'"),
-        ("train.precision=fp8", r"train.precision must be fp32\|bf16\|fp16"),
+        ("train.precision=fp8", r"train.precision must be fp32\|bf16\|fp16\|auto"),
         ("train.trackers=wandb,mlflow", "train.trackers must be"),
         ("optim.lr=-1", "optim.lr must be positive"),
     ],

@@ -78,3 +78,12 @@ def test_images_with_any_strides() -> None:
     turned = case.options["images"].to(memory_format=torch.channels_last)
     actual = SPEC.function(**case.inputs, **{**case.options, "images": turned}, backend="triton")
     assert torch.equal(actual, expected)
+
+
+def test_permutations_with_strides() -> None:
+    """Ranks are laid out for the kernel whatever the permutation's strides."""
+    case = SPEC.make_case(SPEC.shapes["small"], torch.float32)
+    _, expected = outputs_and_gradients(SPEC.function, with_inputs(case, torch.float32), case.options, backend="triton")
+    options = case.options | {"perm": case.options["perm"].t().contiguous().t()}
+    _, actual = outputs_and_gradients(SPEC.function, with_inputs(case, torch.float32), options, backend="triton")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -9,16 +9,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mapet_kernels.backends import choose_backend
+from mapet_kernels.backends import choose_listed_backend
 from mapet_kernels.checks import is_integer
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "cuda")
 
 
 @functools.cache
 def _backend(name: str) -> ModuleType:
-    """The backend's module, imported at first use: Triton may not be installed, and takes its time."""
-    return importlib.import_module(f"mapet_kernels.permuted_embed.{name}{'_backend' if name == 'triton' else ''}")
+    """The backend's module, imported at first use: Triton and the CUDA kernels may not be installed."""
+    module = {"triton": "triton_backend", "cuda": "cuda_backend"}.get(name, name)
+    return importlib.import_module(f"mapet_kernels.permuted_embed.{module}")
 
 
 def permuted_embed(
@@ -54,7 +55,8 @@ def permuted_embed(
         cut: c in [1, N - 1].
         class_token: (D,) or None.
         mean, std: per channel (3,), subtracted and divided by after the division by 255; None leaves images be.
-        backend: "auto" (triton where it runs, on a GPU), "triton" or "reference".
+        backend: "auto" (on a GPU triton where it runs, else cuda where it does), "triton", "cuda" (where csrc/ is
+            built) or "reference".
 
     Returns:
         (B * content rows + B * query rows, D) in the weights' dtype: all content streams, then all query streams.
@@ -63,7 +65,7 @@ def permuted_embed(
         ValueError: shapes, cut, permutation or backend do not fit.
     """
     _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std)
-    name = choose_backend(backend, images.device, weight.dtype, BACKENDS)
+    name = choose_listed_backend(backend, BACKENDS, images.device, weight.dtype, products=False)
     first = int(class_token is not None)
     perm = perm.to(torch.int64)
     patches = perm[:, first:] - first if target_content else perm[:, first:cut] - first

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from mapet.commands.pretrain import given
-from mapet.config import MODEL_PRESETS, RunConfig
+from mapet.config import MODEL_PRESETS, Parallel, RunConfig
 from mapet.errors import ConfigError
+from mapet.expectation import GPUS, expectation_rows
 from mapet.options import Plan as Options
 from mapet.plan import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
 from mapet.recipes import recipe
@@ -32,12 +34,17 @@ PARTS = {
 
 
 def run(options: Options) -> int:
-    """Print the plan, and with --interconnect what several GPUs would do. ConfigError where nothing fits."""
+    """Print the plan, with --gpu how fast it would be, with --interconnect what several GPUs would do.
+
+    ConfigError where nothing fits.
+    """
     config, values = plan_config(options)
     plan = make_plan(config, options, values)
     console = Console()
     console.print(memory_table(plan.memory))
     print("\n".join(summary(config, options, plan)), flush=True)
+    if options.gpu:
+        console.print(expectation_table(config, options, plan))
     if options.interconnect:
         console.print(scaling_table(config, options))
     return 0
@@ -52,6 +59,8 @@ def plan_config(options: Options) -> tuple[RunConfig, dict[str, object]]:
         if "optim.global_batch" in values:
             raise ConfigError("--global-batch and --set optim.global_batch=... say the same; give one of them")
         values["optim.global_batch"] = options.global_batch
+    if options.gpu and options.gpu_memory is None:
+        values["train.gpu_memory"] = GPUS[options.gpu].memory
     preset = MODEL_PRESETS[options.model] if options.model else {}
     start = recipe(options.recipe) if options.recipe else RunConfig()
     return change(start, {f"model.{name}": size for name, size in preset.items()} | values), values
@@ -88,14 +97,30 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
         f"GPUs: {options.gpus}, each with {share} images of a step",
         "computed, not measured; for eager mode and without the memory of the CUDA context",
     ]
+    if config.train.precision == "auto":
+        lines.append("precision auto: bf16 on a GPU of compute capability 8.0 or newer, else fp16, which takes as much")
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch)
     levels = [f"{level} {gib(predict_memory(replace(size, recompute=level)).total)}" for level in LEVELS]
     lines.append(f"this micro-batch at each level: {', '.join(levels)}")
+    if options.gpus > 1:
+        size = replace(size, recompute=plan.recompute)
+        ways = [f"{way} {gib(predict_memory(replace(size, parallel=way)).total)}" for way in get_args(Parallel)]
+        lines.append(f"weights and optimizer whole in each GPU, or shared out (train.parallel): {', '.join(ways)}")
     if config.train.gpu_memory:
         lines.append(
             f"a plan fills {100 * USABLE:.0f} % of {config.train.gpu_memory}, for gaps between the allocator's blocks"
         )
     return lines
+
+
+def expectation_table(config: RunConfig, options: Options, plan: Plan) -> Table:
+    """mapet/expectation.py for this GPU."""
+    size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch, recompute=plan.recompute)
+    title = f"one {options.gpu}, {config.train.precision}"
+    table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
+    for row in expectation_rows(size, GPUS[options.gpu], parse_count(options.images), config.optim.epochs):
+        table.add_row(*row)
+    return table
 
 
 def scaling_table(config: RunConfig, options: Options) -> Table:

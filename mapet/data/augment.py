@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mapet.rng import step_generator
+
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, with torchvision's digits
 
@@ -28,6 +30,15 @@ class JitterDraws:
 
     def __getitem__(self, part: slice) -> JitterDraws:
         return JitterDraws(self.factors[part], self.order[part])
+
+    def to(self, device: torch.device | str) -> JitterDraws:
+        """On a device; the host does not wait."""
+        return JitterDraws(self.factors.to(device, non_blocking=True), self.order.to(device, non_blocking=True))
+
+
+def step_jitter(seed: int, step: int, global_batch: int, strength: float) -> JitterDraws:
+    """The draws of a step for its whole global batch, on the host: the same wherever the colours are changed."""
+    return sample_color_jitter(global_batch, strength, step_generator(seed, step, "color_jitter", "cpu"), "cpu")
 
 
 def sample_color_jitter(

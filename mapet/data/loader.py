@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mapet.data.augment import color_jitter as change_colors
+from mapet.data.augment import step_jitter
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError
 
@@ -21,7 +23,7 @@ class Batch:
     """Images with their tokens.
 
     Attributes:
-        images: uint8 (b, 3, S, S).
+        images: uint8 (b, 3, S, S), or float32 in [0, 1] with their colours changed already.
         tokens: int64 (b, P).
         ids: int64 (b,), positions in the cache.
     """
@@ -77,13 +79,18 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class _BatchFetcher(Dataset):
-    """A batch of ids to a Batch, by one gather instead of image by image."""
+    """A step and its ids to a Batch, by one gather instead of image by image."""
 
-    def __init__(self, cache: TokenCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: TokenCache, shares: _StepShares, color_jitter: float) -> None:
+        self.cache, self.shares, self.color_jitter = cache, shares, color_jitter
 
-    def __getitem__(self, ids: Tensor) -> Batch:
-        return Batch(self.cache.images(ids), self.cache.tokens(ids), ids)
+    def __getitem__(self, step_and_ids: tuple[int, Tensor]) -> Batch:
+        step, ids = step_and_ids
+        images = self.cache.images(ids)
+        if self.color_jitter:
+            draws = step_jitter(self.shares.seed, step, self.shares.global_batch, self.color_jitter)
+            images = change_colors(images, draws[self.shares.mine])
+        return Batch(images, self.cache.tokens(ids), ids)
 
 
 @dataclass(frozen=True)
@@ -97,14 +104,18 @@ class _StepShares:
     rank: int
     world_size: int
 
+    @property
+    def mine(self) -> slice:
+        share = self.global_batch // self.world_size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        share = self.global_batch // self.world_size
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         for step in self.steps:
             ids = step_ids(self.length, seed=self.seed, step=step, global_batch=self.global_batch)
-            yield ids[self.rank * share : (self.rank + 1) * share]
+            yield step, ids[self.mine]
 
 
 def _leave_signals_to_parent(worker: int) -> None:
@@ -123,11 +134,12 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    color_jitter: float = 0.0,
 ) -> Iterable[Batch]:
     """Batches of this process for the optimizer steps [start_step, stop_step), one Batch per step, in order.
 
     Neither the number of workers nor the step it starts from changes what a step gets, and no global random state is
-    read or changed.
+    read or changed. With `color_jitter` (its strength) the workers change the images' colours, as `step_jitter` drew.
 
     Raises:
         ConfigError: more images in a batch than in the cache, a batch that the processes cannot share evenly, or a rank
@@ -138,9 +150,10 @@ def make_loader(
         raise ConfigError(f"rank must be in [0, world size {world_size}), got {rank}")
     if global_batch % world_size:
         raise ConfigError(f"global batch {global_batch} is not divisible by the {world_size} processes")
+    shares = _StepShares(len(cache), seed, global_batch, range(start_step, stop_step), rank, world_size)
     return DataLoader(
-        _BatchFetcher(cache),
-        sampler=_StepShares(len(cache), seed, global_batch, range(start_step, stop_step), rank, world_size),
+        _BatchFetcher(cache, shares, color_jitter),
+        sampler=shares,
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mapet.config import ModelConfig, ObjectiveConfig, Recompute
+from mapet.config import ModelConfig, ObjectiveConfig, Recompute, SpeedConfig
 from mapet.errors import ConfigError
 from mapet.objectives.base import Objective, Plan
 from mapet.objectives.mapet import MaPeT
@@ -13,12 +13,17 @@ OBJECTIVES: dict[str, type[Objective]] = {"mapet": MaPeT, "pim": PIM, "mim": MIM
 
 
 def build_objective(
-    objective: ObjectiveConfig, model: ModelConfig, *, backend: str = "auto", recompute: Recompute = "none"
+    objective: ObjectiveConfig,
+    model: ModelConfig,
+    *,
+    backend: str = "auto",
+    recompute: Recompute = "none",
+    speed: SpeedConfig | None = None,
 ) -> Objective:
     """The objective of a configuration, with a freshly initialised model (global torch RNG)."""
     if objective.name not in OBJECTIVES:
         raise ConfigError(f"unknown objective {objective.name!r}; objectives are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective.name](model, objective.cut, backend=backend, recompute=recompute)
+    return OBJECTIVES[objective.name](model, objective.cut, backend=backend, recompute=recompute, speed=speed)
 
 
 __all__ = ["MIM", "OBJECTIVES", "PIM", "MaPeT", "Objective", "Plan", "build_objective"]

@@ -1,0 +1,145 @@
+// Launches of the permuted embedding: element types, whole packs or single elements, how many blocks.
+//
+// Compile: nvcc -c -O3 -std=c++17 -gencode arch=compute_80,code=sm_80 csrc/permuted_embed.cu
+// What is computed, and in what memory and registers: permuted_embed.cuh. The interface: permuted_embed.h.
+// Without nvcc, c++ -x c++ -std=c++17 compiles the same source for the CPU (host_emulation.h), for tests.
+#include "permuted_embed.cuh"
+
+#include <climits>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace mapet {
+namespace {
+
+constexpr int PIXELS = 4;  // pixels of a line that are read at once
+
+// Elements that are read at once where rows allow it: 16 bytes.
+template <class E>
+constexpr int packed = 16 / sizeof(E);
+
+bool aligned(const void* p, int bytes) { return reinterpret_cast<unsigned long long>(p) % bytes == 0; }
+
+// Whether a product can be counted in an int, with room for the last block. Offsets in memory are 64 bits wide.
+bool counts(Index a, Index b) { return a * b <= INT_MAX - EMBED_THREADS; }
+
+template <class Kernel, class Call>
+EmbedStatus launch(Kernel kernel, const Call& call, int blocks, int threads, int shared, void* stream) {
+  if (blocks == 0) return EmbedStatus::ok;
+#if defined(__CUDACC__)
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(call);
+  return cudaGetLastError() == cudaSuccess ? EmbedStatus::ok : EmbedStatus::launch;
+#else
+  (void)stream;
+  emulation::launch(kernel, blocks, threads, shared, call);
+  return EmbedStatus::ok;
+#endif
+}
+
+// Call run.template operator()<E>() for the element type.
+template <class Run>
+EmbedStatus with_element(Element type, const Run& run) {
+  switch (type) {
+#if defined(__CUDACC__)
+    case Element::float16: return run.template operator()<Half>();
+    case Element::bfloat16: return run.template operator()<Bfloat>();
+#elif defined(__FLT16_MAX__)
+    case Element::float16: return run.template operator()<Half>();
+#endif
+    case Element::float32: return run.template operator()<float>();
+    case Element::float64: return run.template operator()<double>();
+    default: return EmbedStatus::launch;
+  }
+}
+
+struct RunPatches {
+  PatchesCall call;
+  void* stream;
+
+  template <class E>
+  EmbedStatus operator()() const {
+    return call.pixels.is_uint8 ? with_pixels<unsigned char, E>() : with_pixels<Work<E>, E>();
+  }
+
+  template <class P, class E>
+  EmbedStatus with_pixels() const {
+    const auto kernel = in_packs<P, E>() ? permuted_patches_kernel<P, E, PIXELS> : permuted_patches_kernel<P, E, 1>;
+    const int shared = is_byte<P> ? CHANNELS * BYTE_VALUES * sizeof(Work<E>) : 0;
+    return launch(kernel, call, tiles_of(call.rows(), BLOCK_PATCHES), EMBED_THREADS, shared, stream);
+  }
+
+  // Whether every PIXELS columns of a row lie side by side in the image, at a multiple of their size.
+  template <class P, class E>
+  bool in_packs() const {
+    const Pixels& p = call.pixels;
+    const bool strides = p.x == 1 && p.y % PIXELS == 0 && p.channel % PIXELS == 0 && p.image % PIXELS == 0;
+    const bool starts = aligned(p.data, PIXELS * sizeof(P)) && aligned(call.out, PIXELS * sizeof(E));
+    return strides && starts && call.sizes.patch % PIXELS == 0;
+  }
+};
+
+struct RunAssemble {
+  AssembleCall call;
+  void* stream;
+
+  template <class E>
+  EmbedStatus operator()() const {
+    const auto kernel = in_packs<E>() ? assemble_kernel<E, packed<E>> : assemble_kernel<E, 1>;
+    return launch(kernel, call, tiles_of(call.buffer.made(), BLOCK_ROWS), EMBED_THREADS, 0, stream);
+  }
+
+  template <class E>
+  bool in_packs() const {
+    bool starts = true;
+    for (const void* p : {call.content, call.position, call.mask_token, call.class_token, (const void*)call.out})
+      starts = starts && aligned(p, 16);
+    return starts && call.buffer.sizes.width % packed<E> == 0;
+  }
+};
+
+struct RunPositionGradient {
+  PositionGradientCall call;
+  void* stream;
+
+  template <class E>
+  EmbedStatus operator()() const {
+    const int blocks = tiles_of(call.buffer.sizes.tokens * call.buffer.sizes.width, GRADIENT_THREADS);
+    return launch(assemble_position_gradient_kernel<E>, call, blocks, GRADIENT_THREADS, 0, stream);
+  }
+};
+
+}  // namespace
+
+const char* explain(EmbedStatus status) {
+  switch (status) {
+    case EmbedStatus::ok: return "ok";
+    case EmbedStatus::size: return "more than 2^31 rows of a result, or numbers in a patch or in the positions";
+    default: return "the kernel could not be launched";
+  }
+}
+
+EmbedStatus permuted_patches(
+    const PatchSizes& sizes, Element type, const Pixels& pixels, const long long* patches, const void* mean,
+    const void* std, void* out, void* stream) {
+  const Index line = static_cast<Index>(CHANNELS) * BLOCK_PATCHES * sizes.patch;
+  if (!counts(sizes.images, sizes.ranks) || !counts(line, sizes.patch)) return EmbedStatus::size;
+  return with_element(type, RunPatches{{sizes, pixels, patches, mean, std, out}, stream});
+}
+
+EmbedStatus assemble_streams(
+    const BufferSizes& sizes, Element type, const void* content, const void* position, const void* mask_token,
+    const void* class_token, const long long* perm, void* out, void* stream) {
+  if (!counts(sizes.images, Buffer{sizes}.made_by_image())) return EmbedStatus::size;
+  return with_element(type, RunAssemble{{{sizes}, content, position, mask_token, class_token, perm, out}, stream});
+}
+
+EmbedStatus assemble_position_gradient(
+    const BufferSizes& sizes, Element type, const void* d_rows, const long long* rank_of, void* d_position,
+    void* d_masked, void* stream) {
+  if (!counts(sizes.tokens, sizes.width)) return EmbedStatus::size;
+  return with_element(type, RunPositionGradient{{{sizes}, d_rows, rank_of, d_position, d_masked}, stream});
+}
+
+}  // namespace mapet
