@@ -1,7 +1,8 @@
 // Launches of the k-means scores: checks, how many blocks, which of the kernel's forms.
 //
 // Compile: nvcc -c -O3 -std=c++17 -gencode arch=compute_80,code=sm_80 csrc/kmeans_assign.cu
-// What is computed, and in what memory and registers: kmeans_assign.cuh. The interface: kmeans_assign.h.
+// What is computed: kmeans_assign.cuh, with the account of its 48 KB of shared memory a block and at most 200 registers
+// a thread. The interface: kmeans_assign.h.
 // Without nvcc, c++ -x c++ -std=c++17 compiles the same source for the CPU (host_emulation.h), for tests.
 #include "kmeans_assign.cuh"
 
@@ -28,6 +29,14 @@ AssignStatus check(
   if (!padded || sizes.clusters < 1 || sizes.features < 1 || sizes.shares < 1) return AssignStatus::size;
   const bool aligned = starts_at_16_bytes({rows.values, centroids.values, centroids.bias, centroids.slope});
   return aligned && rows.stride % 8 == 0 ? AssignStatus::ok : AssignStatus::alignment;
+}
+
+Index row_tiles(const AssignSizes& sizes) { return (sizes.rows + ASSIGN_ROWS - 1) / ASSIGN_ROWS; }
+
+AssignCall call_of(
+    const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, const AssignLists& lists) {
+  const int share_tiles = tiles_of(sizes.clusters / ASSIGN_CLUSTERS, sizes.shares);
+  return {sizes, rows, centroids, lists, static_cast<int>(row_tiles(sizes)), share_tiles};
 }
 
 template <class Kernel>
@@ -60,12 +69,10 @@ AssignStatus assign_scores(
     const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, bool exact,
     const AssignLists& lists, int architecture, void* stream) {
   if (const AssignStatus bad = check(sizes, rows, centroids, architecture); bad != AssignStatus::ok) return bad;
-  const Index row_tiles = (sizes.rows + ASSIGN_ROWS - 1) / ASSIGN_ROWS;
-  const Index blocks = sizes.groups * row_tiles * sizes.shares;
+  const Index blocks = sizes.groups * row_tiles(sizes) * sizes.shares;
   if (blocks == 0) return AssignStatus::ok;
   if (blocks > INT_MAX) return AssignStatus::size;
-  const int share_tiles = tiles_of(sizes.clusters / ASSIGN_CLUSTERS, sizes.shares);
-  const AssignCall call{sizes, rows, centroids, lists, static_cast<int>(row_tiles), share_tiles};
+  const AssignCall call = call_of(sizes, rows, centroids, lists);
   const int count = static_cast<int>(blocks);
   if (architecture >= 80)
     return exact ? launch(scores_kernel<Half, true, true>, call, count, stream)

@@ -62,6 +62,35 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def structures(
+    rows: Rows, centroids: Centroids, groups: int, n: int, shares: int, lists: Lists
+) -> tuple[ctypes.Structure, ...]:
+    """Sizes, rows, centroids and lists as the launcher takes them."""
+    clusters, features = len(centroids.values) // groups, centroids.values.shape[1]
+    return (
+        AssignSizes(groups, n, clusters, features, shares),
+        AssignRows(pointer(rows.values), rows.values.stride(0), pointer(rows.scale), pointer(rows.radius)),
+        AssignCentroids(*map(pointer, (centroids.values, centroids.bias, centroids.slope, centroids.slack))),
+        AssignLists(*map(pointer, (lists.bounds, lists.ids, lists.reach))),
+    )
+
+
+def poison(lists: Lists) -> None:
+    """NaN, and ids that do not exist."""
+    lists.bounds.fill_(torch.nan)
+    lists.ids.fill_(-7)
+    if lists.reach is not None:
+        lists.reach.fill_(torch.nan)
+
+
+def launch_arguments(library: ctypes.CDLL, *call) -> ctypes.Array:
+    """The kernel's argument, as bytes, for the arguments of `structures`."""
+    argument = ctypes.create_string_buffer(1024)
+    parts = map(ctypes.byref, structures(*call))
+    assert library.host_assign_call(*parts, argument, len(argument)) > 0, "it has become larger than its buffer"
+    return argument
+
+
 @dataclass(frozen=True)
 class HostBackend:
     """The interface of the other backends of kmeans_assign, on emulated blocks of an architecture.
@@ -79,25 +108,12 @@ class HostBackend:
         return candidates.kmeans_assign(x, centroids, exact, return_distance, self.scores)
 
     def scores(self, rows: Rows, centroids: Centroids, groups: int, n: int, shares: int, lists: Lists) -> None:
-        """Fill the lists, which start as NaN and as ids that do not exist."""
+        """Fill the lists, all of whose elements must be written."""
         assert rows.values.dtype == centroids.values.dtype == torch.float16
-        lists.bounds.fill_(torch.nan)
-        lists.ids.fill_(-7)
-        if lists.reach is not None:
-            lists.reach.fill_(torch.nan)
-        clusters, features = len(centroids.values) // groups, centroids.values.shape[1]
-        status = self.library.host_assign_scores(
-            ctypes.byref(AssignSizes(groups, n, clusters, features, shares)),
-            ctypes.byref(
-                AssignRows(pointer(rows.values), rows.values.stride(0), pointer(rows.scale), pointer(rows.radius))
-            ),
-            ctypes.byref(
-                AssignCentroids(*map(pointer, (centroids.values, centroids.bias, centroids.slope, centroids.slack)))
-            ),
-            lists.reach is not None,
-            ctypes.byref(AssignLists(*map(pointer, (lists.bounds, lists.ids, lists.reach)))),
-            self.architecture, self.descending, self.coarse,
-        )  # fmt: skip
+        poison(lists)
+        sizes, *parts = map(ctypes.byref, structures(rows, centroids, groups, n, shares, lists))
+        order = self.architecture, self.descending, self.coarse
+        status = self.library.host_assign_scores(sizes, *parts[:2], lists.reach is not None, parts[2], *order)
         assert status == 0, self.library.host_explain_assign(status).decode()
         assert not lists.bounds.isnan().any() and (lists.ids >= -1).all(), "a slot was not written"
         assert lists.reach is None or not lists.reach.isnan().any(), "a reach was not written"

@@ -13,6 +13,16 @@ extern "C" int host_assign_scores(
 }
 #endif
 
+// What a launch passes to its kernel, as bytes; returns how many, -1 if there are more than `most`.
+extern "C" int host_assign_call(
+    const AssignSizes* sizes, const AssignRows* rows, const AssignCentroids* centroids, const AssignLists* lists,
+    void* bytes, int most) {
+  const AssignCall call = call_of(*sizes, *rows, *centroids, *lists);
+  if (static_cast<int>(sizeof call) > most) return -1;
+  std::memcpy(bytes, &call, sizeof call);
+  return sizeof call;
+}
+
 extern "C" const char* host_explain_assign(int status) { return explain(static_cast<AssignStatus>(status)); }
 
 extern "C" int host_assign_shared_bytes() { return assign_bytes<short>(); }
