@@ -304,9 +304,9 @@ def test_exact_on_the_worst_tensor_cores(use, dtype: torch.dtype) -> None:
 )
 def test_bounds_hold_on_the_worst_tensor_cores(use, dtype: torch.dtype, spread: float | None) -> None:
     """l_k <= P^2 S_k <= h_k of bound.py, with as many centroids as the lists hold, so that all bounds can be read."""
-    if spread is None:  # no operand is rounded, so that the sum of products is all that the bound covers
-        half = randn(6, 256, seed=1).half().float()
-        x, centroids = relu(40, 256).to(dtype), torch.cat([half, -half])
+    if spread is None:  # no operand is rounded, so that the sum of products, long and of one sign, is all that is off
+        half = (1 + 0.3 * relu(6, 1024, seed=1)).half().float()
+        x, centroids = (1 + 0.3 * relu(40, 1024)).to(dtype), torch.cat([half, -half])
     else:
         x, centroids = (relu(40, 256) * spread + 1).to(dtype), relu(12, 256, seed=1) * spread + 1
     direct = candidates.is_direct(x[None], True, candidates.CONFIG)
