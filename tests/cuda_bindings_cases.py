@@ -14,6 +14,7 @@ import torch
 from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from test_ops import outputs_and_gradients, with_inputs
 
+from mapet_kernels.kmeans_assign import op as kmeans
 from mapet_kernels.permuted_embed import op as embed
 from mapet_kernels.registry import REGISTRY, OpSpec
 from mapet_kernels.two_stream_attention import op as attention
@@ -35,6 +36,20 @@ def check(spec: OpSpec, dtype: torch.dtype) -> None:
         for name, gradient in gradients.items():
             parts = gradient, plain_gradients[name], exact_gradients[name]
             assert_within_budget(*parts, factor=GRADIENT_FACTOR, what=f"gradient of {name}")
+    print(f"{spec.name} {dtype} is right")
+
+
+def check_assignment(dtype: torch.dtype) -> None:
+    """Ids and distances of every shape against float64; the fast mode near them."""
+    spec = REGISTRY["kmeans_assign"]
+    for shape in spec.shapes.values():
+        case = spec.make_case(shape, dtype)
+        ids, distances = spec.plain(**{name: x.double() for name, x in case.inputs.items()}, **case.options)
+        actual = spec.function(**case.inputs, **case.options)
+        assert torch.equal(actual[0], ids)
+        torch.testing.assert_close(actual[1].double(), distances, rtol=2.0**-22, atol=0)
+        _, fast = spec.function(**case.inputs, **case.options, exact=False)
+        assert torch.all(fast <= 1.05 * distances)
     print(f"{spec.name} {dtype} is right")
 
 
@@ -67,15 +82,45 @@ def refusals() -> None:
     refused(ops.cuda_assemble_position_gradient, buffer, perm, position, position.double(), 5, 2, True, True)
 
 
+def assignment_refusals() -> None:
+    """The same for the operator of kmeans_assign: 2 groups of 5 rows and 128 centroids of 32 features, one share."""
+    tensor, half = torch.zeros, torch.float16
+    rows, centroids, scale, bias = tensor(10, 32, dtype=half), tensor(256, 32, dtype=half), tensor(10), tensor(256)
+    bounds, ids, reach = tensor(4, 3, 10), tensor(4, 3, 10, dtype=torch.int32), tensor(4, 10)
+    right = {
+        "rows": rows, "scale": scale, "radius": scale, "centroids": centroids, "bias": bias, "slope": bias,
+        "slack": bias, "bounds": bounds, "ids": ids, "reach": reach, "groups": 2, "n": 5, "shares": 1,
+    }  # fmt: skip
+    for wrong in (
+        {"rows": rows.float()},
+        {"rows": rows.T.contiguous().T},
+        {"rows": rows[0]},
+        {"rows": tensor(10, 36, dtype=half)[:, :32]},
+        {"centroids": centroids[:, :16]},
+        {"centroids": tensor(200, 32, dtype=half), "bias": bias[:200], "slope": bias[:200], "slack": bias[:200]},
+        {"scale": scale[:9]},
+        {"slope": None},
+        {"bounds": bounds[:, :1]},
+        {"ids": ids.long()},
+        {"groups": 3},
+        {"shares": 2},
+    ):
+        refused(torch.ops.mapet_kernels.cuda_assign_scores, *(right | wrong).values())
+
+
 def main(library: str) -> None:
     """All cases."""
     torch.ops.load_library(library)
     sys.modules["mapet_kernels._C"] = ModuleType("mapet_kernels._C")
-    embed.choose_listed_backend = attention.choose_backend = lambda *_, **__: "cuda"
+    embed.choose_listed_backend = kmeans.choose_listed_backend = lambda *_, **__: "cuda"
+    attention.choose_backend = lambda *_, **__: "cuda"
     for dtype in (torch.float16, torch.float32, torch.float64):
         check(REGISTRY["permuted_embed"], dtype)
     check(REGISTRY["two_stream_attention"], torch.float16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        check_assignment(dtype)
     refusals()
+    assignment_refusals()
 
 
 if __name__ == "__main__":

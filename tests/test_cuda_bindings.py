@@ -28,7 +28,20 @@ ValueError: out must be [22, 6], got [9, 6]
 ValueError: need a cut in [1, N - 1] and cut or N content rows of an image, got N 5, cut 2 and 4 rows
 TypeError: pos_embed must be contiguous Float, got Half
 TypeError: content must be contiguous Float, got Float, not contiguous
-TypeError: d_masked must be contiguous Float, got Double"""
+TypeError: d_masked must be contiguous Float, got Double
+TypeError: rows must be Half, got Float
+ValueError: rows must have a last dimension of stride 1, got [1, 10]
+ValueError: rows and centroids must be (G n, D) and (G K, D), got [32] and [256, 32]
+ValueError: backend 'cuda' cannot assign [10, 32] to [256, 32]: operands must start at multiples of 16 bytes, and rows too
+ValueError: rows must be [10, 16], got [10, 32]
+ValueError: backend 'cuda' cannot assign [10, 32] to [200, 32]: centroids must be padded to multiples of 128 and \
+features to multiples of 32
+ValueError: scale must be [10], got [9]
+ValueError: the exact mode, with reach, needs radius, slope and slack
+ValueError: bounds must be [4, 3, 10], got [4, 1, 10]
+TypeError: ids must be contiguous Int, got Long
+ValueError: G and S must be positive, and K whole, got G 3, n 5, S 1 and G K 256
+ValueError: bounds must be [8, 3, 10], got [4, 3, 10]"""
 
 
 def run(*command: object, seconds: int = 300) -> str:
@@ -86,4 +99,6 @@ def test_operators_on_cpu_tensors(tmp_path: Path) -> None:
     for dtype in ("float16", "float32", "float64"):
         assert f"permuted_embed torch.{dtype} is right" in said
     assert "two_stream_attention torch.float16 is right" in said
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert f"kmeans_assign torch.{dtype} is right" in said
     assert said.endswith(REFUSALS), said
