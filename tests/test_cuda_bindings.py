@@ -32,7 +32,8 @@ TypeError: d_masked must be contiguous Float, got Double
 TypeError: rows must be Half, got Float
 ValueError: rows must have a last dimension of stride 1, got [1, 10]
 ValueError: rows and centroids must be (G n, D) and (G K, D), got [32] and [256, 32]
-ValueError: backend 'cuda' cannot assign [10, 32] to [256, 32]: operands must start at multiples of 16 bytes, and rows too
+ValueError: backend 'cuda' cannot assign [10, 32] to [256, 32]: operands must start at multiples of \
+16 bytes, and rows too
 ValueError: rows must be [10, 16], got [10, 32]
 ValueError: backend 'cuda' cannot assign [10, 32] to [200, 32]: centroids must be padded to multiples of 128 and \
 features to multiples of 32

@@ -6,6 +6,7 @@ Needs the kernels built on that machine: MAPET_BUILD_CUDA=1 pip install --no-bui
 from __future__ import annotations
 
 import ctypes
+from dataclasses import fields
 from pathlib import Path
 
 import cuda_tools
@@ -13,9 +14,20 @@ import pytest
 import torch
 from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from cuda_host import COMPILER, Device, compile_library, forward_call
+from kmeans_attacks import ATTACKS, cut_off_attack, relu
+from kmeans_host import HostBackend, launch_arguments, poison
+from kmeans_host import compile_library as compile_kmeans
+from test_cuda_kmeans import KERNELS as ASSIGN_KERNELS
+from test_cuda_kmeans import same_bits, scored, whole_numbers
+from test_kmeans import assert_float64_argmin
 from test_ops import outputs_and_gradients, with_inputs
 
-from mapet_kernels.backends import available_backends, reason_against_cuda
+from mapet_kernels import kmeans_assign
+from mapet_kernels.backends import available_backends, reason_against_cuda, reason_against_listed
+from mapet_kernels.kmeans_assign import candidates
+from mapet_kernels.kmeans_assign import op as kmeans_op
+from mapet_kernels.kmeans_assign.bound import Centroids, Rows, rows_of
+from mapet_kernels.kmeans_assign.candidates import Lists
 from mapet_kernels.permuted_embed.op import permuted_embed, permuted_patches_op
 from mapet_kernels.registry import REGISTRY, PermutedEmbedShape, TwoStreamShape
 from mapet_kernels.two_stream_attention import op
@@ -177,3 +189,125 @@ def test_embedding_beyond_2_to_the_31_elements() -> None:
 
     large = rows(batch, "cuda")
     assert large.numel() > 2**31 and torch.equal(large[-197:], rows(1, "reference"))
+
+
+ASSIGN = REGISTRY["kmeans_assign"]
+
+
+def skip_without_assignment_kernel() -> None:
+    if reason := reason_against_listed("cuda", "cuda"):
+        pytest.skip(f"backend cuda does not run here: {reason}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ASSIGN.shapes)
+def test_assignment_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    """Also in float32 and bfloat16, which attention's kernels refuse on V100."""
+    skip_without_assignment_kernel()
+    case = ASSIGN.make_case(ASSIGN.shapes[name], dtype, "cuda")
+    ids, distances = ASSIGN.plain(**{key: x.double() for key, x in case.inputs.items()}, **case.options)
+    actual = ASSIGN.function(**case.inputs, **case.options, backend="cuda")
+    assert torch.equal(actual[0], ids)
+    torch.testing.assert_close(actual[1].double(), distances, rtol=2.0**-22, atol=0)
+
+
+ALL_ATTACKS = ATTACKS | {
+    "cut off, float16": lambda: cut_off_attack(torch.float16),
+    "cut off, float32": lambda: cut_off_attack(torch.float32),
+}
+
+
+@pytest.mark.parametrize("attack", ALL_ATTACKS)
+def test_assignment_is_the_float64_argmin_under_attack(attack: str) -> None:
+    skip_without_assignment_kernel()
+    x, centroids = (values.to("cuda") for values in ALL_ATTACKS[attack]())
+    assert_float64_argmin(kmeans_assign(x, centroids, backend="cuda"), x, centroids)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+def test_assignment_repeats_bit_for_bit(exact: bool) -> None:
+    """All lists of the kernel, not only the ids made of them."""
+    skip_without_assignment_kernel()
+    x, centroids = relu(1, 4000, 256).to("cuda", torch.float16), relu(1, 8000, 256, seed=1).cuda()
+    prepared = candidates.prepare(centroids, x.dtype, True, candidates.CONFIG)
+    rows, shares, first = rows_of(x, prepared, True), 4, None
+    for _ in range(250):
+        lists = candidates.empty_lists(shares, 4000, exact, x.device)
+        poison(lists)
+        kmeans_op._backend("cuda")._scores(rows, prepared, 1, 4000, shares, lists)
+        first = first or lists
+        assert same_bits(first, lists)
+    assert not first.bounds.isnan().any()
+
+
+def test_assignment_beyond_2_to_the_31_elements() -> None:
+    """The rows of two problems that lie one after the other, read where they lie."""
+    skip_without_assignment_kernel()
+    if torch.cuda.get_device_properties(0).total_memory < 14e9:
+        pytest.skip("needs 14 GB")
+    some, centroids = relu(1000, 2048).to("cuda", torch.float16), relu(50, 2048, seed=1).cuda()
+    x = some.repeat(1200, 1).view(2, 600_000, 2048)
+    assert x.numel() > 2**31
+    ids = kmeans_assign(x, torch.stack([centroids, centroids]), backend="cuda")
+    expected = kmeans_assign(some, centroids, backend="reference")
+    assert torch.equal(ids.view(1200, 1000), expected.expand(1200, 1000))
+
+
+@pytest.fixture(scope="module")
+def assign_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler, for what the host passes to the kernel")
+    return compile_kmeans(tmp_path_factory.mktemp("kmeans_host"))
+
+
+@pytest.fixture(scope="module")
+def volta_scores(assign_library: ctypes.CDLL):
+    """Launches PTX for compute_70, from NVRTC 12, that the driver translates: the kernel as a V100 gets it."""
+    compiler = cuda_tools.Nvrtc12.find()
+    if isinstance(compiler, str):
+        pytest.skip(f"needs the CUDA 12 compiler: {compiler}")
+    _, ptx = compiler.compile(ASSIGN_KERNELS, "compute_70", header="kmeans_assign.cuh")
+    driver = Driver()
+    # Template arguments in the names: exact or not, copies ahead of the products or not.
+    functions = {
+        exact: driver.function(ptx, next(name for name in cuda_tools.entry_names(ptx) if f"Lb{exact:d}ELb0E" in name))
+        for exact in (True, False)
+    }
+
+    def scores(rows: Rows, centroids: Centroids, groups: int, n: int, shares: int, lists: Lists) -> None:
+        poison(lists)
+        call = launch_arguments(assign_library, rows, centroids, groups, n, shares, lists)
+        blocks = groups * -(-n // candidates.CONFIG.rows) * shares
+        shared = assign_library.host_assign_shared_bytes()
+        driver.launch(functions[lists.reach is not None], blocks, 32 * candidates.CONFIG.warps, shared, call)
+        torch.cuda.synchronize()
+
+    return scores
+
+
+@pytest.mark.parametrize("attack", ALL_ATTACKS)
+def test_voltas_assignment_is_the_float64_argmin(volta_scores, attack: str) -> None:
+    x, centroids = (values.to("cuda") for values in ALL_ATTACKS[attack]())
+    ids, _, _ = candidates.kmeans_assign(x, centroids, True, False, volta_scores)
+    assert_float64_argmin(ids, x, centroids)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@pytest.mark.parametrize("shares", [1, 3])
+def test_voltas_lists_are_those_of_the_emulation(volta_scores, assign_library, shares: int, exact: bool) -> None:
+    """Bit for bit, on numbers for which nothing is rounded."""
+    if not hasattr(assign_library, "host_assign_scores"):
+        pytest.skip("the C++ compiler has no _Float16")
+    operands = whole_numbers(groups=2, n=150, clusters=384, features=64)
+    expected = scored(HostBackend(assign_library), *operands, 2, shares, exact)
+    lists = candidates.empty_lists(shares, 300, exact, torch.device("cuda"))
+    volta_scores(*(on_gpu(part) for part in operands), 2, 150, shares, lists)
+    assert same_bits(on_cpu(lists), expected)
+
+
+def on_gpu(part: Rows | Centroids) -> Rows | Centroids:
+    return type(part)(*(getattr(part, field.name).cuda() for field in fields(part)))
+
+
+def on_cpu(lists: Lists) -> Lists:
+    return Lists(*(None if x is None else x.cpu() for x in (lists.bounds, lists.ids, lists.reach)))
