@@ -39,6 +39,7 @@ AssignCall call_of(
   return {sizes, rows, centroids, lists, static_cast<int>(row_tiles(sizes)), share_tiles};
 }
 
+#if defined(__CUDACC__) || defined(__FLT16_MAX__)  // some C++ compilers have no half precision
 template <class Kernel>
 AssignStatus launch(Kernel kernel, const AssignCall& call, int blocks, void* stream) {
   // Without asking the driver for more, a block may have 48 KB, which is what there is.
@@ -52,6 +53,7 @@ AssignStatus launch(Kernel kernel, const AssignCall& call, int blocks, void* str
   return AssignStatus::ok;
 #endif
 }
+#endif
 
 }  // namespace
 
@@ -65,6 +67,7 @@ const char* explain(AssignStatus status) {
   }
 }
 
+#if defined(__CUDACC__) || defined(__FLT16_MAX__)
 AssignStatus assign_scores(
     const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, bool exact,
     const AssignLists& lists, int architecture, void* stream) {
@@ -80,5 +83,6 @@ AssignStatus assign_scores(
   return exact ? launch(scores_kernel<Half, true, false>, call, count, stream)
                : launch(scores_kernel<Half, false, false>, call, count, stream);
 }
+#endif
 
 }  // namespace mapet
