@@ -29,7 +29,7 @@ CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class KMeansBenchmark:
-    """Sizes: every combination of features and clusters.
+    """Nearest centroids and a whole fit, beside peers: every combination of features and clusters.
 
     Attributes:
         rows: how many rows a call assigns.

@@ -24,8 +24,11 @@ SMALL = TrunkConfig(width=16, layers=(1, 1, 1, 1))
 
 @dataclass(frozen=True)
 class TokenizeBenchmark:
-    """Sizes of the measured run; 0 and None are 2048 images, RN50x64 at 448 pixels and 8192 entries on a GPU, and 96
-    images, a trunk of an eighth of the width at 128 pixels and 256 entries on a CPU."""
+    """Files to tokens by k-CLIP with random weights, by stage.
+
+    0 and None are 2048 images, RN50x64 at 448 pixels and 8192 entries on a GPU, and 96 images, a trunk of an eighth of
+    the width at 128 pixels and 256 entries on a CPU.
+    """
 
     device: str = "cpu"
     images: int = 0
