@@ -1,7 +1,7 @@
 """Measure, print, and keep a record in bench/results/.
 
-The suites are measured by `run`, which may be left out: python -m bench --suite step --model tiny --batch 8. Without any
-option all six run, small ones on a CPU. The other commands have options of their own.
+The suites are measured by `run`, which may be left out: python -m bench --suite step --model tiny --batch 8. Without
+any option all six run, small ones on a CPU. The other commands have options of their own.
 """
 
 from __future__ import annotations

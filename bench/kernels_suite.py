@@ -6,7 +6,7 @@ float64, outputs and gradients, with the table of tolerances, on as many images 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +21,12 @@ from bench.guard import Unavailable
 from bench.options import DTYPES
 from bench.roofline import Cost, costs
 from bench.timing import Clock, sample
-from mapet_kernels.backends import available_backends
+from mapet_kernels.backends import (
+    ATTENTION_BACKENDS,
+    available_backends,
+    choose_backend,
+    choose_listed_backend,
+)
 from mapet_kernels.registry import (
     REGISTRY,
     Case,
@@ -92,13 +97,21 @@ def sized_shapes(spec: OpSpec, sizes: options.Sizes, device: torch.device) -> di
 def contest(spec: OpSpec, label: str, shape: Any, dtype: str, device: torch.device) -> Contest:
     """An op's backends against plain torch; `shape` is the op's own."""
     backends = tuple(dict.fromkeys((*spec.backends, *spec.gpu_backends)))
+    base = own_choice(backends, device, DTYPES[dtype])
     phases = ("forward", "backward", "both") if spec.differentiable else ("forward",)
     said = " ".join(f"{value}" for key, value in asdict(shape).items() if not isinstance(value, bool | str))
     sizes = {"op": spec.name, "label": label, "shape": {key: value for key, value in asdict(shape).items()}}
     return Contest(
-        "kernels", f"{spec.name} {label} {dtype} ({said})", sizes, phases, (PLAIN, *backends), PLAIN, dtype,
+        "kernels", f"{spec.name} {label} {dtype} ({said})", sizes, phases, (*backends, PLAIN), base, dtype,
         partial(arena, spec, shape, DTYPES[dtype], device),
     )  # fmt: skip
+
+
+def own_choice(backends: Sequence[str], device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `auto` takes, whose time the others' is divided by."""
+    if set(ATTENTION_BACKENDS) <= set(backends):
+        return choose_backend("auto", device, dtype, backends)
+    return choose_listed_backend("auto", backends, device, dtype)
 
 
 @contextmanager
