@@ -158,7 +158,7 @@ def repeated(kinds: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def plain_numbers(*axes: Axis) -> None:
-    """Numbers of a logarithmic axis as people write them; those between the decades too where it spans less than two."""
+    """Numbers of a logarithmic axis as people write them; on a short axis those between the decades too."""
     for axis in axes:
         low, high = axis.get_view_interval()
         formatter = FuncFormatter(lambda value, _: f"{value:.10g}")
