@@ -120,7 +120,7 @@ def interleaved(
 
     Args:
         repeats: samples of each way; a slow one gets fewer, so that it takes about `budget` seconds.
-        deadline: when it has passed, no further repeat starts.
+        deadline: when it has passed, no further way is warmed up and no further repeat starts.
         guard: call -> (result, reason); the reason is why the call did not work, or None.
         sample: how a way is timed; the passes of a `TwoPasses` unless it is given.
 
@@ -131,6 +131,8 @@ def interleaved(
     reasons: dict[str, str] = {}
     wanted: dict[str, int] = {}
     for name, way in ways.items():
+        if deadline.passed():
+            break
         taken, reason = guard(partial(warmed_up, way, clock, budget, sample))
         if reason is not None:
             reasons[name] = reason
