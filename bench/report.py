@@ -16,7 +16,7 @@ from typing import Any
 from bench import ablation, records, report_plots
 from bench.pretrain import WANTED
 from bench.report_data import Collected, Entry, collect, noise, ratio
-from bench.report_plots import MIB, Point, Reader, Series
+from bench.report_plots import MIB, Point, Reader
 from mapet.report.markdown import table
 
 SHORT = {"batch": "batch", "image_size": "image", "patch_size": "patch"}
@@ -202,9 +202,16 @@ def tokens_section(collected: Collected, folder: Path) -> list[str]:
         return spread(row, "step", entry.contest["tokens"], 1 / entry.contest["batch"])
 
     def pair_point(entry: Entry, row: Mapping[str, Any]) -> Point | None:
-        if entry.contest["label"] not in ("target", "tokens"):
+        contest = entry.contest
+        if entry.suite == "attention":
+            swept_, tokens, size = contest["label"] in ("target", "tokens"), contest["tokens"], contest["size"]
+        else:
+            swept_ = contest["op"] == "two_stream_attention" and contest["label"] == "block"
+            tokens, size = contest["shape"].get("tokens"), contest["shape"].get("size")
+        if not swept_:
             return None
-        return spread(row, "both", entry.contest["tokens"], 1e6 / entry.contest["visible_pairs"])
+        pairs = contest["costs"]["forward"]["flop"] / (4 * size)  # a visible pair is two products of `size` terms
+        return spread(row, "both", tokens, 1e6 / pairs)
 
     lines = swept(
         collected.of("step"),
@@ -213,14 +220,11 @@ def tokens_section(collected: Collected, folder: Path) -> list[str]:
         ("step_tokens", "tokens, N", "ms per image"),
         same=("image_size", "batch"),
     )
-    more = swept(
-        collected.of("attention"),
-        folder,
-        pair_point,
-        ("attention_tokens", "tokens, N", "ns per visible pair"),
-        log_y=True,
-    )
-    return lines + ([""] if lines and more else []) + more
+    for suite in ("attention", "kernels"):
+        words_ = f"{suite}_tokens", "tokens, N", "ns per visible pair"
+        more = swept(collected.of(suite), folder, pair_point, words_, log_y=True)
+        lines += ([""] if lines and more else []) + more
+    return lines
 
 
 def image_section(collected: Collected, folder: Path) -> list[str]:
@@ -260,36 +264,27 @@ def swept(
     name, x, y = words
     lines: list[str] = []
     for device, group in by_device(entries).items():
-        series: Series = defaultdict(list)
-        rows = []
-        for entry in group:
+        found: dict[str, dict[float, tuple[Point, str]]] = defaultdict(dict)
+        for entry in sorted(group, key=lambda entry: entry.time):  # so that the newest is kept at each place
             for way, row in entry.timed.items():
-                found = point(entry, row)
-                if found is None:
-                    continue
-                fixed = [str(entry.contest[field]) for field in ("model", "dtype") if field in entry.contest]
-                fixed += [f"{SHORT[field]} {entry.contest[field]}" for field in same]
-                line = ", ".join([way.replace("_", " "), " ".join(fixed)])
-                series[line].append(found)
-                rows.append((line, f"{found[0]:g}", report_plots.number(found[2]), f"`{entry.record}`"))
-        kept = {line: newest(points) for line, points in series.items() if len({p[0] for p in points}) > 1}
-        if kept:
-            picture = folder / f"{name}_{slug(device)}.png"
-            report_plots.lines(picture, kept, device, x, y, log_y=log_y)
-            lines += [f"![{y} against {x} on {device}]({picture.name})", "", *table(
-                ("way", x, y, "record"), [row for row in sorted(rows, key=place) if row[0] in kept]
-            ), ""]  # fmt: skip
+                if (at := point(entry, row)) is not None:
+                    fixed = [str(entry.contest[field]) for field in ("model", "dtype") if field in entry.contest]
+                    fixed += [f"{SHORT[field]} {entry.contest[field]}" for field in same]
+                    line = ", ".join([way.replace("_", " "), " ".join(fixed)])
+                    found[line][at[0]] = at, entry.record
+        found = {line: dict(sorted(points.items())) for line, points in sorted(found.items()) if len(points) > 1}
+        if not found:
+            continue
+        picture = folder / f"{name}_{slug(device)}.png"
+        series = {line: [at for at, _ in points.values()] for line, points in found.items()}
+        report_plots.lines(picture, series, device, x, y, log_y=log_y)
+        rows = [
+            (line, f"{at[0]:g}", report_plots.number(at[2]), f"`{record}`")
+            for line, points in found.items()
+            for at, record in points.values()
+        ]
+        lines += [f"![{y} against {x} on {device}]({picture.name})", "", *table(("way", x, y, "record"), rows), ""]
     return lines[:-1]
-
-
-def place(row: Sequence[str]) -> tuple[str, float]:
-    """Order of a sweep's rows."""
-    return row[0], float(row[1])
-
-
-def newest(points: Iterable[Point]) -> list[Point]:
-    """One point for each place on x: the last."""
-    return list({point[0]: point for point in points}.values())
 
 
 def entry_table(entries: Sequence[Entry], phases: Sequence[str] = ()) -> list[str]:

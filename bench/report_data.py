@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,14 @@ def collect(folder: Path) -> Collected:
             key = entry.suite, entry.device, entry.name
             if key not in newest or newest[key].time <= entry.time:
                 newest[key] = entry
-    return Collected(sorted(newest.values(), key=lambda e: (e.suite, e.device, e.name)), left_out)
+    return Collected(sorted(newest.values(), key=order), left_out)
+
+
+def order(entry: Entry) -> tuple[Any, ...]:
+    """GPUs before CPUs; numbers in a name by size."""
+    parts = re.split(r"(\d+)", entry.name)
+    name = [(int(part), "") if part.isdigit() else (0, part) for part in parts]
+    return entry.suite, entry.device.startswith("CPU"), entry.device, name
 
 
 def read(path: Path) -> Iterator[Entry]:

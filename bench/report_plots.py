@@ -194,6 +194,5 @@ def style(axes: Axes, title: str, x: str, y: str | None, along: str = "both") ->
 
 
 Point = tuple[float, float, float, float]
-Series = dict[str, list[Point]]
 Reader = Callable[[Entry, Mapping[str, Any]], Point | None]
 """(entry, row of a way) -> a point of its line, or None."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bench.records import RESULTS
+from bench.records import RESULTS, device_state
 from mapet.data.images import open_source
 from mapet.data.subset import Subset
 from mapet.tokenize import fit_batches, tokenize
@@ -58,6 +58,7 @@ def run(options: TokenizeBenchmark) -> dict[str, Any]:
     assignment has as few near ties as a fitted one.
     """
     on_gpu = options.device != "cpu"
+    before = device_state(torch.device(options.device))
     trunk = TrunkConfig() if on_gpu else SMALL
     grid, images = options.grid or (14 if on_gpu else 4), options.images or (2048 if on_gpu else 96)
     vocabulary = options.vocabulary or (8192 if on_gpu else 256)
@@ -82,7 +83,8 @@ def run(options: TokenizeBenchmark) -> dict[str, Any]:
         "images_per_second": round(used.images_per_second, 2), "seconds": round(used.seconds, 3),
         "waited_seconds": {name: round(seconds, 3) for name, seconds in used.waited.items()},
         "shares": {name: round(share, 4) for name, share in used.shares().items()},
-        "bottleneck": used.bottleneck,
+        "bottleneck": used.bottleneck, "measured_on": torch.device(options.device).type,
+        "state_before": before, "state_after": device_state(torch.device(options.device)),
     }  # fmt: skip
 
 

@@ -44,16 +44,17 @@ def step(batch: int = 8, *, image: int = 224, patch: int = 16, median: float = 1
     }  # fmt: skip
 
 
-def kernel(op: str, way: str) -> dict:
-    cost = {"flop": 1e9, "bytes": 10**7}
-    phases = ("forward", "backward")
+def kernel(op: str, way: str, tokens: int = 197) -> dict:
+    cost = {"flop": 4 * 64 * 1e6, "bytes": 10**7}
+    phases = ("forward", "backward", "both")
     made = {
         "status": "timed", "timings": {phase: timing(20.0) for phase in phases},
         "tflop_per_s": dict.fromkeys(phases, 0.05), "roofline_fraction": dict.fromkeys(phases, 0.5),
     }  # fmt: skip
     return {
-        "name": f"{op} block fp32 (197)", "op": op, "dtype": "fp32", "phases": list(phases), "base": way,
-        "costs": dict.fromkeys(phases, cost), "ways": {way: made, "plain_torch": made},
+        "name": f"{op} block fp32 ({tokens})", "op": op, "label": "block", "shape": {"tokens": tokens, "size": 64},
+        "dtype": "fp32", "phases": list(phases), "base": way, "costs": dict.fromkeys(phases, cost),
+        "ways": {way: made, "plain_torch": made},
     }  # fmt: skip
 
 
@@ -67,9 +68,12 @@ def made(tmp_path: Path) -> Path:
     """A folder with a record of every suite."""
     sweep = [step(b) for b in (2, 8)] + [step(image=112), step(patch=32)]
     keep(tmp_path, "step_new", "step", sweep)
-    keep(
-        tmp_path, "kernels", "kernels", [kernel("permuted_embed", "reference"), kernel("two_stream_attention", "sdpa")]
+    ops = (
+        ("permuted_embed", "reference", 197),
+        ("two_stream_attention", "sdpa", 197),
+        ("two_stream_attention", "sdpa", 50),
     )
+    keep(tmp_path, "kernels", "kernels", [kernel(*op) for op in ops])
     loading = {**step(), "name": "loader alone", "phases": ["batch"], "ways": {"ours": row(10.0, "batch", images=256)}}
     keep(tmp_path, "pretrain", "pretrain", [step(), loading])
     switches = {
@@ -113,7 +117,8 @@ def test_every_section_has_its_figures_and_their_files(made: Path) -> None:
     )
     assert "(another task: timm's plain ViT)" in section(text, "Peers")
     assert "| ours, tiny fp32 image 224 patch 16 | 8 | 80 |" in section(text, "Memory against the micro-batch")
-    assert "| official, tiny fp32 image 224 batch 8 | 50 | 25 |" in section(text, "Scaling with the number of tokens")
+    tokens = section(text, "Scaling with the number of tokens")
+    assert "| official, tiny fp32 image 224 batch 8 | 50 | 25 |" in tokens and "| sdpa, fp32 | 50 | 20 |" in tokens
     assert "| ours, tiny fp32 patch 16 batch 8 | 112 | 12.5 |" in section(text, "Scaling with the size of images")
     assert "| D 64 K 256 | `exact` | assign | 5 |" in section(text, "k-means")
     assert section(text, "Tokenising").strip() == "No record yet: `python -m bench run --suite tokenize`."
@@ -122,7 +127,7 @@ def test_every_section_has_its_figures_and_their_files(made: Path) -> None:
 def test_every_picture_is_there_and_shows_something(made: Path) -> None:
     text = page(made)
     named = {part.split(")")[0] for part in text.split("](")[1:]}
-    assert named == {path.name for path in (made / "page").glob("*.png")} and len(named) == 8
+    assert named == {path.name for path in (made / "page").glob("*.png")} and len(named) == 9
     for name in named:
         assert imread(made / "page" / name)[..., :3].std() > 0.03, name
 
