@@ -231,7 +231,9 @@ class Learner:
         """What the objective is told of dropped branches."""
         if not self.config.model.drop_path:
             return None
-        return self.objective.kept(plan.keep, self.world.device) if self.skips else plan.keep.to(self.world.device)
+        if self.skips:
+            return self.objective.kept(plan.keep, self.world.device)
+        return plan.keep.to(self.world.device, non_blocking=True)
 
     def _halve_micro_batch(self) -> None:
         """Take smaller micro-batches from now on; OutOfMemory where they cannot be smaller."""
