@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench-gpu bench-gpu-sweep bench-gpu-tokens lint clean
+.PHONY: demo test test-gpu bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
@@ -52,6 +52,15 @@ bench-gpu-sweep:
 	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --batch 32 --patch-size 32 16 14 8 --no-compile || status=1; \
 	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --batch 32 --image-size 112 224 320 448 --no-compile || status=1; \
 	exit $$status
+
+# The step of a V100, rehearsed on the GPU at hand: the kernels in CUDA C++ as PTX for sm_75, the oldest that CUDA 13
+# knows, which the driver translates; fp16; 16 GiB. With nvcc of CUDA 12: VOLTA_ARCH=7.0+PTX.
+VOLTA_ARCH ?= 7.5+PTX
+bench-gpu-volta:
+	MAPET_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$(VOLTA_ARCH) $(GPU_PYTHON) -m pip install --quiet --no-deps \
+		--no-build-isolation --target build/volta --upgrade .
+	mkdir -p $(RESULTS); PYTHONPATH=build/volta $(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --backend cuda \
+		--model base small tiny --dtype fp16 --batch 128 --gpu-memory 16GiB --no-compile --time-limit 240
 
 # The tokens' side: k-means beside its peers, then tokenizing with the network of k-CLIP.
 bench-gpu-tokens:

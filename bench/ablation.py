@@ -90,7 +90,7 @@ def run(made: Ablation) -> Path:
     device = options.chosen_device(made.device)
     same = Options(
         ("step",), (made.model,), (made.batch,) if made.batch else (), (made.dtype,), str(device), (made.image_size,),
-        (made.patch_size,), made.cut, made.compile, made.gpu_memory, made.jitter, made.workers, 0, made.repeats,
+        (made.patch_size,), made.cut, made.compile, "auto", made.gpu_memory, made.jitter, made.workers, 0, made.repeats,
         made.seconds, made.time_limit, made.output,
     )  # fmt: skip
     options.check(same, device)

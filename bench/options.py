@@ -38,6 +38,7 @@ class Options:
         patch_size: side of a patch in pixels.
         cut: tokens that are not predicted, of 197; other lengths get the same share.
         compile: measure the compiled step as well, which takes a minute or more to compile.
+        backend: attention backend of our ways of the step and of pre-training, such as cuda.
         gpu_memory: cap on the memory of each way of the step, such as 16GiB; a way whose batch does not fit takes it in
             micro-batches.
         jitter: colour jitter of the step and of pre-training, for all ways alike.
@@ -58,6 +59,7 @@ class Options:
     patch_size: tuple[int, ...] = (16,)
     cut: int = PAPER_CUT
     compile: bool = True
+    backend: str = "auto"
     gpu_memory: str = ""
     jitter: float = 0.4
     workers: int = 2

@@ -66,7 +66,7 @@ def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
     """For each combination of sizes, pre-training; for each image size, the loaders alone."""
     found = {}
     for sizes in options.combinations(chosen, device):
-        setting = step.Setting(sizes, device, chosen.jitter, compile=False)
+        setting = step.Setting(sizes, device, chosen.jitter, compile=False, backend=chosen.backend)
         images = max(chosen.images or (4096 if device.type == "cuda" else 1024), 2 * sizes.batch)
         for made in (training(setting, chosen.workers, images), loading(setting, chosen.workers, images)):
             found[made.name] = made

@@ -35,6 +35,7 @@ from mapet.optim import clip_gradients, make_optimizer
 from mapet.rng import seed_global_generators
 from mapet.schedule import StepPlan
 from mapet.units import parse_bytes
+from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
 """Largest difference of losses (nats), and relative difference of gradient norms; of gradients, ten times as much."""
@@ -68,6 +69,7 @@ class Setting:
     jitter: float = 0.4
     memory: str = ""
     compile: bool = True
+    backend: str = "auto"
 
     @cached_property
     def config(self) -> RunConfig:
@@ -80,6 +82,7 @@ class Setting:
             train=TrainConfig(
                 precision=self.sizes.dtype,
                 device=str(self.device),
+                backend=self.backend,
                 gpu_memory=self.memory,
                 auto_batch=bool(self.memory),
             ),
@@ -104,7 +107,7 @@ class Setting:
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
     """One for each combination of sizes."""
     return [
-        contest(Setting(sizes, device, chosen.jitter, chosen.gpu_memory, chosen.compile))
+        contest(Setting(sizes, device, chosen.jitter, chosen.gpu_memory, chosen.compile, chosen.backend))
         for sizes in options.combinations(chosen, device)
     ]
 
@@ -113,9 +116,13 @@ def contest(setting: Setting) -> Contest:
     """Ours against the official way."""
     ways = ("ours", *(("ours_compiled",) if setting.compile else ()), "official", "official_with_masks")
     cap = f" {setting.memory} cap" if setting.memory else ""
-    sizes = setting.sizes.record() | {"jitter": setting.jitter, "gpu_memory": setting.memory}
+    backend = f" {setting.backend} attention" if setting.backend != "auto" else ""
+    size, dtype = setting.sizes.model.head_size, options.DTYPES[setting.sizes.dtype]
+    taken = choose_backend(setting.backend, setting.device, dtype, TWO_STREAM_BACKENDS, size)
+    sizes = setting.sizes.record() | {"jitter": setting.jitter, "gpu_memory": setting.memory, "backend": taken}
     return Contest(
-        "step", setting.sizes.name + cap, sizes, ("step",), ways, "ours", setting.sizes.dtype, partial(arena, setting)
+        "step", setting.sizes.name + backend + cap, sizes, ("step",), ways, "ours", setting.sizes.dtype,
+        partial(arena, setting),
     )  # fmt: skip
 
 

@@ -155,6 +155,14 @@ def test_names_tell_sizes_apart() -> None:
     assert sizes.cut == round(60 * 197 / 197) and sizes.name == "tiny bf16 batch 8 112/8 px cut 60"
 
 
+def test_the_attention_of_our_step_can_be_chosen() -> None:
+    made = step.contests(Options(**SMALL, backend="reference"), CPU)
+    assert made[0].name.endswith(" reference attention") and made[0].sizes["backend"] == "reference"
+    assert step.contests(Options(**SMALL), CPU)[0].sizes["backend"] == "sdpa"
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run here"):
+        step.contests(Options(**SMALL | {"backend": "cuda"}), CPU)
+
+
 def test_the_step_is_measured_against_the_official_way(tmp_path: Path) -> None:
     record = small("step", tmp_path, jitter=0.4)
     assert record["suite"] == "step" and record["measured_on"] == "cpu" and record["device"] == records.cpu_name()
