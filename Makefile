@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench-gpu bench-gpu-tokens lint clean
+.PHONY: demo test test-gpu bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
@@ -30,13 +30,37 @@ test-gpu:
 	spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null); \
 	OMP_NUM_THREADS=2 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m gpu -rs $$spread
 
-# The attention suite stops by itself; what it has by then is its record. A suite that fails does not stop the next.
+# Four parts in 590 s at most. Each stops by itself at its own limit, and what it has by then is its record; `timeout`
+# sends SIGTERM, which keeps the record too, to a part that hangs. One that fails does not stop the next.
+BENCH_GPU = --device cuda --output $(RESULTS)
 bench-gpu:
+	mkdir -p $(RESULTS); status=0; \
+	timeout -k 5 150 $(GPU_PYTHON) -m bench attention $(BENCH_GPU) --preset quick --time-limit 125 || status=1; \
+	timeout -k 5 210 $(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --model base small tiny --dtype bf16 fp16 \
+		--batch 128 --gpu-memory 16GiB --no-compile --time-limit 185 || status=1; \
+	timeout -k 5 145 $(GPU_PYTHON) -m bench ablation $(BENCH_GPU) --model tiny --dtype bf16 --batch 128 \
+		--time-limit 120 || status=1; \
+	timeout -k 5 65 $(GPU_PYTHON) profiling/step_roofline.py --workload.device cuda --workload.model base \
+		--workload.batch 64 --workload.precision bf16 > $(RESULTS)/step_roofline_$$(date -u +%Y%m%dT%H%M%S).md || status=1; \
+	exit $$status
+
+# Every suite on a GPU, sizes swept: throughput, pre-training with its data, memory, scaling. About 25 minutes.
+bench-gpu-sweep:
 	status=0; \
-	$(GPU_PYTHON) -m bench attention --device cuda --time-limit 360 --output $(RESULTS) || status=1; \
-	for dtype in bf16 fp32; do \
-		$(GPU_PYTHON) -m bench step --device cuda --batch 128 --dtype $$dtype --output $(RESULTS) || status=1; \
-	done; exit $$status
+	$(GPU_PYTHON) -m bench run --suite kernels peers pretrain $(BENCH_GPU) --workers 12 || status=1; \
+	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --model base --batch 16 32 64 96 128 --no-compile || status=1; \
+	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --batch 32 --patch-size 32 16 14 8 --no-compile || status=1; \
+	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --batch 32 --image-size 112 224 320 448 --no-compile || status=1; \
+	exit $$status
+
+# The step of a V100, rehearsed on the GPU at hand: the kernels in CUDA C++ as PTX for sm_75, the oldest that CUDA 13
+# knows, which the driver translates; fp16; 16 GiB. With nvcc of CUDA 12: VOLTA_ARCH=7.0+PTX.
+VOLTA_ARCH ?= 7.5+PTX
+bench-gpu-volta:
+	MAPET_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$(VOLTA_ARCH) $(GPU_PYTHON) -m pip install --quiet --no-deps \
+		--no-build-isolation --target build/volta --upgrade .
+	mkdir -p $(RESULTS); PYTHONPATH=build/volta $(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --backend cuda \
+		--model base small tiny --dtype fp16 --batch 128 --gpu-memory 16GiB --no-compile --time-limit 240
 
 # The tokens' side: k-means beside its peers, then tokenizing with the network of k-CLIP.
 bench-gpu-tokens:

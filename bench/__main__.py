@@ -1,10 +1,15 @@
-"""python -m bench attention: measure, print, and keep a record in bench/results/."""
+"""Measure, print, and keep a record in bench/results/.
+
+The suites are measured by `run`, which may be left out: python -m bench --suite step --model tiny --batch 8. Without
+any option all six run, small ones on a CPU. The other commands have options of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 try:
@@ -16,6 +21,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from bench import (
+    ablation,
     aot,
     aot_kmeans,
     attention,
@@ -26,17 +32,19 @@ from bench import (
     plot,
     random_shapes,
     records,
-    step,
+    report,
+    suites,
     tokenize_suite,
     tune,
 )
+from bench.options import Options
 
 
-def run_step(options: step.StepBenchmark) -> None:
-    """Measure, print and record the training step."""
-    results = step.run(options)
-    path = records.write("step", f"{options.model}_{options.dtype}_{options.device}", results, options.output)
-    print(f"{json.dumps(results, indent=1)}\nrecord: {path}")
+@dataclass(frozen=True)
+class StepOptions(Options):
+    """The same for the suite step alone."""
+
+    suite: tyro.conf.Suppress[tuple[str, ...]] = ("step",)
 
 
 def run_aot(options: aot.AotReport) -> None:
@@ -66,9 +74,12 @@ def run_tokenize(options: tokenize_suite.TokenizeBenchmark) -> None:
     print(f"{json.dumps(results, indent=1)}\nrecord: {path}")
 
 
-SUITES: dict[str, tuple[type, Callable[[Any], object]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "run": (Options, suites.run),
+    "step": (StepOptions, suites.run),
+    "ablation": (ablation.Ablation, ablation.run),
+    "report": (report.Report, report.run),
     "attention": (attention.AttentionBenchmark, attention.run),
-    "step": (step.StepBenchmark, run_step),
     "kmeans": (kmeans.KMeansBenchmark, kmeans.KMeansBenchmark.run),
     "kmeans-fit": (kmeans_fit.KMeansFitBenchmark, run_kmeans_fit),
     "tokenize": (tokenize_suite.TokenizeBenchmark, run_tokenize),
@@ -83,17 +94,26 @@ SUITES: dict[str, tuple[type, Callable[[Any], object]]] = {
 """Name -> (options, what runs them)."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = tyro.extras.subcommand_cli_from_dict(
-        {name: kind for name, (kind, _) in SUITES.items()},
+        {name: kind for name, (kind, _) in COMMANDS.items()},
         description=__doc__,
         config=(tyro.conf.PositionalRequiredArgs,),
+        args=with_command(arguments),
     )
-    run = next(run for kind, run in SUITES.values() if type(options) is kind)
+    run = next(run for kind, run in COMMANDS.values() if type(options) is kind)
     try:
         run(options)
     except ValueError as error:
         sys.exit(f"python -m bench: error: {error}")
+
+
+def with_command(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `run` in front where they name no command; help is that of all commands."""
+    if arguments and (arguments[0] in ("-h", "--help") or not arguments[0].startswith("-")):
+        return list(arguments)
+    return ["run", *arguments]
 
 
 if __name__ == "__main__":

@@ -6,29 +6,26 @@ way is checked against float64 before it is timed; one that errs, fails or is mi
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
-from bench import gpu, plot, records, roofline, timing
+from bench import plot, records, roofline, timing
 from bench.attention_ways import (
     FLEX_SETTINGS,
     IMAGE_ORDER,
     OURS,
-    Unavailable,
     Way,
     builders,
     own_backends,
     random_operands,
 )
 from bench.equal_results import yardstick
+from bench.guard import Failure, guarded, sigterm_interrupts
+from bench.records import device_state
 from mapet_kernels.registry import TwoStreamShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,7 +40,7 @@ AUTOTUNE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class AttentionBenchmark:
-    """What to measure. On a GPU the defaults take up to 7 minutes.
+    """Two-stream attention beside its peers over lengths, cuts and heads. On a GPU up to 7 minutes by default.
 
     Attributes:
         preset: "quick": the target shape, tokens left in image order, the shortest and the longest sequence; "targets":
@@ -85,13 +82,6 @@ class Configuration:
     shape: TwoStreamShape
     dtype: str
     ways: Literal["all", "sweep", "order", "autotuned"] = "sweep"
-
-
-class Failure(NamedTuple):
-    """Why a way was not measured. status: "unavailable", "failed", "wrong" (results) or "not run" (time limit)."""
-
-    status: str
-    reason: str
 
 
 @dataclass
@@ -212,7 +202,7 @@ def way_names(configuration: Configuration, flex: str) -> list[str]:
     if configuration.ways == "sweep":
         return [*own, "sdpa_mask", flex, "official"]
     settings = [name for name, setting in FLEX_SETTINGS.items() if not setting.autotune]
-    return [*own, "sdpa_mask", *settings, "official", "official_with_masks"]
+    return [*own, "sdpa_mask", "xformers_bias", *settings, "official", "official_with_masks"]
 
 
 def measure(configuration: Configuration, measurement: Measurement) -> dict[str, Any]:
@@ -287,25 +277,6 @@ def prepare(
     return ways, rows
 
 
-def guarded(call: Callable[[], Any]) -> tuple[Any, Failure | None]:
-    """What the call returned, or why it did not: a way that breaks must not end the run."""
-    try:
-        return call(), None
-    except Unavailable as error:
-        return None, Failure("unavailable", str(error))
-    except Exception as error:
-        failure = Failure("failed", f"{type(error).__name__}: {first_line(error)}")
-    gc.collect()  # the traceback held tensors
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None, failure
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, at most 300 characters."""
-    return next(iter(str(error).strip().splitlines()), "")[:300]
-
-
 def memory(way: Way, device: torch.device) -> dict[str, int] | None:
     """Bytes beyond the inputs on a GPU: peaks of both passes, and what the forward pass keeps besides its outputs."""
     if device.type != "cuda":
@@ -362,13 +333,6 @@ def summary(measurement: Measurement, before: dict[str, Any], stopped: str | Non
     }
 
 
-def device_state(device: torch.device) -> dict[str, Any]:
-    """What is measured on: the GPU with clocks and temperature, or the CPU and how busy its machine is."""
-    if device.type == "cpu":
-        return {"name": f"CPU, {records.cpu_name()}, threads: {torch.get_num_threads()}", "load": os.getloadavg()}
-    return {**gpu.describe(device), "sensors": gpu.sensors(device)}
-
-
 def report(result: Mapping[str, Any]) -> None:
     """Print a configuration, a line for each way."""
     print(
@@ -386,17 +350,3 @@ def report(result: Mapping[str, Any]) -> None:
             for phase in timing.PHASES
         )
         print(f"  {name:28} {'   '.join(phases)}", flush=True)
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -6,6 +6,7 @@ peers would need to bring their output back into rows for the next projection is
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from bench.guard import Unavailable
 from bench.official_way import batch_masks
 from mapet_kernels import two_stream_attention, two_stream_attention_packed
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, available_backends
@@ -24,10 +26,6 @@ from mapet_kernels.visibility import flex_mask_mod, two_stream_shifts, two_strea
 
 OURS = "ours_"
 IMAGE_ORDER = "_image_order"
-
-
-class Unavailable(RuntimeError):
-    """A way that this machine does not have; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +199,39 @@ def sdpa_mask(operands: Operands) -> Way:
     return Way(_heads_first(operands), attend, upstream, _collect_heads_first)
 
 
+def xformers_bias(operands: Operands) -> Way:
+    """xformers' memory_efficient_attention, a call for each stream, with one dense additive bias for all images."""
+    if importlib.util.find_spec("xformers") is None:
+        raise Unavailable("the package xformers is not installed")
+    if operands.k.device.type != "cuda":
+        raise Unavailable("xformers needs a CUDA device")
+    from xformers.ops import memory_efficient_attention
+
+    shape, dtype = operands.shape, operands.k.dtype
+    masks = two_stream_visibility(shape.tokens, shape.cuts, device=operands.k.device)
+    biases = [_padded_bias(mask, dtype).expand(shape.batch, shape.heads, -1, -1) for mask in masks]
+
+    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        content, query = (bias[..., : k.shape[1]] for bias in biases)
+        return (
+            memory_efficient_attention(q_content, k, v, attn_bias=content),
+            memory_efficient_attention(q_query, k, v, attn_bias=query),
+        )
+
+    leaves = tuple(map(_leaf, (operands.q_content, operands.q_query, operands.k, operands.v)))
+    return Way(
+        leaves, attend, (operands.d_content, operands.d_query), lambda outputs, gradients: (*outputs, *gradients)
+    )
+
+
+def _padded_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible and -inf elsewhere, rows padded to a multiple of 8 elements: xformers asks for aligned rows."""
+    rows, keys = visible.shape
+    bias = torch.full((rows, -(-keys // 8) * 8), float("-inf"), dtype=dtype, device=visible.device)
+    bias[:, :keys].masked_fill_(visible, 0.0)
+    return bias
+
+
 @dataclass(frozen=True)
 class FlexSetting:
     """How FlexAttention is called: sparse block size, both streams in one call or not, and how it is compiled."""
@@ -328,6 +359,7 @@ def builders() -> dict[str, Callable[[Operands], Way]]:
         **{f"{OURS}{name}_unpacked": partial(ours_unpacked, name, image_order=False) for name in own},
         **{f"{OURS}{name}{IMAGE_ORDER}": partial(ours_unpacked, name, image_order=True) for name in own},
         "sdpa_mask": sdpa_mask,
+        "xformers_bias": xformers_bias,
         **{name: partial(flex, setting) for name, setting in FLEX_SETTINGS.items()},
         "official": partial(official, with_masks=False),
         "official_with_masks": partial(official, with_masks=True),

@@ -12,14 +12,14 @@ from typing import Any
 import tyro
 
 QUANTILES = ("p20_ms", "p50_ms", "p80_ms")
-NAMING = ("label", "tokens", "cuts", "heads", "dtype", "features", "clusters")
+NAMING = ("name", "label", "tokens", "cuts", "heads", "dtype", "features", "clusters")
 """Fields that tell one entry of a list from another."""
 SAME_MACHINE = ("suite", "device", "threads")
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Two records of one suite.
+    """What became slower or faster between two records of one suite.
 
     Attributes:
         least: relative change that counts, where the ranges from p20 to p80 do not overlap either.

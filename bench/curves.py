@@ -1,5 +1,8 @@
 """python -m bench curves: do fp32, bf16 and fp16 learn alike? Loss curves of the demo's run in each, on equal batches.
 
+Where torchao is installed there is a curve of fp8 too (bf16 with speed.fp8): how far it is away is told, and whether it
+is within the same tolerance, but it is an option that may change the rounding, and no failure.
+
 Weights, batches, permutations and drop-path are those of one seed, so that the curves differ by rounding (and by steps
 that fp16's loss scaling leaves out) alone. The measure of "alike" is a run in fp32 from the next seed, which sees the
 same images: smoothed over 10 steps, a curve may be away from that of fp32 by a tenth of what the other seed's is at
@@ -9,6 +12,7 @@ most. Then rounding adds a hundredth, the square, to the variance that chance gi
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import sys
@@ -34,10 +38,12 @@ from mapet.report.picture import CYCLE, FAINT, INK, save
 from mapet.train import pretrain
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+FP8 = "fp8"
 OTHER_SEED = "fp32, other seed"
 SMOOTHED = 10
 """Steps that are averaged before curves are compared."""
 PART_OF_SPREAD = 0.1
+DASHES = ("-", "--", ":", "-.", "-")
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,10 @@ def run(options: CurvesBenchmark) -> dict[str, Any]:
         raise ValueError(f"--steps must be at least {SMOOTHED}, which are averaged; got {options.steps}")
     with tempfile.TemporaryDirectory() as folder, threads(THREADS):
         cache = demo_tokens(Path(folder) / "demo", recipe, options)
-        runs = {name: (name, options.seed) for name in PRECISIONS} | {OTHER_SEED: ("fp32", options.seed + 1)}
+        runs = {name: (name, options.seed) for name in PRECISIONS}
+        if importlib.util.find_spec("torchao") is not None:
+            runs[FP8] = (FP8, options.seed)
+        runs[OTHER_SEED] = ("fp32", options.seed + 1)
         curves, seconds, scales = {}, {}, {}
         for name, (precision, seed) in runs.items():
             began = time.perf_counter()
@@ -117,6 +126,8 @@ def run_config(
 ) -> RunConfig:
     """The demo's run, its schedule shortened to the steps wanted, reporting each."""
     config = recipe.run(seed, cache, output, options.device)
+    if precision == FP8:
+        precision, config = "bf16", replace(config, speed=replace(config.speed, fp8=True))
     epochs = -(-options.steps // (len(TokenCache.open(cache)) // recipe.global_batch))
     return replace(
         config,
@@ -135,15 +146,18 @@ def train(config: RunConfig) -> list[dict[str, float]]:
 
 
 def compare(curves: dict[str, list[float | None]]) -> dict[str, Any]:
-    """The largest relative difference of each smoothed curve from that of fp32, the tolerance, and whether all hold.
+    """The largest relative difference of each smoothed curve from that of fp32, the tolerance, and who keeps within it.
+
+    `agree`: all of PRECISIONS do.
 
     A loss that is not finite, logged as None, is infinitely far away.
     """
     reference = smoothed(curves["fp32"])
     largest = {name: largest_difference(smoothed(curve), reference) for name, curve in curves.items() if name != "fp32"}
     tolerance = PART_OF_SPREAD * largest[OTHER_SEED]
-    agree = all(largest[name] <= tolerance for name in PRECISIONS if name != "fp32")
-    return {"largest_difference": largest, "tolerance": tolerance, "agree": agree}
+    within = {name: value <= tolerance for name, value in largest.items() if name != OTHER_SEED}
+    agree = all(within[name] for name in PRECISIONS if name != "fp32")
+    return {"largest_difference": largest, "tolerance": tolerance, "within_tolerance": within, "agree": agree}
 
 
 def smoothed(curve: list[float | None]) -> np.ndarray:
@@ -158,8 +172,8 @@ def largest_difference(curve: np.ndarray, reference: np.ndarray) -> float:
     return float(difference.max()) if np.isfinite(difference).all() else float("inf")
 
 
-def draw(path: Path) -> Path:
-    """Draw a record: the curves, and below their differences from fp32; returns the picture's path.
+def draw(path: Path, picture: Path | None = None) -> Path:
+    """Draw a record, beside itself if not told where: the curves, and below how far they are from fp32; returns where.
 
     Raises:
         ValueError: the file is no record of curves.
@@ -171,9 +185,10 @@ def draw(path: Path) -> Path:
     steps = np.arange(SMOOTHED, SMOOTHED + len(curves["fp32"]))
     figure = Figure(figsize=(8.0, 7.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    dashes = dict(zip(PRECISIONS, ("-", "--", ":"), strict=True))
-    for (name, curve), colour in zip(curves.items(), (*CYCLE[:3], FAINT), strict=True):
-        style = {"color": colour, "linestyle": dashes.get(name, "-"), "label": name}
+    looks = dict(zip((*PRECISIONS, FP8, OTHER_SEED), zip((*CYCLE[:4], FAINT), DASHES, strict=True), strict=True))
+    for name, curve in curves.items():
+        colour, dashes = looks[name]
+        style = {"color": colour, "linestyle": dashes, "label": name}
         above.plot(steps, curve, linewidth=1.2 if name == OTHER_SEED else 2.0, **style)
         if name != "fp32":
             difference = 100 * np.abs(curve - curves["fp32"]) / curves["fp32"]
@@ -184,10 +199,10 @@ def draw(path: Path) -> Path:
     below.set_ylabel("away from fp32 (%)", color=INK)
     below.set_xlabel("optimizer step", color=INK)
     above.set_title(
-        f"The demo's run in three precisions, mean of {SMOOTHED} steps", loc="left", color=INK, fontweight="bold"
+        f"The demo's run in several precisions, mean of {SMOOTHED} steps", loc="left", color=INK, fontweight="bold"
     )
     for axes in (above, below):
         axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best" if axes is above else "lower right")
-    return save(figure, Path(path).with_suffix(".png"))
+    return save(figure, picture or Path(path).with_suffix(".png"))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import kmeans_plot, records
+from bench import kmeans_plot, records, timing
 from mapet_kernels import kmeans_assign
 from mapet_kernels.kmeans import fit
 
@@ -29,7 +29,7 @@ CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class KMeansBenchmark:
-    """Sizes: every combination of features and clusters.
+    """Nearest centroids and a whole fit, beside peers: every combination of features and clusters.
 
     Attributes:
         rows: how many rows a call assigns.
@@ -68,10 +68,12 @@ def run(options: KMeansBenchmark) -> dict[str, Any]:
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device; --device cpu measures the reference backend, on small sizes")
+    before = records.device_state(torch.device(options.device))
     sizes = [measure(options, features, clusters) for features in options.features for clusters in options.clusters]
     return {
         "rows": options.rows, "dtype": options.dtype, "backend": options.backend, "device_type": options.device,
         "sizes": sizes, "fit": measure_fit(options) if options.fit_rows else None,
+        "state_before": before, "state_after": records.device_state(torch.device(options.device)),
     }  # fmt: skip
 
 
@@ -104,23 +106,24 @@ def measure(options: KMeansBenchmark, features: int, clusters: int) -> dict[str,
     exact, redecided = kmeans_assign(x, centroids, return_redecided=True, backend=options.backend)
     check(x, centroids, exact)
     ways, skipped = available_ways(x, centroids, options)
+    clock = timing.clock_for(x.device)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, dict[str, Any]] = {}
     for repeat in range(options.repeats + 2):  # the first two of each are warm-up
         for name, way in ways.items():
-            taken, extra_bytes, ids = timed(way, options.device)
+            taken, extra_bytes, ids = timed(way, clock)
             if repeat >= 2:
                 seconds[name].append(taken)
                 equal = (ids == exact).double().mean().item()
                 results[name] = {"equal_ids": equal, "peak_extra_bytes": extra_bytes}
     flop = 2 * options.rows * features * clusters
     for name, values in seconds.items():
-        timing = records.quantiles(values)
-        results[name] |= {"timing": timing, "tflops": flop / sorted(values)[len(values) // 2] / 1e12}
+        quantiles = records.quantiles(values)
+        results[name] |= {"timing": quantiles, "tflops": flop / sorted(values)[len(values) // 2] / 1e12}
         equal = results[name]["equal_ids"]
         print(
             f"D {features:4} K {clusters:5} {options.dtype} {options.device.upper()} {name:13} "
-            f"{timing['p50_ms']:10.3f} ms {results[name]['tflops']:8.3f} TFLOP/s equal ids {equal:.6f}",
+            f"{quantiles['p50_ms']:10.3f} ms {results[name]['tflops']:8.3f} TFLOP/s equal ids {equal:.6f}",
             flush=True,
         )
     among_few, among_all = (count / options.rows for count in redecided.tolist())
@@ -195,16 +198,11 @@ def chunked_argmin(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.cat([torch.addmm(squares, part, centroids.T, alpha=-2).argmin(1) for part in x.split(rows)])
 
 
-def timed(way: Callable[[], Tensor], device: str) -> tuple[float, int | None, Tensor]:
+def timed(way: Callable[[], Tensor], clock: timing.Clock) -> tuple[float, int | None, Tensor]:
     """(seconds; peak bytes beyond what was allocated before, None on a CPU; ids)."""
-    if device != "cuda":
-        start = time.perf_counter()
-        ids = way()
-        return time.perf_counter() - start, None, ids
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    ids = way()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before, ids
+    on_gpu = isinstance(clock, timing.CudaClock)
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    ids, seconds = clock.time(way)
+    return seconds, torch.cuda.max_memory_allocated() - before if on_gpu else None, ids

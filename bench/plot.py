@@ -24,6 +24,7 @@ NAMES = {
     "ours_sdpa": "ours, composed SDPA",
     "ours_reference": "ours, plain torch",
     "sdpa_mask": "SDPA, boolean mask",
+    "xformers_bias": "xformers, dense bias",
     "flex": "FlexAttention, block mask",
     "flex_tuned": "FlexAttention, tuned tiles",
     "official": "official way",
@@ -33,7 +34,9 @@ NAMES = {
 the better one of those with tuned tiles, which have a configuration of their own."""
 COLOURS = dict(
     zip(
-        NAMES, (CONTEXT, "#16324a", "#5aa9d6", "#6c5b9e", FAINT, MASK, TARGET, "#1d6b51", QUERY, "#e3a0bd"), strict=True
+        NAMES,
+        (CONTEXT, "#16324a", "#5aa9d6", "#6c5b9e", FAINT, MASK, "#8a5a00", TARGET, "#1d6b51", QUERY, "#e3a0bd"),
+        strict=True,
     )
 )
 SHADES = {"forward": CONTEXT, "backward": "#9cc4e4", "both": INK}

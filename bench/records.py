@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from bench import gpu
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,10 +41,19 @@ def environment() -> dict[str, Any]:
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds, and the number of repeats."""
+    """p20, p50 and p80 in milliseconds, the number of repeats, and the noise: (p80 - p20) / p50."""
     ordered = sorted(seconds)
     at = {p: ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))] * 1e3 for p in (20, 50, 80)}
-    return {**{f"p{p}_ms": round(value, 3) for p, value in at.items()}, "repeats": len(ordered)}
+    noise = round((at[80] - at[20]) / at[50], 4) if at[50] else 0.0
+    # Four digits after the point: a kernel may take a few microseconds.
+    return {**{f"p{p}_ms": round(value, 4) for p, value in at.items()}, "noise": noise, "repeats": len(ordered)}
+
+
+def device_state(device: torch.device) -> dict[str, Any]:
+    """What is measured on: the GPU with clocks and temperature, or the CPU and how busy its machine is."""
+    if device.type == "cpu":
+        return {"name": f"CPU, {cpu_name()}, threads: {torch.get_num_threads()}", "load": os.getloadavg()}
+    return {**gpu.describe(device), "sensors": gpu.sensors(device)}
 
 
 def write(suite: str, label: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:

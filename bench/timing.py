@@ -17,8 +17,8 @@ HEAD_START = 8
 short calls are not charged for Python."""
 
 
-class Timed(Protocol):
-    """What is timed: a forward pass, and the backward pass of what it returned."""
+class TwoPasses(Protocol):
+    """A forward pass, and the backward pass of what it returned."""
 
     def forward(self) -> Any: ...
 
@@ -87,7 +87,11 @@ def repeats_for(seconds: float, most: int, budget: float) -> int:
     return max(min(FEWEST_REPEATS, most), min(most, int(budget / max(seconds, 1e-9))))
 
 
-def sample(way: Timed, clock: Clock) -> dict[str, float]:
+Sample = Callable[[Any, Clock], dict[str, float]]
+"""Times a way once: (way, clock) -> seconds by phase. Work before and after a call of the clock is not timed."""
+
+
+def sample(way: TwoPasses, clock: Clock) -> dict[str, float]:
     """Seconds of a forward pass, of the backward pass of its result, and of both in one go."""
     outputs, forward = clock.time(way.forward)
     _, backward = clock.time(partial(way.backward, outputs))
@@ -96,27 +100,29 @@ def sample(way: Timed, clock: Clock) -> dict[str, float]:
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def warmed_up(way: Timed, clock: Clock, budget: float) -> float:
+def warmed_up(way: Any, clock: Clock, budget: float, sample: Sample = sample) -> float:
     """Seconds of a sample, the second one unless the first took longer than the budget."""
     taken = sum(sample(way, clock).values())
     return taken if taken > budget else sum(sample(way, clock).values())
 
 
 def interleaved(
-    ways: Mapping[str, Timed],
+    ways: Mapping[str, Any],
     clock: Clock,
     *,
     repeats: int,
     budget: float,
     deadline: Deadline,
-    guard: Callable[[Callable[[], Any]], tuple[Any, str | None]],
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    guard: Callable[[Callable[[], Any]], tuple[Any, Any | None]],
+    sample: Sample = sample,
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time the ways in turn: one sample of each, then the next repeat. Every way is warmed up first.
 
     Args:
         repeats: samples of each way; a slow one gets fewer, so that it takes about `budget` seconds.
-        deadline: when it has passed, no further repeat starts.
+        deadline: when it has passed, no further way is warmed up and no further repeat starts.
         guard: call -> (result, reason); the reason is why the call did not work, or None.
+        sample: how a way is timed; the passes of a `TwoPasses` unless it is given.
 
     Returns:
         (seconds, reasons): by way and phase, a list of seconds; and by way, why it dropped out.
@@ -125,12 +131,14 @@ def interleaved(
     reasons: dict[str, str] = {}
     wanted: dict[str, int] = {}
     for name, way in ways.items():
-        taken, reason = guard(partial(warmed_up, way, clock, budget))
+        if deadline.passed():
+            break
+        taken, reason = guard(partial(warmed_up, way, clock, budget, sample))
         if reason is not None:
             reasons[name] = reason
             continue
         wanted[name] = repeats_for(taken, repeats, budget)
-        seconds[name] = {phase: [] for phase in PHASES}
+        seconds[name] = {}
     for repeat in range(max(wanted.values(), default=0)):
         if deadline.passed():
             break
@@ -140,5 +148,5 @@ def interleaved(
                 reasons[name] = reason
                 continue
             for phase, value in taken.items():
-                seconds[name][phase].append(value)
-    return {name: taken for name, taken in seconds.items() if name not in reasons and taken["both"]}, reasons
+                seconds[name].setdefault(phase, []).append(value)
+    return {name: taken for name, taken in seconds.items() if name not in reasons and taken}, reasons

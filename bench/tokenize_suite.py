@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bench.records import RESULTS
+from bench.records import RESULTS, device_state
 from mapet.data.images import open_source
 from mapet.data.subset import Subset
 from mapet.tokenize import fit_batches, tokenize
@@ -24,8 +24,11 @@ SMALL = TrunkConfig(width=16, layers=(1, 1, 1, 1))
 
 @dataclass(frozen=True)
 class TokenizeBenchmark:
-    """Sizes of the measured run; 0 and None are 2048 images, RN50x64 at 448 pixels and 8192 entries on a GPU, and 96
-    images, a trunk of an eighth of the width at 128 pixels and 256 entries on a CPU."""
+    """Files to tokens by k-CLIP with random weights, by stage.
+
+    0 and None are 2048 images, RN50x64 at 448 pixels and 8192 entries on a GPU, and 96 images, a trunk of an eighth of
+    the width at 128 pixels and 256 entries on a CPU.
+    """
 
     device: str = "cpu"
     images: int = 0
@@ -55,6 +58,7 @@ def run(options: TokenizeBenchmark) -> dict[str, Any]:
     assignment has as few near ties as a fitted one.
     """
     on_gpu = options.device != "cpu"
+    before = device_state(torch.device(options.device))
     trunk = TrunkConfig() if on_gpu else SMALL
     grid, images = options.grid or (14 if on_gpu else 4), options.images or (2048 if on_gpu else 96)
     vocabulary = options.vocabulary or (8192 if on_gpu else 256)
@@ -79,7 +83,8 @@ def run(options: TokenizeBenchmark) -> dict[str, Any]:
         "images_per_second": round(used.images_per_second, 2), "seconds": round(used.seconds, 3),
         "waited_seconds": {name: round(seconds, 3) for name, seconds in used.waited.items()},
         "shares": {name: round(share, 4) for name, share in used.shares().items()},
-        "bottleneck": used.bottleneck,
+        "bottleneck": used.bottleneck, "measured_on": torch.device(options.device).type,
+        "state_before": before, "state_after": device_state(torch.device(options.device)),
     }  # fmt: skip
 
 

@@ -37,6 +37,9 @@ class Winner:
 RECORDED_WINNERS: dict[tuple[int, int], Winner] = {}
 """By compute capability of the GPU that the record was made on."""
 
+CPU_RECORD = "TO_BE_RECORDED"
+"""Two-stream attention in bfloat16 on a CPU with AMX: matmul beside sdpa."""
+
 HOW_TO_BUILD_CUDA = "MAPET_BUILD_CUDA=1 pip install --no-build-isolation --no-deps ."
 """In a checkout, with nvcc on PATH, and torch, setuptools and wheel installed."""
 
@@ -117,7 +120,7 @@ def choose_backend(
     size: int | None = None,
 ) -> str:
     """The backend for a request: "auto" takes Triton's kernels or those in CUDA C++ (`choose_kernels`), where neither
-    runs torch's own attention, else the reference.
+    runs torch's own attention (two streams in bfloat16 on a CPU: "matmul"), else the reference.
 
     Args:
         among: the op's backends.
@@ -144,6 +147,8 @@ def explain_auto(
 ) -> tuple[str, str]:
     """The attention backend that "auto" takes on a device, and why."""
     otherwise = "sdpa" if "sdpa" in among and device.type in ("cpu", "cuda") else "reference"
+    if device.type == "cpu" and dtype == torch.bfloat16 and "matmul" in among:
+        return "matmul", f"the kernels are for CUDA devices; in bfloat16 the faster on a CPU by {CPU_RECORD}"
     if device.type != "cuda":
         # The interpreter is for tests: on CPU tensors Triton has to be asked for.
         return otherwise, "the kernels are for CUDA devices"

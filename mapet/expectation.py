@@ -18,6 +18,8 @@ F, V; e bytes of what products read and write, f = 4; casts between the two, (e 
                 3 p p (1 + f + e). A number of the model: in a micro-batch casts of weights and sums of gradients,
                 4 f + e; in a step AdamW and the gradients' norm, 10 f.
 
+What stochastic depth leaves out (speed.skip_dropped) is counted as if it were computed.
+
 Recomputation adds the norms and GELU forward again ("cheap"), or the blocks' whole forward pass ("blocks").
 
 Work takes the larger of operations / (share * operations per second) and bytes / (share * bytes per second), product by

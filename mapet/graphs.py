@@ -21,7 +21,8 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record `run`, which has run before on a side stream, as such a recording asks for."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: the loader's thread pins memory meanwhile, which would break a recording of all threads.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = run()
     return graph.replay, result
 

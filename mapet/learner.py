@@ -28,7 +28,7 @@ from mapet.fp8 import check_fp8
 from mapet.graphs import GraphedPass
 from mapet.limits import advice, halved
 from mapet.model import Keep, load_official
-from mapet.objectives import Plan, build_objective
+from mapet.objectives import Objective, Plan, build_objective
 from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
 from mapet.parallel import (
     check_parallel,
@@ -165,16 +165,13 @@ class Learner:
             self.average.load(state.ema)
 
     def _draw(self, step: int) -> tuple[Plan, JitterDraws | None]:
-        """This process's part of what is random in a step, drawn for the whole global batch."""
-        seed, device, batch = self.config.train.seed, self.world.device, self.config.optim.global_batch
+        """This process's part of what is random in a step."""
         first = self.world.rank * self.steps.share
         mine = slice(first, first + self.steps.share)
-        host = step_generator(seed, step, "drop_path", "cpu")
-        plan = self.objective.sample_plan(batch, step_generator(seed, step, "plan", device), device, host)[mine]
-        strength = self.config.data.color_jitter
-        if not strength or not self.config.speed.device_jitter:
-            return plan, None
-        return plan, step_jitter(seed, step, batch, strength)[mine].to(device)
+        plan, jitter = draw_step(self.config, self.objective, step, self.world.device)
+        if jitter is None or not self.config.speed.device_jitter:
+            return plan[mine], None
+        return plan[mine], jitter[mine].to(self.world.device)
 
     def _gradients(self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool) -> Tensor | None:
         """Gradients of a step, from nothing, and sums of loss and accuracy (2,).
@@ -234,7 +231,9 @@ class Learner:
         """What the objective is told of dropped branches."""
         if not self.config.model.drop_path:
             return None
-        return self.objective.kept(plan.keep, self.world.device) if self.skips else plan.keep.to(self.world.device)
+        if self.skips:
+            return self.objective.kept(plan.keep, self.world.device)
+        return plan.keep.to(self.world.device, non_blocking=True)
 
     def _halve_micro_batch(self) -> None:
         """Take smaller micro-batches from now on; OutOfMemory where they cannot be smaller."""
@@ -286,6 +285,19 @@ class Learner:
         if self.average:
             self.average.update(self.model, skip)
         return norm
+
+
+def draw_step(
+    config: RunConfig, objective: Objective, step: int, device: torch.device
+) -> tuple[Plan, JitterDraws | None]:
+    """What is random in a step, for the whole global batch: the plan, and the colours if they change.
+
+    Permutations are drawn on `device`; what is dropped and the colours on the host, which has to know them.
+    """
+    seed, batch, strength = config.train.seed, config.optim.global_batch, config.data.color_jitter
+    host = step_generator(seed, step, "drop_path", "cpu")
+    plan = objective.sample_plan(batch, step_generator(seed, step, "plan", device), device, host)
+    return plan, step_jitter(seed, step, batch, strength) if strength else None
 
 
 def skips_dropped(config: RunConfig) -> bool:

@@ -1,5 +1,8 @@
 """How much GPU memory a training step takes, by arithmetic alone, and which micro-batch and recomputation fit a limit.
 
+The switches of section speed are at their defaults. What stochastic depth leaves out (speed.skip_dropped) is not taken
+off, as it varies from step to step: the figures are those of a step that drops nothing, and no step needs more.
+
 All figures are bytes. f = 4 for fp32; e is the size of what matrix products read and write: 2 under autocast (bf16,
 fp16), else 4. For B images of a micro-batch: R rows of the buffer, C of them content, Q = B T predicted; D width, F
 hidden width of the MLP, H heads, V vocabulary, L blocks. Autograd keeps, in a block that computes nothing again:

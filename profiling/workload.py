@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.autograd.profiler import record_function
 
-from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, SpeedConfig, TrainConfig
 from mapet.data.loader import Batch
 from mapet.distributed import World
 from mapet.learner import Learner
@@ -45,6 +45,7 @@ class Workload:
     image_size: int = 224
     device: str = "cpu"
     backend: str = "auto"
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def build(self) -> tuple[Learner, Batch]:
         """A learner as `mapet pretrain` makes it, and a batch of random images and tokens on its device."""
@@ -53,6 +54,7 @@ class Workload:
             objective=ObjectiveConfig(cut=self.cut),
             optim=OptimConfig(global_batch=self.batch),
             train=TrainConfig(precision=self.precision, device=self.device, backend=self.backend),
+            speed=self.speed,
         )
         device = torch.device(self.device)
         learner = Learner(

@@ -6,7 +6,6 @@ backward pass on a machine without one, so the step is faked on the CPU, with a 
 
 from __future__ import annotations
 
-import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from unittest import mock
@@ -14,42 +13,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.memory import LiveBytes
+from bench.memory import storage_bytes as _bytes
 from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
 from mapet.model import MaskedTokenViT
 from mapet.objectives import Objective, build_objective, loss
 from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts every storage that an operator returned while it lives; `peak` is the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak, self.at_peak = 0, 0, ""
-        self.known: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        if self.live > self.peak:
-            self.peak, self.at_peak = self.live, str(function)
-        return result
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage from now on until it is gone."""
-        storage = tensor.untyped_storage()
-        if (key := storage._cdata) not in self.known:
-            self.known[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._remove, key)
-
-    def _remove(self, key: int) -> None:
-        self.live -= self.known.pop(key)
 
 
 @dataclass
@@ -166,8 +137,3 @@ def _forward_backward(
     measured.kept = live.live - before
     measured.attention = sum(attention.kept.values())
     loss.backward()
-
-
-def _bytes(tensors) -> int:
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())

@@ -56,6 +56,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 def test_the_records_kept_here_have_timings() -> None:
     for path in Path(compare.__file__).with_name("results").glob("step_*.json"):
-        assert [name for name, _ in compare.timings(compare.read(path))] == [
-            "timings ours", "timings official", "timings official_with_masks",
-        ]  # fmt: skip
+        record = compare.read(path)
+        names = [name for name, _ in compare.timings(record)]
+        if "contests" in record:
+            first = record["contests"][0]
+            assert names[0] == f"contests [name {first['name']} tokens {first['tokens']} dtype {first['dtype']}] " + (
+                "ways ours timings step"
+            )
+        else:
+            assert names == ["timings ours", "timings official", "timings official_with_masks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -27,8 +28,9 @@ def test_a_tiny_run_leaves_a_record_and_a_picture(tmp_path: Path, monkeypatch: p
     CurvesBenchmark(steps=12, quick=True, output=tmp_path).run()
     (path,) = tmp_path.glob("curves_demo_cpu_*.json")
     record = json.loads(path.read_text())
-    lengths = {name: len(curve) for name, curve in record["curves"].items()}
+    lengths = {name: len(curve) for name, curve in record["curves"].items() if name != "fp8"}
     assert lengths == {"fp32": 12, "bf16": 12, "fp16": 12, OTHER_SEED: 12}
+    assert ("fp8" in record["curves"]) is (importlib.util.find_spec("torchao") is not None)
     fp32, bf16, fp16 = (record["curves"][name] for name in ("fp32", "bf16", "fp16"))
     assert fp32 != bf16 and fp32 != fp16 and bf16 != fp16, "each computed in its own type"
     assert fp32[0] == pytest.approx(bf16[0], rel=1e-3) == pytest.approx(fp16[0], rel=1e-3), "from the same weights"
@@ -41,7 +43,13 @@ def test_curves_agree_within_a_tenth_of_what_a_seed_makes() -> None:
     verdict = compare(of())
     assert verdict["agree"] and verdict["tolerance"] == pytest.approx(0.002)
     assert verdict["largest_difference"] == pytest.approx({"bf16": 0.001, "fp16": 0.001, OTHER_SEED: 0.02})
+    assert verdict["within_tolerance"] == {"bf16": True, "fp16": True}
     assert not compare(of(fp16=1.0022))["agree"] and not compare(of(bf16=0.9978))["agree"]
+
+
+def test_fp8_is_held_against_the_tolerance_but_may_miss_it() -> None:
+    verdict = compare(of(fp8=1.01))
+    assert verdict["within_tolerance"] == {"bf16": True, "fp16": True, "fp8": False} and verdict["agree"]
 
 
 def test_a_loss_that_is_not_finite_never_agrees() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, Precision, RunConfig, TrainConfig
+from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, Precision, RunConfig, SpeedConfig, TrainConfig
 from mapet.errors import ConfigError
 from mapet.expectation import (
     PAPER,
@@ -53,9 +53,10 @@ def test_operations_an_image_needs(name: str, giga: int) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_real_step_does_what_is_computed(monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
-    """Operations to the last one, but for what a GPU's kernels compute again; bytes within a fifth."""
+    """Operations to the last one, but for what a GPU's kernels compute again; bytes within a fifth. Nothing dropped."""
     monkeypatch.syspath_prepend(str(ROOT / "profiling"))
-    workload = importlib.import_module("workload").Workload(batch=BATCH, precision=precision)
+    speed = SpeedConfig(skip_dropped=False)
+    workload = importlib.import_module("workload").Workload(batch=BATCH, precision=precision, speed=speed)
     work = importlib.import_module("step_roofline").count(workload)
     size = tiny(precision)
     *others, head = products(size)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mapet.config import SpeedConfig
 from mapet.objectives import Objective
 
 SCRIPTS = Path(__file__).parent.parent / "profiling"
@@ -73,7 +74,7 @@ def test_ranges_leave_nothing_behind() -> None:
 
 def test_work_is_that_of_the_model_on_paper() -> None:
     roofline = importlib.import_module("step_roofline")
-    workload = small()
+    workload = small(speed=SpeedConfig(skip_dropped=False))
     work = roofline.count(workload)
     learner, _ = workload.build()
     model, width = learner.config.model, learner.config.model.width

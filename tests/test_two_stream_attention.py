@@ -184,8 +184,11 @@ def test_errors_say_what_is_allowed() -> None:
 def test_backend_choice_is_a_pure_function_of_the_device() -> None:
     assert choose_backend("auto", "cpu") == "sdpa" and choose_backend("auto", "cuda") == "sdpa"
     assert choose_backend("auto", "meta") == "reference"
+    assert choose_backend("auto", "cpu", torch.bfloat16) == "sdpa", "an op without matmul"
+    assert choose_backend("auto", "cpu", torch.bfloat16, TWO_STREAM_BACKENDS) == "matmul"
+    assert choose_backend("auto", "cpu", torch.float16, TWO_STREAM_BACKENDS) == "sdpa"
     available = available_backends("cpu")
-    assert available.keys() == {"reference", "sdpa", "triton", "flash", "cuda"} and available["sdpa"] is None
+    assert available.keys() == set(TWO_STREAM_BACKENDS) and available["sdpa"] is available["matmul"] is None
     with pytest.raises(ValueError, match="cannot run here: needs a CPU or CUDA device, not meta"):
         choose_backend("sdpa", "meta")
 

@@ -55,7 +55,7 @@ def two_stream_attention(
         scale: factor of the scores; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
         backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "cuda" (fp16
-            and bf16, head sizes up to 128, where csrc/ is built), "sdpa" or "reference".
+            and bf16, head sizes up to 128, where csrc/ is built), "sdpa", "matmul" or "reference".
 
     Returns:
         (out_content, out_query), shaped as q_content (None where it is) and q_query, in their dtype (under autocast,
