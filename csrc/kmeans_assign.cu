@@ -60,7 +60,7 @@ AssignStatus launch(Kernel kernel, const AssignCall& call, int blocks, void* str
 const char* explain(AssignStatus status) {
   switch (status) {
     case AssignStatus::ok: return "ok";
-    case AssignStatus::size: return "centroids must be padded to multiples of 128 and features to multiples of 32";
+    case AssignStatus::size: return "centroids must be padded to multiples of 128, features to multiples of 32, blocks be fewer than 2^31";
     case AssignStatus::alignment: return "operands must start at multiples of 16 bytes, and rows too";
     case AssignStatus::architecture: return "tensor cores need a GPU of sm_70 or newer";
     default: return "the kernel could not be launched";

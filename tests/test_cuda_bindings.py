@@ -35,8 +35,8 @@ ValueError: rows and centroids must be (G n, D) and (G K, D), got [32] and [256,
 ValueError: backend 'cuda' cannot assign [10, 32] to [256, 32]: operands must start at multiples of \
 16 bytes, and rows too
 ValueError: rows must be [10, 16], got [10, 32]
-ValueError: backend 'cuda' cannot assign [10, 32] to [200, 32]: centroids must be padded to multiples of 128 and \
-features to multiples of 32
+ValueError: backend 'cuda' cannot assign [10, 32] to [200, 32]: centroids must be padded to multiples of 128, \
+features to multiples of 32, blocks be fewer than 2^31
 ValueError: scale must be [10], got [9]
 ValueError: the exact mode, with reach, needs radius, slope and slack
 ValueError: bounds must be [4, 3, 10], got [4, 1, 10]
