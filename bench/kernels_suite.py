@@ -26,6 +26,7 @@ from mapet_kernels.backends import (
     available_backends,
     choose_backend,
     choose_listed_backend,
+    reason_against_listed,
 )
 from mapet_kernels.registry import (
     REGISTRY,
@@ -201,11 +202,19 @@ class Passes:
 
 def entrant(call: OpCall, device: torch.device, dtype: torch.dtype) -> Entrant:
     """A backend that is ready; Unavailable where it does not run here."""
-    reason = None if call.backend == PLAIN else available_backends(device, dtype).get(call.backend)
-    if reason is not None:
+    if (reason := reason_against(call, device, dtype)) is not None:
         raise Unavailable(reason)
     passes = call.passes()
     return Entrant(passes.sample, call.results, call.results)
+
+
+def reason_against(call: OpCall, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the call's backend does not run here, or None."""
+    if call.backend == PLAIN:
+        return None
+    if set(ATTENTION_BACKENDS) <= set(call.spec.backends):
+        return available_backends(device, dtype).get(call.backend)
+    return reason_against_listed(call.backend, device, dtype)
 
 
 def checked_rows(spec: OpSpec, shape: Any, case: Case, device: torch.device) -> int | None:

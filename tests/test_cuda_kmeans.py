@@ -16,10 +16,12 @@ import torch
 from cuda_host import COMPILER
 from kmeans_attacks import ATTACKS, cut_off_attack, relu
 from kmeans_host import AssignCentroids, AssignLists, AssignRows, AssignSizes, HostBackend, compile_library
+from test_cuda_embed import pretend_v100
 from test_kmeans import all_distances, assert_float64_argmin, near_ties, randn
 from torch import Tensor
 
-from mapet_kernels import kmeans, kmeans_assign, launch
+from bench.kernels_suite import OpCall, reason_against
+from mapet_kernels import backends, kmeans, kmeans_assign, launch
 from mapet_kernels.kmeans_assign import bound, candidates, op, passes
 from mapet_kernels.kmeans_assign.bound import Centroids, Rows
 from mapet_kernels.kmeans_assign.candidates import Lists
@@ -423,6 +425,22 @@ def test_what_the_launcher_refuses(library: ctypes.CDLL) -> None:
 def test_float64_is_refused_by_name(library: ctypes.CDLL) -> None:
     with pytest.raises(TypeError, match=r"takes float16, bfloat16 and float32, got float64; use backend='reference'"):
         HostBackend(library).kmeans_assign(randn(4, 3).double(), randn(2, 3), True, False)
+
+
+def test_auto_assigns_with_the_cuda_kernel_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every dtype but float64, since operands are float16 whatever the input; the benchmarks do not refuse it."""
+
+    def auto(dtype: torch.dtype) -> str:
+        return backends.choose_listed_backend("auto", op.BACKENDS, "cuda", dtype)
+
+    monkeypatch.setattr(backends, "reason_against_triton", lambda *_: "needs compute capability 8.0")
+    assert auto(torch.float16) == "reference", "the kernels are not built"
+    pretend_v100(monkeypatch)
+    assert {auto(dtype) for dtype in DTYPES} == {"cuda"} and auto(torch.float64) == "reference"
+    with pytest.raises(ValueError, match="'cuda' cannot run here: takes float16, bfloat16 and float32, not float64"):
+        backends.choose_listed_backend("cuda", op.BACKENDS, "cuda", torch.float64)
+    call = OpCall(SPEC, SPEC.make_case(SPEC.shapes["one_row"], torch.float32), "cuda")
+    assert reason_against(call, torch.device("cuda"), torch.float32) is None
 
 
 def test_fit_with_the_cuda_assignment(request: pytest.FixtureRequest) -> None:
