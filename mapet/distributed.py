@@ -10,6 +10,8 @@ import inspect
 import os
 import signal
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from mapet.errors import ConfigError, MapetError
 
 T = TypeVar("T")
+POLL_SECONDS = 0.02
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -116,11 +119,49 @@ def connect(device: str, *, patience: timedelta | None = None) -> Iterator[World
     chosen = pick_device(device, _environment("LOCAL_RANK"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=store_of_attempt(store, rank, size), rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     try:
         yield World(chosen, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
     finally:
         dist.destroy_process_group()
+
+
+def store_of_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """`store` under a name that these processes alone agree on; each of the `size` processes calls this once.
+
+    torchrun's store outlives its processes, so that those it starts again would find addresses of dead ones in it. How
+    many restarts a node counts is no such name, as nodes may count differently. So rank 0 draws one, and tells it to
+    each of the others in answer to a number that this one has drawn: what the dead have asked and answered is nobody's.
+
+    Raises:
+        MapetError: some process did not come within the store's timeout.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        _name_attempt(store, own, size)
+        return dist.PrefixStore(own, store)
+    store.set(f"mapet/asks/{rank}", own)
+    name = store.get(f"mapet/answer/{own}").decode()
+    store.set(f"mapet/knows/{name}/{rank}", "")
+    return dist.PrefixStore(name, store)
+
+
+def _name_attempt(store: dist.Store, name: str, size: int) -> None:
+    """Answer `name` to every question until all ranks but this one know it."""
+    deadline, missing, answered = time.monotonic() + store.timeout.total_seconds(), set(range(1, size)), set()
+    while missing := {rank for rank in missing if not store.check([f"mapet/knows/{name}/{rank}"])}:
+        if time.monotonic() > deadline:
+            raise MapetError(f"processes {sorted(missing)} of {size} did not start within {store.timeout}")
+        for asks in [f"mapet/asks/{rank}" for rank in missing]:
+            if store.check([asks]) and (asked := store.get(asks).decode()) not in answered:
+                store.set(f"mapet/answer/{asked}", name)
+                answered.add(asked)
+        time.sleep(POLL_SECONDS)
 
 
 def pick_device(name: str, local_rank: int | None) -> torch.device:
