@@ -14,9 +14,9 @@ $(VENV)/.installed: pyproject.toml setup.py
 demo: $(VENV)/.installed
 	$(BIN)/mapet demo --output runs/demo
 
-# One thread a process: the tests' sizes gain nothing from more, and threads that wait for a busy core cost much.
+# A process for each core, and one thread in it: the tests' sizes gain nothing from more threads.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
 # (CONTRIBUTING.md, On a GPU machine). Each is meant to end within 10 minutes.

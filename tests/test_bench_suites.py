@@ -404,4 +404,5 @@ def bench_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", *arguments]
     command += [f"--benchmark-json={folder / 'out.json'}"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ, check=False)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it is no worker
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
