@@ -37,7 +37,7 @@ class Winner:
 RECORDED_WINNERS: dict[tuple[int, int], Winner] = {}
 """By compute capability of the GPU that the record was made on."""
 
-CPU_RECORD = "TO_BE_RECORDED"
+CPU_RECORD = "kernels_tiny_bf16_cpu_20261126T161159.json"
 """Two-stream attention in bfloat16 on a CPU with AMX: matmul beside sdpa."""
 
 HOW_TO_BUILD_CUDA = "MAPET_BUILD_CUDA=1 pip install --no-build-isolation --no-deps ."
