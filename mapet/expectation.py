@@ -4,7 +4,7 @@ For a micro-batch of B images, in the terms of mapet/plan.py: R rows of the buff
 F, V; e bytes of what products read and write, f = 4; casts between the two, (e + f) D a row, under autocast only.
 
     products    m x k by k x n: 2 m k n operations, e (m k + k n + m n) bytes; once forward, twice backward. The patch
-                projection has one backward product; the head's forward is done twice, as its chunks are computed again.
+                projection has one backward product.
                 Blocks: q R D D, kv C D 2D, proj R D D, fc1 R D F, fc2 R F D; the last block has Q in place of R.
                 Patch projection: B patches, 3 p p, D. Head: Q D V.
     attention   4 D operations a visible pair forward (Q K^T and P V), 14 D backward, as the kernels in csrc/ form Q K^T
@@ -14,7 +14,7 @@ F, V; e bytes of what products read and write, f = 4; casts between the two, (e 
                     additions   2 (3 f D + cast)    2 (2 f D + cast)
                     GELU        2 e F               3 e F
                     biases                          e (4 D + F), the sums over rows
-                A predicted row: logits, (10 f + 3 e) V. A row: the buffer and its gradient, 4 f D. A patch: pixels,
+                A predicted row: logits, (4 f + 3 e) V. A row: the buffer and its gradient, 4 f D. A patch: pixels,
                 3 p p (1 + f + e). A number of the model: in a micro-batch casts of weights and sums of gradients,
                 4 f + e; in a step AdamW and the gradients' norm, 10 f.
 
@@ -116,7 +116,7 @@ def products(size: StepSize) -> Iterator[Product]:
         yield Product(rows, width, width, times)
         yield Product(rows, width, hidden, times)
         yield Product(rows, hidden, width, times)
-    yield Product(size.predicted(size.micro_batch), width, model.vocabulary, times=4)
+    yield Product(size.predicted(size.micro_batch), width, model.vocabulary)
 
 
 def block_rows(size: StepSize) -> list[int]:
@@ -156,7 +156,7 @@ def passes(size: StepSize) -> float:
     backward = 2 * (6 * FP32 * width + cast) + 2 * (2 * FP32 * width + cast)
     backward += 3 * e * size.hidden + e * (4 * width + size.hidden)
     rows = sum(block_rows(size)) * (norms + additions + gelu + again + backward)
-    logits = size.predicted(size.micro_batch) * model.vocabulary * (10 * FP32 + 3 * e)
+    logits = size.predicted(size.micro_batch) * model.vocabulary * (4 * FP32 + 3 * e)
     pixels = layout.batch * model.patches * 3 * model.patch_size**2 * (1 + FP32 + e)
     numbers, steps = parameters(model), size.share / size.micro_batch
     update = numbers * (4 * FP32 + e + 10 * FP32 / steps)

@@ -21,17 +21,16 @@ hidden width of the MLP, H heads, V vocabulary, L blocks. Autograd keeps, in a b
 The last block has Q in place of R except in x, norm1 and its result. "cheap" keeps neither the results of the norms and
 of GELU, nor the norms' statistics, nor any weight but proj's. "blocks" keeps x and the drop-path factors; the rest
 exists for one block, and for one part of the images (`part_size`), at a time. Besides, always: the embedding's patches
-e B P 3 p p (of the cut's patches only, where targets are no content), and before the head f Q D + 8 Q of the last norm,
-its result f Q D, and the targets 8 Q.
+e B P 3 p p (of the cut's patches only, where targets are no content), f Q D + 8 Q of the last norm, and of the head,
+whose gradients the forward pass forms, those of features and decoder: e Q D + f V (D + 1).
 
 The peak is the largest of these moments; what was kept for later blocks is free by then, gradients of later blocks (of
 all, if they add up over micro-batches) exist:
 
-    loss        of a chunk of n rows: logits e n V, their fp32 copy under autocast and log-softmax, f n V each; the
-                chunk's features and the decoder as below; with colour jitter the pictures in fp32, f B 3 S S
-    head        of a chunk of n rows: log-softmax, its gradient, the logits' gradient, 3 f n V; its features e n D, the
-                decoder's cast e V D (both under autocast only); after the first chunk the decoder's gradient e V D and
-                that of all features f Q D
+    loss        of a chunk of n rows: logits e n V, their fp32 copy under autocast and their softmax, f n V each; the
+                chunk's features e n D and the decoder's cast e V D (both under autocast only); all features and the
+                targets, f Q D + 8 Q; with colour jitter the pictures in fp32, f B 3 S S
+    head        the gradients of features and decoder times that of the loss, f Q D + f V D
     last norm   the last block's x, the two norm gradients, or three of its result, beside the gradient of x:
                 R D (2 f + max(2 f, 3 e))
     fc2         of a block: gradient of its output f R D and of the branch e R D, of GELU's result e R F; what is
@@ -263,9 +262,10 @@ def moments(size: StepSize) -> Iterator[Memory]:
 
 
 def kept_in_all(size: StepSize) -> Kept:
-    """What a forward pass keeps: features and targets, and all before them."""
-    predicted = size.predicted(size.micro_batch)
-    return kept_before_head(size, size.micro_batch) + Kept(predicted * (FP32 * size.model.width + 8))
+    """What a forward pass keeps: the head's gradients, and all before them."""
+    model, predicted = size.model, size.predicted(size.micro_batch)
+    gradients = size.element * predicted * model.width + FP32 * model.vocabulary * (model.width + 1)
+    return kept_before_head(size, size.micro_batch) + Kept(gradients)
 
 
 def kept_before_head(size: StepSize, images: int) -> Kept:
@@ -338,17 +338,15 @@ def head_casts(size: StepSize) -> int:
 
 
 def loss_bytes(size: StepSize) -> int:
-    """Logits of a chunk and their log-softmax, in the forward pass."""
+    """Logits of a chunk and their softmax, features and targets, in the forward pass."""
     copies = 2 * FP32 if size.precision == "fp32" else size.element + 2 * FP32
-    return copies * chunk_rows(size) * size.model.vocabulary + head_casts(size)
+    inputs = size.predicted(size.micro_batch) * (FP32 * size.model.width + 8)
+    return copies * chunk_rows(size) * size.model.vocabulary + head_casts(size) + inputs
 
 
 def head_bytes(size: StepSize) -> int:
-    """Logits of a chunk and their gradients, and the gradients of features and decoder, in the backward pass."""
-    width, vocabulary, predicted = size.model.width, size.model.vocabulary, size.predicted(size.micro_batch)
-    several = predicted > chunk_rows(size)
-    sums = size.element * vocabulary * width + FP32 * predicted * width if several else 0  # of earlier chunks
-    return 3 * FP32 * chunk_rows(size) * vocabulary + head_casts(size) + sums
+    """The gradients of features and decoder, in the backward pass."""
+    return FP32 * size.model.width * (size.predicted(size.micro_batch) + size.model.vocabulary)
 
 
 @dataclass(frozen=True)

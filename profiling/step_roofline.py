@@ -117,7 +117,7 @@ class WorkCounter(TorchDispatchMode):
 
 
 def flops_of(func, args, kwargs, out) -> float:
-    """FLOPs of an operator: torch's own count, two-stream attention over visible pairs, the chunked head and loss."""
+    """FLOPs of an operator: torch's own count, two-stream attention over visible pairs."""
     if "two_stream_attention_packed" in str(func):
         backward = "backward" in str(func)
         kv, cut, targets, mask_tokens = (args[2], args[5], args[6], args[7]) if backward else args[1:5]
@@ -128,9 +128,6 @@ def flops_of(func, args, kwargs, out) -> float:
         shape = TwoStreamShape(tokens, cut, batch, heads, size, mask_tokens, with_content=with_content)
         flops, _ = REGISTRY["two_stream_attention"].cost(shape, kv.dtype)
         return flops * (BACKWARD_PRODUCTS if backward else 1)
-    if "linear_cross_entropy" in str(func):  # it forms the gradients in the same pass: three products
-        (rows, width), (vocabulary, _) = args[0].shape, args[1].shape
-        return 3 * 2 * rows * width * vocabulary
     counted = flop_registry.get(func.overloadpacket)
     return counted(*args, **kwargs, out_val=out) if counted else 0.0
 

@@ -49,12 +49,10 @@ def measure_step(
     recompute: str = "none",
     ema: bool = False,
     accumulation: int = 1,
-    library_loss: bool = False,
     jitter: bool = False,
 ) -> Measured:
     """One step as the learner takes it (draws excepted), with the optimizer's moments made before."""
     with (
-        mock.patch.object(loss, "HAS_LIBRARY_LOSS", library_loss),
         mock.patch.dict(loss.CHUNK_BYTES, cpu=loss.CHUNK_BYTES["cuda"]),
         mock.patch.object(MaskedTokenViT, "reset_parameters"),  # reads values, which fake tensors have not
         FakeTensorMode(allow_non_fake_inputs=True),

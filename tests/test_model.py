@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, model_config_from_dict, to_dict
 from mapet.errors import CheckpointError, ConfigError
@@ -179,11 +181,7 @@ def test_state_dict_loads_official_names_and_says_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("library", [True, False])
-def test_chunked_loss_equals_cross_entropy(monkeypatch, dtype: torch.dtype, library: bool) -> None:
-    if library and not loss_module.HAS_LIBRARY_LOSS:
-        pytest.skip("this torch has no chunked linear_cross_entropy")
-    monkeypatch.setattr(loss_module, "HAS_LIBRARY_LOSS", library)
+def test_chunked_loss_equals_cross_entropy(monkeypatch, dtype: torch.dtype) -> None:
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 50 * 7)  # 7 rows at a time
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(33, 16, generator=generator, dtype=dtype, requires_grad=True)
@@ -202,6 +200,44 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, dtype: torch.dtype, libr
         torch.testing.assert_close(a, b)
     accuracy = token_accuracy(features, weight, bias, targets)
     assert accuracy.item() == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunked_loss_under_autocast_adds_up_in_fp32(monkeypatch, dtype: torch.dtype) -> None:
+    """Products in 16 bits, all else in fp32: without a loss scale, gradients that fp16 cannot hold come out right."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 50 * 1000)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(8000, 16, generator=generator)
+    weight, bias = 0.02 * torch.randn(50, 16, generator=generator), torch.zeros(50)
+    targets = torch.randint(0, 50, (8000,), generator=generator)
+
+    def run(dtype: torch.dtype, loss_of: Callable) -> tuple[torch.Tensor, ...]:
+        given = [x.to(dtype).requires_grad_() for x in (features, weight, bias)]
+        loss = loss_of(*given, targets)
+        return loss, *torch.autograd.grad(loss, given)
+
+    exact = run(torch.float64, lambda x, w, b, t: F.cross_entropy(F.linear(x, w, b), t))
+    with torch.autocast("cpu", dtype), ProductDtypes() as products:
+        ours = run(torch.float32, token_cross_entropy)
+    assert products.seen == {dtype} and all(x.dtype == torch.float32 for x in ours)
+    assert ours[0].item() == pytest.approx(exact[0].item(), rel=2e-5)
+    unit = torch.finfo(dtype).eps
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        assert ((a - b).norm() / b.norm()).item() < 2 * unit
+    assert ours[1].abs().max() < torch.finfo(torch.float16).tiny, "so that fp16 would round them coarsely, or to 0"
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Dtypes of the operands of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_parts_add_up_and_the_peak_is_the_largest_moment() -> None:
     size = size_of(BASE, 64)
     memory = predict_memory(size)
     assert memory.total == sum(memory.parts().values()) == max(moment.total for moment in moments(size))
-    assert memory.activations + memory.attention == kept_in_all(size).total and memory.moment == "head"
+    assert memory.activations + memory.attention == kept_in_all(size).total and memory.moment == "loss"
     assert predict_memory(CASES["jitter"]).moment == "loss", "pictures in fp32 exist in the forward pass only"
     assert predict_memory(CASES["small_average"]).moment == "update"
 
@@ -150,7 +150,7 @@ def test_nothing_fits_says_what_would() -> None:
 def test_out_of_memory_advice_has_numbers() -> None:
     text = out_of_memory_advice(size_of(BASE, 128, share=2048), 16 * GIB)
     assert text.startswith("out of memory with micro-batch 128 and recompute none, which by `mapet plan` take 19.")
-    assert "of 16.00 GiB; set train.micro_batch=64 train.recompute=none (predicted 10.99 GiB), or" in text
+    assert "of 16.00 GiB; set train.micro_batch=64 train.recompute=none (predicted 10.98 GiB), or" in text
     assert "train.micro_batch=128 train.recompute=cheap (predicted 13." in text and "--auto-batch" in text
     assert "smaller model" in out_of_memory_advice(size_of(BASE, 1, "blocks"), 0)
 
