@@ -150,7 +150,7 @@ def test_nothing_fits_says_what_would() -> None:
 def test_out_of_memory_advice_has_numbers() -> None:
     text = out_of_memory_advice(size_of(BASE, 128, share=2048), 16 * GIB)
     assert text.startswith("out of memory with micro-batch 128 and recompute none, which by `mapet plan` take 19.")
-    assert "of 16.00 GiB; set train.micro_batch=64 train.recompute=none (predicted 10.98 GiB), or" in text
+    assert "of 16.00 GiB; set train.micro_batch=64 train.recompute=none (predicted 10.93 GiB), or" in text
     assert "train.micro_batch=128 train.recompute=cheap (predicted 13." in text and "--auto-batch" in text
     assert "smaller model" in out_of_memory_advice(size_of(BASE, 1, "blocks"), 0)
 
