@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from workload import Workload, named_parts, refine
+from workload import Workload, named_parts
 
 from mapet.report.picture import CYCLE, FAINT, INK, save
 
@@ -85,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         backward = torch._C._current_autograd_node() is not None
-        owner = "backward" if backward else f"{refine(self.ranges[-1], str(func))}, forward"
+        owner = "backward" if backward else f"{self.ranges[-1]}, forward"
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._own(leaf, owner)

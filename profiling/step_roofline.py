@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from workload import Workload, named_parts, refine
+from workload import Workload, named_parts
 
 from mapet.learner import AUTOCAST
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
@@ -104,8 +104,7 @@ class WorkCounter(TorchDispatchMode):
             return out
         node = torch._C._current_autograd_node()
         if node is None:
-            part = refine(self.ranges[-1], str(func))
-            self.part_of_node[torch.autograd._get_sequence_nr() - 1] = part
+            part = self.part_of_node[torch.autograd._get_sequence_nr() - 1] = self.ranges[-1]
         else:
             part = self.part_of_node.get(node._sequence_nr(), "other")
         work = self.work[part, "forward" if node is None else "backward"]

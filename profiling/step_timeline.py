@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: python profiling/step_timeline.py --model base --device cuda --precision bf16
+"""Where the time of a training step goes: python profiling/step_timeline.py --workload.device cuda
 
 Runs a few steps under torch.profiler and prints the time of each part of the step, forward and backward, with the gaps
 in which the device had nothing to do and the calls in which the host waited for it. On a CPU the time is that of the
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
-from workload import PARTS, PREFIX, Workload, named_parts, refine
+from workload import PARTS, PREFIX, Workload, named_parts
 
 WAITS = (
     "cudaStreamSynchronize",
@@ -99,7 +99,7 @@ def summarise(events: Iterable[Any], wall: float, steps: int, *, on_device: bool
     events = list(events)
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     part_of_node = {
-        event.sequence_nr: refine(part, event.name)
+        event.sequence_nr: part
         for event in host
         if event.sequence_nr >= 0 and not _is_backward(event) and (part := _range_of(event)) is not None
     }
@@ -108,8 +108,7 @@ def summarise(events: Iterable[Any], wall: float, steps: int, *, on_device: bool
         if event.name.startswith(PREFIX):
             continue
         node = _backward_node(event)
-        part = _range_of(event) if node is None else part_of_node.get(node.sequence_nr)
-        part = "other" if part is None else refine(part, event.name) if node is None else part
+        part = (_range_of(event) if node is None else part_of_node.get(node.sequence_nr)) or "other"
         own = sum(kernel.duration for kernel in event.kernels) if on_device else event.self_cpu_time_total
         times[part][node is not None] += own / 1e3 / steps
     parts = [PartTime(name, *times[name]) for name in PARTS if name in times]

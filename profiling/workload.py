@@ -84,6 +84,7 @@ def named_parts(learner: Learner, open_range: Callable[[str], Any] | None = None
         model: MaskedTokenViT = learner.model
         methods = [
             (model, "embed", "embedding"),
+            (learner.objective, "attention", "attention"),
             (learner, "_draw", "draw and jitter"),
             (learner, "_forward", "draw and jitter"),  # what is in it and in no part of the model is the jitter
             (learner, "_update", "optimizer"),
@@ -102,11 +103,6 @@ def profiler_range(name: str) -> Iterator[None]:
     """A range of torch.profiler and of nvtx."""
     with record_function(PREFIX + name), nvtx.annotate(name) if nvtx else ExitStack():
         yield
-
-
-def refine(part: str, op: str) -> str:
-    """The part of an op in a range: attention is told by its name."""
-    return "attention" if "two_stream_attention" in op or "scaled_dot_product" in op else part
 
 
 def _part_of(module: nn.Module) -> str | None:
