@@ -28,7 +28,8 @@ def kmeans_update(x: Tensor, ids: Tensor, sums: Tensor, counts: Tensor, add: boo
         values = x[order[start:stop]].double()
         bags = (first_rows[low : high + 1] - start).clamp_(min=0)
         # An embedding bag is a sum over runs of rows, one thread to a run and a feature.
-        total[low : high + 1] += F.embedding_bag(torch.arange(stop - start, device=x.device), values, bags, mode="sum")
+        rows_of_chunk = torch.arange(stop - start, device=x.device)
+        total[low : high + 1].add_(F.embedding_bag(rows_of_chunk, values, bags, mode="sum"))
     if add and sums.dtype == total.dtype:
         sums += total
     else:

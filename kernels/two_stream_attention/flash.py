@@ -117,8 +117,8 @@ def backward(
             *(call.of(lse).transpose(1, 2).contiguous(), call.window, problem.scale),
         )
         call.of(call_dq).copy_(dq_rows[..., :size])
-        dk_sum[:, call.keys] += dk_keys[..., :size]
-        dv_sum[:, call.keys] += dv_keys[..., :size]
+        dk_sum[:, call.keys].add_(dk_keys[..., :size])
+        dv_sum[:, call.keys].add_(dv_keys[..., :size])
     _to_caller(call_dq, dq, layout, 0.0)
     _keys_to_caller(dk_sum, dk, problem, layout)
     _keys_to_caller(dv_sum, dv, problem, layout)

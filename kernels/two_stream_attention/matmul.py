@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mapet_kernels.dense_attention import attention_bias
 from mapet_kernels.two_stream_attention import by_cut
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
+from mapet_kernels.two_stream_attention.tile_mask import tile_mask
 
 TARGET_TILE = 75
 """Targets in a tile, at most: smaller tiles visit fewer masked keys, larger ones make fewer calls."""
@@ -78,10 +78,10 @@ def backward(
         for tile in tiles:
             rows, d_rows = tile.take(q, images, problem.scale), tile.take(d_out, images)
             p = tile.probabilities(rows, keys)
-            dv_sum[:, tile.keys] += torch.bmm(p.transpose(1, 2), d_rows)
+            dv_sum[:, tile.keys].add_(torch.bmm(p.transpose(1, 2), d_rows))
             dp = torch.bmm(d_rows, values[:, tile.keys].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dk_sum[:, tile.keys] += torch.bmm(ds.transpose(1, 2), rows)
+            dk_sum[:, tile.keys].add_(torch.bmm(ds.transpose(1, 2), rows))
             tile.put(torch.bmm(ds, keys[:, tile.keys]), dq, images, problem.scale)
         _put_keys(dk_sum, dk[images], problem)
         _put_keys(dv_sum, dv[images], problem)
@@ -156,7 +156,8 @@ def _tiles(q: Streams, problem: Problem) -> list[Tile]:
         stop = min(start + size, targets)
         key = start if mask_tokens else 0
         if mask is None or not mask_tokens or stop - start < size:
-            mask = _mask(q.query, stop - start, start - key, window, mask_tokens, with_content)
+            sizes = stop - start, start - key, window, mask_tokens, with_content
+            mask = tile_mask(q.query.device, q.query.dtype, *sizes)
         content = (slice(cut + start, cut + stop),) if with_content else ()
         sees_nothing = not window and not start
         dead_row = (stop if with_content else 0) if sees_nothing else None
@@ -179,15 +180,6 @@ def _row_tiles(runs: tuple[slice, ...]) -> list[tuple[slice, ...]]:
             room -= last - first
             first = last
     return tiles
-
-
-def _mask(like: Tensor, count: int, first: int, window: int, mask_tokens: bool, with_content: bool) -> Tensor:
-    """What content and query rows of `count` targets see of a tile's keys; the first target has shift `first` there."""
-    key = torch.arange(first + window + count, device=like.device)
-    shift = torch.arange(first, first + count, device=like.device).unsqueeze(1)
-    shift = torch.cat([shift + 1, shift]) if with_content else shift
-    visible = key < shift + window
-    return attention_bias(visible & (key >= shift) if mask_tokens else visible, like.dtype)
 
 
 def _chunks(like: Tensor, tiles: list[Tile]) -> Iterator[slice]:

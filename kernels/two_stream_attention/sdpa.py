@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mapet_kernels.dense_attention import attend, attend_backward, attention_bias
+from mapet_kernels.dense_attention import attend, attend_backward
 from mapet_kernels.two_stream_attention import by_cut
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
+from mapet_kernels.two_stream_attention.tile_mask import tile_mask
 
 TARGET_TILE = 96
 """Targets in a tile, at most: smaller tiles visit fewer masked keys, larger ones make fewer calls."""
@@ -75,8 +76,8 @@ def backward(
             _take(lse, tile),
         )
         _put(dq_rows, dq, tile)
-        dk_sum[:, :, tile.keys] += dk_tile
-        dv_sum[:, :, tile.keys] += dv_tile
+        dk_sum[:, :, tile.keys].add_(dk_tile)
+        dv_sum[:, :, tile.keys].add_(dv_tile)
     _content_keys_first(dk_sum, dk, problem.tokens)
     _content_keys_first(dv_sum, dv, problem.tokens)
 
@@ -104,22 +105,12 @@ def _tiles(q: Streams, problem: Problem) -> Iterator[Tile]:
     for start in range(0, targets, size):
         stop = min(start + size, targets)
         keys = slice(start if mask_tokens else 0, (tokens if mask_tokens else cut) + stop)
-        bias = _tile_bias(q.query, start, stop, keys, problem, with_content)
+        sizes = stop - start, start - keys.start, window.stop, mask_tokens, with_content
+        bias = tile_mask(q.query.device, q.query.dtype, *sizes)
         sees_nothing = not mask_tokens and cut == 0 and start == 0
         dead_row = (stop - start if with_content else 0) if sees_nothing else None
         content_rows = slice(cut + start, cut + stop) if with_content else None
         yield Tile(content_rows, slice(start, stop), keys, bias, dead_row)
-
-
-def _tile_bias(like: Tensor, start: int, stop: int, keys: slice, problem: Problem, with_content: bool) -> Tensor:
-    key = torch.arange(keys.start, keys.stop, device=like.device)
-    query_shift = torch.arange(start, stop, device=like.device).unsqueeze(1)
-    shift = torch.cat([query_shift + 1, query_shift]) if with_content else query_shift
-    if problem.mask_tokens:
-        visible = (key >= shift) & (key < shift + problem.tokens)
-    else:
-        visible = key < shift + problem.cut
-    return attention_bias(visible, like.dtype)
 
 
 def _take(streams: Streams, tile: Tile) -> Tensor:
