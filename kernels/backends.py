@@ -37,9 +37,9 @@ class Winner:
 RECORDED_WINNERS: dict[tuple[int, int], Winner] = {}
 """By compute capability of the GPU that the record was made on."""
 
-CPU_RECORD = "kernels_tiny_bf16_cpu_20261126T161159.json"
-"""Two-stream attention in bfloat16 on a CPU with AMX: matmul beside sdpa. kernels_tiny_bf16_cpu_20261128T074425.json says
-the same of one without."""
+CPU_RECORD = "kernels_tiny_bf16_cpu_20261128T074425.json"
+"""Two-stream attention in bfloat16 on a CPU without AMX: matmul beside sdpa. That of 20261126T161159 has AMX and says
+the same."""
 
 HOW_TO_BUILD_CUDA = "MAPET_BUILD_CUDA=1 pip install --no-build-isolation --no-deps ."
 """In a checkout, with nvcc on PATH, and torch, setuptools and wheel installed."""
