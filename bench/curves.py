@@ -34,7 +34,7 @@ from mapet.demo.folder import DemoFolder, Timings
 from mapet.demo.recipe import FULL, QUICK, Recipe
 from mapet.demo.run import THREADS, threads
 from mapet.demo.seed import SeedJob
-from mapet.report.picture import CYCLE, FAINT, INK, save
+from mapet.report.picture import CYCLE, FAINT, INK, frame, save
 from mapet.train import pretrain
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -202,7 +202,6 @@ def draw(path: Path, picture: Path | None = None) -> Path:
         f"The demo's run in several precisions, mean of {SMOOTHED} steps", loc="left", color=INK, fontweight="bold"
     )
     for axes in (above, below):
-        axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes, "y")
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best" if axes is above else "lower right")
     return save(figure, picture or Path(path).with_suffix(".png"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mapet.report.picture import CYCLE, FAINT, INK, save
+from mapet.report.picture import CYCLE, INK, frame, save
 
 NAMES = {
     "exact": "ours, exact ids",
@@ -46,10 +46,8 @@ def draw(path: Path) -> Path:
     again.set_xticks(places, [f"D {size['features']}\nK {size['clusters']:,}" for size in sizes])
     for axes, words in ((speed, f"products, {unit}"), (again, "rows decided again, %")):
         axes.set_ylabel(words, color=INK)
-        axes.grid(axis="y", color=FAINT, alpha=0.25)
-        axes.set_axisbelow(True)
+        frame(axes, "y")
         axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        axes.spines[["top", "right"]].set_visible(False)
     device = record["device"] if on_gpu else f"CPU, {record['device']}, {record['threads']} threads"
     figure.suptitle(
         f"Nearest centroid of {record['rows']:,} rows on {device}, {record['dtype']}\n"

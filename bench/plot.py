@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
+from bench.report_plots import style
 from bench.timing import PHASES
 from mapet.report.picture import CONTEXT, FAINT, INK, MASK, QUERY, TARGET, save
 
@@ -160,7 +161,7 @@ def draw_lengths(
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     _log_x(axes, [c["tokens"] for c in ordered])
-    _style(axes, f"{phase.capitalize()}: time per visible pair", "tokens of an image, N (log)", f"{unit} (log)")
+    style(axes, f"{phase.capitalize()}: time per visible pair", "tokens of an image, N (log)", f"{unit} (log)")
 
 
 def draw_cuts(axes: Axes, record: Mapping[str, Any], configurations: Sequence[Mapping[str, Any]], phase: str) -> None:
@@ -173,7 +174,7 @@ def draw_cuts(axes: Axes, record: Mapping[str, Any], configurations: Sequence[Ma
             _line(axes, [cut for cut, _ in points], [factor * rates[phase] for _, rates in points], name)
     axes.set_ylim(bottom=0)
     tokens = ordered[0]["tokens"]
-    _style(axes, f"{phase.capitalize()}: rate on visible pairs, N = {tokens}", "cut c, in tokens", unit)
+    style(axes, f"{phase.capitalize()}: rate on visible pairs, N = {tokens}", "cut c, in tokens", unit)
 
 
 def draw_speed(axes: Axes, record: Mapping[str, Any], target: Mapping[str, Any]) -> None:
@@ -196,7 +197,7 @@ def draw_speed(axes: Axes, record: Mapping[str, Any], target: Mapping[str, Any])
     _log_x(axes, (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
     axes.set_xlim(min(0.5, min(flat) / 1.6), max(2.0, max(flat) * 1.6))
     wanted = "; red: wanted, forward" if record["measured_on"] == "cuda" else ""
-    _style(axes, f"Time of peers over that of '{NAMES[best]}'", f"times as long (log){wanted}", None, along="x")
+    style(axes, f"Time of peers over that of '{NAMES[best]}'", f"times as long (log){wanted}", None, along="x")
 
 
 def times_as_long(record: Mapping[str, Any], target: Mapping[str, Any], best: str, phase: str) -> dict[str, float]:
@@ -220,7 +221,7 @@ def draw_roofline(axes: Axes, record: Mapping[str, Any], target: Mapping[str, An
     rates, (factor, unit) = record["rates"], RATE_UNITS[record["measured_on"]]
     copy, products = rates["bytes_per_second"] / 1e9, rates["flop_per_second"][target["dtype"]] / 1e12
     limits = f"copy {_three_digits(copy)} GB/s, products {_three_digits(factor * products)} {unit}"
-    _style(axes, f"Share of the roofline ({limits})", "% of the speed that this device allows", None, along="x")
+    style(axes, f"Share of the roofline ({limits})", "% of the speed that this device allows", None, along="x")
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], name: str) -> None:
@@ -260,15 +261,3 @@ def _three_digits(value: float) -> str:
 
 def _plain(value: float, _: int) -> str:
     return f"{value:.10g}"
-
-
-def _style(axes: Axes, name: str, x: str, y: str | None, along: str = "both") -> None:
-    axes.set_title(name, loc="left", fontsize=11, color=INK)
-    axes.set_xlabel(x, color=INK, fontsize=9.5)
-    if y is not None:
-        axes.set_ylabel(y, color=INK, fontsize=9.5)
-    axes.grid(axis=along, color=FAINT, alpha=0.25, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)

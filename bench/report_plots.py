@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench.ablation import Gain
 from bench.report_data import Entry
-from mapet.report.picture import CYCLE, FAINT, INK, QUERY, save
+from mapet.report.picture import CYCLE, FAINT, INK, QUERY, frame, save
 
 WIDTH = 9.0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
@@ -186,11 +186,7 @@ def style(axes: Axes, title: str, x: str, y: str | None, along: str = "both") ->
     axes.set_xlabel(x, color=INK, fontsize=9.5)
     if y is not None:
         axes.set_ylabel(y, color=INK, fontsize=9.5)
-    axes.grid(axis=along, color=FAINT, alpha=0.25, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)
+    frame(axes, along)
 
 
 Point = tuple[float, float, float, float]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mapet.codebook import CodebookUsage
-from mapet.report.picture import CONTEXT, FAINT, HIDDEN, INK, QUERY, save
+from mapet.report.picture import CONTEXT, FAINT, HIDDEN, INK, QUERY, frame, save
 
 
 def draw_usage(path: str | Path, usage: CodebookUsage) -> Path:
@@ -76,7 +76,4 @@ def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", size=12, weight="bold", color=INK)
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9, which="both")
-    axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
+    frame(axes, "y")

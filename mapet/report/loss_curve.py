@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mapet.errors import DataError
-from mapet.report.picture import CYCLE, FAINT, INK, save
+from mapet.report.picture import CYCLE, INK, frame, save
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,5 @@ def _draw_line(axes: Axes, step: np.ndarray, values: np.ndarray, colour: str, na
 
 def _style(axes: Axes, name: str) -> None:
     axes.set_ylabel(name, color=INK)
-    axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)
+    frame(axes, "y")
     axes.margins(x=0.01)
