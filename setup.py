@@ -22,11 +22,20 @@ def nvcc_architectures(nvcc: str) -> set[int]:
     return {int(number) for number in re.findall(r"compute_(\d+)", text)}
 
 
+def toolkit(nvcc: str) -> str | None:
+    """The toolkit's folder, wherever this nvcc, a link or a script maybe, stands itself; None for unknown."""
+    said = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return found and os.path.realpath(found[1])
+
+
 def cuda_extensions() -> dict:
     """Arguments of setup() that build mapet_kernels._C; ends with what is missing where that cannot be."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         sys.exit("MAPET_BUILD_CUDA=1 needs nvcc on PATH (CUDA toolkit); without the variable no compiler is needed")
+    if not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() and (home := toolkit(nvcc)):
+        os.environ["CUDA_HOME"] = home  # what torch guesses from PATH has no headers where nvcc is a script
     try:
         from torch.utils.cpp_extension import BuildExtension, CUDAExtension
     except ImportError as error:

@@ -197,9 +197,10 @@ def test_bindings_compile_against_this_torch() -> None:
 
 def run_setup(path: str, **environment: str) -> subprocess.CompletedProcess:
     """setup.py with PATH and variables, asked for its name only."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
     return subprocess.run(
         [sys.executable, "setup.py", "--name"], capture_output=True, text=True, check=False, cwd=ROOT,
-        env=os.environ | {"PATH": path} | environment,
+        env=inherited | {"PATH": path} | environment,
     )  # fmt: skip
 
 
@@ -209,14 +210,15 @@ def test_setup_builds_kernels_only_when_asked_and_says_what_is_missing(tmp_path:
     refused = run_setup(str(tmp_path), **asked)
     assert refused.returncode != 0 and "needs nvcc on PATH" in refused.stderr
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho compute_75\necho compute_80\n")
+    nvcc.write_text(f"#!/bin/sh\necho compute_75\necho compute_80\necho '#$ TOP={tmp_path}/toolkit/bin/..' >&2\n")
     nvcc.chmod(0o755)
     path = f"{tmp_path}:/usr/bin:/bin"
     refused = run_setup(path, **asked, TORCH_CUDA_ARCH_LIST="7.0")
     assert refused.returncode != 0 and "it knows 7.5, 8.0. CUDA 12 is the last with 7.0" in refused.stderr
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "torch.py").write_text("import os\nraise ImportError('toolkit ' + os.environ['CUDA_HOME'])")
     refused = run_setup(path, **asked, PYTHONPATH=str(tmp_path))
     assert refused.returncode != 0 and "no-build-isolation" in refused.stderr
+    assert f"toolkit {tmp_path}/toolkit)" in refused.stderr, "of the nvcc that is run, wherever PATH finds it"
 
 
 def test_the_backend_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
