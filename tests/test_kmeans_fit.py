@@ -502,6 +502,19 @@ PEER_DATA = {
 }
 
 
+def test_iterations_that_would_change_nothing_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, options = mixture(2000, parts=12, spread=0.05), {"redos": 3, "iterations": 30, "seed": 5}
+    seen: list[kmeans.Iteration] = []
+    stopping = kmeans.fit(x, 12, **options, on_iteration=seen.append)
+    assert len(seen) < 45 and [done.redo for done in seen] == sorted(done.redo for done in seen)
+    assert seen[-1].redo == 2 and seen[-1].eta == 0
+    assert all(len(curve) == 30 for curve in stopping.objectives)
+    every: list[kmeans.Iteration] = []
+    monkeypatch.setattr(lloyd, "_stays", lambda centroids, before: False)
+    same_result(stopping, kmeans.fit(x, 12, **options, on_iteration=every.append))
+    assert len(every) == 90
+
+
 @pytest.mark.parametrize("data", PEER_DATA)
 def test_the_objective_is_no_worse_than_the_peers(data):
     """Five seeds, best of 2 starts of 20 iterations; `python -m bench kmeans-fit` is the same with 200,000 rows."""

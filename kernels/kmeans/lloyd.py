@@ -136,10 +136,11 @@ def fit(
     More than K * max_points_per_centroid rows are first reduced to a random subset of exactly that size (None keeps
     all). Each redo starts from K distinct random rows (init "random") or from greedy k-means++ ("k-means++", which
     reads the rows K times), and runs `iterations` times: assign, sum up the objective, move each centroid to the mean
-    of its rows, split a cluster for every empty one. A redo ends early once an iteration lowers the objective by no
-    more than `tolerance` times its value; 0 never does. The redo with the smallest last objective is kept. A cluster to
-    split is picked by cycling through them, accepting one of n_j rows with probability (n_j - 1) / (n - K). Random
-    numbers come from `seed` alone, drawn on the CPU, so they are the same on every device.
+    of its rows, split a cluster for every empty one. Where that leaves every centroid as it was, the iterations to come
+    would do the same, and are taken as done. A redo ends early once an iteration lowers the objective by no more than
+    `tolerance` times its value; 0 never does. The redo with the smallest last objective is kept. A cluster to split is
+    picked by cycling through them, accepting one of n_j rows with probability (n_j - 1) / (n - K). Random numbers come
+    from `seed` alone, drawn on the CPU, so they are the same on every device.
 
     Rows are worked on in chunks, so memory is that of the rows (if they are in memory) and a few times `chunk_bytes`.
 
@@ -236,6 +237,8 @@ def _run(
 def _advance(state: FitState, settings: Settings, found: Pass, centroids: Tensor, splits: int) -> None:
     """Take an iteration into the state; after the last of a redo, keep the better result and go to the next redo."""
     state.curve.append(found.objective)
+    if not splits and _stays(centroids, state.centroids):
+        state.curve += [found.objective] * (settings.iterations - len(state.curve))
     state.splits += splits
     state.centroids = centroids
     if len(state.curve) < settings.iterations and not _converged(state.curve, settings.tolerance):
@@ -244,6 +247,11 @@ def _advance(state: FitState, settings: Settings, found: Pass, centroids: Tensor
         state.best = Best(centroids, found.objective, found.counts, state.splits, state.redo)
     state.objectives.append(state.curve)
     state.redo, state.curve, state.splits, state.centroids = state.redo + 1, [], 0, None
+
+
+def _stays(centroids: Tensor, before: Tensor) -> bool:
+    """Whether an update moved no centroid."""
+    return torch.equal(centroids, before.to(centroids))
 
 
 def _converged(curve: list[float], tolerance: float) -> bool:
