@@ -58,4 +58,8 @@ def main(job: dict, paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.argv[2:])
+    try:
+        main(json.loads(sys.argv[1]), sys.argv[2:])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # else its threads may abort the process as Python ends
