@@ -198,6 +198,8 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, dtype: torch.dtype) -> N
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(token_cross_entropy(features, weight, bias, targets), expected)
     accuracy = token_accuracy(features, weight, bias, targets)
     assert accuracy.item() == pytest.approx((logits.argmax(1) == targets).float().mean().item())
 

@@ -237,11 +237,12 @@ def _run(
 def _advance(state: FitState, settings: Settings, found: Pass, centroids: Tensor, splits: int) -> None:
     """Take an iteration into the state; after the last of a redo, keep the better result and go to the next redo."""
     state.curve.append(found.objective)
-    if not splits and _stays(centroids, state.centroids):
-        state.curve += [found.objective] * (settings.iterations - len(state.curve))
+    stays = not splits and _stays(centroids, state.centroids)
+    while stays and not _ended(state.curve, settings):
+        state.curve.append(found.objective)
     state.splits += splits
     state.centroids = centroids
-    if len(state.curve) < settings.iterations and not _converged(state.curve, settings.tolerance):
+    if not _ended(state.curve, settings):
         return
     if state.best is None or found.objective < state.best.objective:
         state.best = Best(centroids, found.objective, found.counts, state.splits, state.redo)
@@ -254,8 +255,11 @@ def _stays(centroids: Tensor, before: Tensor) -> bool:
     return torch.equal(centroids, before.to(centroids))
 
 
-def _converged(curve: list[float], tolerance: float) -> bool:
-    return tolerance > 0 and len(curve) > 1 and curve[-2] - curve[-1] <= tolerance * curve[-2]
+def _ended(curve: list[float], settings: Settings) -> bool:
+    """Whether a redo with these objectives is over."""
+    tolerance = settings.tolerance
+    converged = tolerance > 0 and len(curve) > 1 and curve[-2] - curve[-1] <= tolerance * curve[-2]
+    return converged or len(curve) >= settings.iterations
 
 
 def one_pass(data: Data, centroids: Tensor, exact: bool, backend: str) -> Pass:

@@ -151,13 +151,11 @@ def _tiles(q: Streams, problem: Problem) -> list[Tile]:
         masks = (slice(tokens, tokens + targets),) if mask_tokens else ()
         tiles += [Tile(rows, (), slice(0, window)) for rows in _row_tiles((slice(0, cut), *masks))]
     size = -(-targets // -(-targets // TARGET_TILE))
-    mask = None
     for start in range(0, targets, size):
         stop = min(start + size, targets)
         key = start if mask_tokens else 0
-        if mask is None or not mask_tokens or stop - start < size:
-            sizes = stop - start, start - key, window, mask_tokens, with_content
-            mask = tile_mask(q.query.device, q.query.dtype, *sizes)
+        sizes = stop - start, start - key, window, mask_tokens, with_content
+        mask = tile_mask(q.query.device, q.query.dtype, *sizes)
         content = (slice(cut + start, cut + stop),) if with_content else ()
         sees_nothing = not window and not start
         dead_row = (stop if with_content else 0) if sees_nothing else None
