@@ -61,7 +61,7 @@ class AotReport:
 
     sizes: tuple[int, ...] = (16, 32, 64, 80, 128)
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    architectures: tuple[int, ...] = launch.ARCHITECTURES
+    architectures: tuple[int, ...] = (80, 90)
     variants: tuple[str, ...] = (*TWO_STREAM_VARIANTS, *PREFIX_SUFFIX_VARIANTS)
     record: bool = True
 
@@ -106,20 +106,21 @@ def compile_all(options: AotReport) -> Iterator[Compiled]:
         for dtype in options.dtypes:
             for variant in options.variants:
                 for architecture in options.architectures:
-                    for part in launches(size, dtype, variant, architecture):
-                        yield compile_launch(part, size, dtype, variant, architecture)
+                    target = launch.TARGETS[architecture]
+                    for part in launches(size, dtype, variant, target):
+                        yield compile_launch(part, size, dtype, variant, target)
 
 
-def launches(size: int, dtype: str, variant: str, architecture: int) -> list[Launch]:
+def launches(size: int, dtype: str, variant: str, target: launch.Target) -> list[Launch]:
     """The launches of one forward and backward pass at MaPeT's size, on CPU tensors that are never read."""
     of_op = two_stream_launches if variant in TWO_STREAM_VARIANTS else prefix_suffix_launches
-    parts = of_op(size, DTYPES[dtype], variant, architecture)
+    parts = of_op(size, DTYPES[dtype], variant, target)
     if dtype == "tf32":  # what torch's setting on a GPU would ask for
         parts = [replace(part, constants=part.constants | {"PRECISION": "tf32"}) for part in parts]
     return parts
 
 
-def two_stream_launches(size: int, dtype: torch.dtype, variant: str, architecture: int) -> list[Launch]:
+def two_stream_launches(size: int, dtype: torch.dtype, variant: str, target: launch.Target) -> list[Launch]:
     cut = TOKENS - TARGETS
     problem = Problem(TOKENS, TARGETS, cut, variant != "pim", size**-0.5)
     perm = None
@@ -135,12 +136,12 @@ def two_stream_launches(size: int, dtype: torch.dtype, variant: str, architectur
     lse = Streams(*(None if x is None else torch.empty(x.shape[:3]) for x in (out.content, out.query)))
     (k, v), (dk, dv) = (key_halves(problem.content_rows, size, dtype) for _ in range(2))
     return [
-        two_stream.forward_launch(q, k, v, out, lse, problem, perm, architecture),
-        *two_stream.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, architecture),
+        two_stream.forward_launch(q, k, v, out, lse, problem, perm, target),
+        *two_stream.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, target),
     ]
 
 
-def prefix_suffix_launches(size: int, dtype: torch.dtype, variant: str, architecture: int) -> list[Launch]:
+def prefix_suffix_launches(size: int, dtype: torch.dtype, variant: str, target: launch.Target) -> list[Launch]:
     shift, cut = torch.zeros(TOKENS, dtype=torch.int64), TOKENS - TARGETS
     if variant == "single_per_image":
         shift, cut = shift.repeat(BATCH, 1), torch.full((BATCH,), cut)
@@ -150,8 +151,8 @@ def prefix_suffix_launches(size: int, dtype: torch.dtype, variant: str, architec
     dk, dv = (rows(TOKENS + TARGETS, size, dtype) for _ in range(2))
     lse = torch.empty(out.shape[:3])
     return [
-        prefix_suffix.forward_launch(q, k, v, out, lse, problem, architecture),
-        *prefix_suffix.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, architecture),
+        prefix_suffix.forward_launch(q, k, v, out, lse, problem, target),
+        *prefix_suffix.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, target),
     ]
 
 
@@ -165,18 +166,18 @@ def key_halves(count: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return torch.empty(BATCH, count, 2, HEADS, size, dtype=dtype).unbind(2)
 
 
-def compile_launch(part: Launch, size: int, dtype: str, variant: str, architecture: int) -> Compiled:
+def compile_launch(part: Launch, size: int, dtype: str, variant: str, target: launch.Target) -> Compiled:
     """Compile one launch and read what ptxas reports."""
     options = {name: part.constants[name] for name in OPTIONS if name in part.constants}
-    compiled = triton.compile(source(part), target=GPUTarget("cuda", architecture, 32), options=options)
-    report = ptxas_report(compiled.asm["ptx"], architecture)
+    compiled = triton.compile(source(part), target=GPUTarget("cuda", target.architecture, 32), options=options)
+    report = ptxas_report(compiled.asm["ptx"], target.architecture)
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())
     return Compiled(
         kernel=part.kernel.__name__,
         variant=variant,
         size=size,
         dtype=dtype,
-        architecture=architecture,
+        architecture=target.architecture,
         rows=part.constants["BM"],
         keys=part.constants["BN"],
         warps=part.constants["num_warps"],

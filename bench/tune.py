@@ -27,7 +27,7 @@ from bench import records, timing
 from bench.attention import device_state, guarded
 from bench.attention_ways import random_operands
 from bench.timing import Clock, Deadline
-from mapet_kernels import launch
+from mapet_kernels import launch, triton_launch
 from mapet_kernels.launch import LaunchConfig
 from mapet_kernels.registry import TwoStreamShape
 
@@ -75,11 +75,11 @@ class Entry:
     kernel: str
     dtype: str
     size: int
-    architecture: int
+    target: launch.Target
 
     def present(self) -> LaunchConfig:
         """What the table holds now."""
-        return getattr(launch, self.kernel)(self.size, DTYPES[self.dtype], self.architecture)
+        return getattr(launch, self.kernel)(self.size, DTYPES[self.dtype], self.target)
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def run(options: Tune) -> Path:
     if not torch.cuda.is_available():
         raise ValueError("tune times kernels, so it needs a CUDA device, and torch finds none here")
     device = torch.device("cuda")
-    architecture = launch.known_architecture(torch.cuda.get_device_capability(device))
+    target = triton_launch.target(device)
     deadline, clock = Deadline(options.time_limit), timing.clock_for(device)
     state = device_state(device)
-    draft = records.Draft("tune", f"sm_{architecture}", options.output)
+    draft = records.Draft("tune", f"sm_{target.architecture}", options.output)
     choices: list[Choice] = []
     entries = [
-        Entry(kernel, dtype, size, architecture)
+        Entry(kernel, dtype, size, target)
         for dtype, size, kernel in product(options.dtypes, options.sizes, options.kernels)
     ]
     for entry in entries:
@@ -188,7 +188,7 @@ def can_work(config: LaunchConfig, entry: Entry) -> bool:
     score_tiles = 1 if entry.kernel.endswith("forward") else 2
     shared = 2 * config.stages * passes * size * itemsize
     registers = (score_tiles * config.rows * config.keys + summed * size) / (32 * config.warps)
-    return shared <= launch.SHARED_MEMORY[entry.architecture] and registers <= MOST_REGISTERS
+    return shared <= entry.target.shared_memory and registers <= MOST_REGISTERS
 
 
 def compiled(entry: Entry, configs: Sequence[LaunchConfig], workers: int) -> tuple[list[LaunchConfig], dict[str, int]]:
@@ -212,19 +212,19 @@ def reason_against(entry: Entry, config: LaunchConfig) -> str | None:
 
     try:
         with override(entry.kernel, config):
-            parts = aot.launches(entry.size, entry.dtype, "plain", entry.architecture)
+            parts = aot.launches(entry.size, entry.dtype, "plain", entry.target)
         part = parts[KERNELS.index(entry.kernel)]
-        report = aot.compile_launch(part, entry.size, entry.dtype, "plain", entry.architecture)
+        report = aot.compile_launch(part, entry.size, entry.dtype, "plain", entry.target)
     except Exception as error:  # the compiler's own errors, of which it has many kinds
         return f"does not compile ({type(error).__name__})"
-    return verdict(report.spill_stores + report.spill_loads, report.shared, entry.architecture)
+    return verdict(report.spill_stores + report.spill_loads, report.shared, entry.target)
 
 
-def verdict(spilled: int, shared: int, architecture: int) -> str | None:
+def verdict(spilled: int, shared: int, target: launch.Target) -> str | None:
     """Why a compiled kernel is of no use, or None. `spilled` and `shared` in bytes."""
     if spilled:
         return "spills registers"
-    return "needs too much shared memory" if shared > launch.SHARED_MEMORY[architecture] else None
+    return "needs too much shared memory" if shared > target.shared_memory else None
 
 
 @contextmanager
@@ -263,12 +263,10 @@ class Runner:
         triton_backend.backward(d_out, q, k, v, out, lse, dq, dk, dv, problem)
 
         def launches() -> list[triton_backend.Launch]:
-            forward = triton_backend.forward_launch(q, k, v, out, lse, problem, None, entry.architecture)
+            forward = triton_backend.forward_launch(q, k, v, out, lse, problem, None, entry.target)
             return [
                 forward,
-                *triton_backend.backward_launches(
-                    d_out, q, k, v, out, lse, dq, dk, dv, problem, None, entry.architecture
-                ),
+                *triton_backend.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, None, entry.target),
             ]
 
         self.entry, self.device, self.launches = entry, device, launches
@@ -354,7 +352,7 @@ def line(choice: Choice) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in choice.rejected.items() if count)
     found = "stays" if choice.new == choice.old else f"-> {_short(choice.new)}, {choice.gain:.2f} times as fast"
     return (
-        f"{entry.kernel:26} {entry.dtype} D {entry.size:3} sm_{entry.architecture}: {_short(choice.old)} {found}"
+        f"{entry.kernel:26} {entry.dtype} D {entry.size:3} sm_{entry.target.architecture}: {_short(choice.old)} {found}"
         f" ({len(choice.seconds)} timed to the end{'; ' + dropped if dropped else ''})"
     )
 
@@ -365,8 +363,6 @@ def _short(config: LaunchConfig) -> str:
 
 def table(choices: Sequence[Choice]) -> str:
     """The tuned entries as a Python literal, by (kernel, head size, dtype, architecture)."""
-    lines = [
-        f"    {(c.entry.kernel, c.entry.size, c.entry.dtype, c.entry.architecture)!r}: {c.new!r},".replace("'", '"')
-        for c in choices
-    ]
+    keys = [(c.entry.kernel, c.entry.size, c.entry.dtype, c.entry.target.architecture) for c in choices]
+    lines = [f"    {key!r}: {choice.new!r},".replace("'", '"') for key, choice in zip(keys, choices, strict=True)]
     return "\n".join(["TUNED = {", *lines, "}"])

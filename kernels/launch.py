@@ -6,11 +6,31 @@ from dataclasses import dataclass
 
 import torch
 
-ARCHITECTURES = (80, 90)
-"""Architectures with a column of their own; others take the largest that is not above them."""
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory a program may use."""
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for: a GPU's compute capability, 80 for 8.0, and a program's bytes of shared memory."""
+
+    architecture: int
+    shared_memory: int
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether a group of four warps multiplies tiles from shared memory: data center GPUs from 9.0 on.
+
+        Capability 12.0 is newer, but has the tensor-core instructions and the shared memory of 8.6.
+        """
+        return 90 <= self.architecture < 120
+
+
+TARGETS = {
+    number: Target(number, kilobytes * 1024)
+    for number, kilobytes in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()
+}
+"""By architecture, as the CUDA programming guide has them: for compiling without a GPU. A device's own is read off it
+(`triton_launch.target`)."""
+
+OLDEST = TARGETS[80]
 
 
 @dataclass(frozen=True)
@@ -33,20 +53,19 @@ def padded_size(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def known_architecture(capability: tuple[int, int]) -> int:
-    """The entry of ARCHITECTURES to use for a device's compute capability.
+def target_of(capability: tuple[int, int], shared_memory: int) -> Target:
+    """The target of a device of this compute capability, which gives a program so many bytes of shared memory.
 
     Raises:
-        ValueError: the device is older than all of them.
+        ValueError: the device is older than the kernels.
     """
     number = 10 * capability[0] + capability[1]
-    known = [architecture for architecture in ARCHITECTURES if architecture <= number]
-    if not known:
+    if number < OLDEST.architecture:
         raise ValueError(f"Triton kernels need compute capability 8.0 or newer, this device has {number / 10}")
-    return max(known)
+    return Target(number, shared_memory)
 
 
-def attention_forward(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+def attention_forward(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     """Configuration of the forward kernel of an attention op for head size `size`, 1 to 128.
 
     Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU. Rows that do not
@@ -56,23 +75,23 @@ def attention_forward(size: int, dtype: torch.dtype, architecture: int) -> Launc
     if dtype.itemsize > 2:
         rows, keys = 64 if padded <= 32 else 32, 16 if padded == 128 else 32
         return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
-    return LaunchConfig(rows=128, keys=32 if padded == 128 and architecture < 90 else 64, warps=8, stages=2)
+    return LaunchConfig(rows=128, keys=32 if padded == 128 and not target.has_wgmma else 64, warps=8, stages=2)
 
 
-def attention_query_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+def attention_query_gradient(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     """Configuration of the kernel of dQ of an attention op."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
         rows, keys = {16: (64, 32), 32: (64, 32), 64: (32, 32), 128: (16, 16)}[padded]
         return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
-    if architecture >= 90:
+    if target.has_wgmma:
         return LaunchConfig(rows=128, keys=32 if padded == 128 else 64, warps=8, stages=2)
     if padded == 128:
         return LaunchConfig(rows=64, keys=32, warps=4, stages=2)
     return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
 
 
-def attention_key_gradient(size: int, dtype: torch.dtype, architecture: int) -> LaunchConfig:
+def attention_key_gradient(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     """Configuration of the kernel of dK and dV of an attention op."""
     padded = padded_size(size)
     if dtype.itemsize > 2:
@@ -94,13 +113,13 @@ class AssignConfig:
     capacity: int = 8  # candidates a row can hold in the exact mode
 
 
-def kmeans_assign_scores(features: int, exact: bool, architecture: int) -> AssignConfig:
+def kmeans_assign_scores(features: int, exact: bool, target: Target) -> AssignConfig:
     """Configuration of the score kernel for D = `features` and 16-bit operands.
 
     Entries are chosen so that registers are not spilled, not yet by time on a GPU. One product a tile (D <= 64) leaves
     the tensor cores idle while scores are looked through, so tiles are small and two programs share a processor.
     """
-    if architecture < 90:
+    if not target.has_wgmma:
         return AssignConfig(128, 128, 64, warps=8, stages=3, descriptors=False)
     if features <= 64:
         rows, warps = (64, 4) if exact else (128, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,14 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def architecture(device: torch.device) -> int:
-    """The entry of `launch.ARCHITECTURES` for a device; the first for the interpreter."""
+def target(device: torch.device) -> launch.Target:
+    """What kernels for a device are compiled for; the interpreter takes the tiles of the oldest GPU."""
     if device.type != "cuda":
-        return launch.ARCHITECTURES[0]
-    return launch.known_architecture(torch.cuda.get_device_capability(device))
+        return launch.OLDEST
+    return _target_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _target_of_gpu(index: int) -> launch.Target:
+    properties = torch.cuda.get_device_properties(index)
+    return launch.target_of((properties.major, properties.minor), properties.shared_memory_per_block_optin)

@@ -16,7 +16,8 @@ from bench.tune import Choice, Entry, Tune
 from mapet_kernels import launch
 from mapet_kernels.launch import LaunchConfig
 
-ENTRY = Entry("attention_forward", "fp16", 64, 90)
+A100, H100 = launch.TARGETS[80], launch.TARGETS[90]
+ENTRY = Entry("attention_forward", "fp16", 64, H100)
 OLD = LaunchConfig(128, 64, 8, 2)
 FASTER, SLOWER, UNEVEN = (replace(OLD, stages=s, warps=w) for s, w in ((3, 8), (1, 8), (2, 4)))
 
@@ -25,28 +26,28 @@ def test_candidates_hold_what_the_table_holds_and_fit_by_size() -> None:
     for kernel in tune.KERNELS:
         for dtype in ("fp16", "bf16"):
             for size in (16, 64, 128):
-                for architecture in launch.ARCHITECTURES:
-                    entry = Entry(kernel, dtype, size, architecture)
+                for target in launch.TARGETS.values():
+                    entry = Entry(kernel, dtype, size, target)
                     found = list(tune.candidates(entry))
                     assert entry.present() in found
                     assert len(found) == len(set(found)) <= 72
     assert not tune.can_work(LaunchConfig(128, 128, 4, 1), replace(ENTRY, kernel="attention_key_gradient", size=128))
-    assert not tune.can_work(LaunchConfig(32, 128, 8, 3), replace(ENTRY, size=128, dtype="fp32", architecture=80))
-    assert tune.can_work(LaunchConfig(32, 128, 8, 1), replace(ENTRY, size=128, dtype="fp32", architecture=80))
+    assert not tune.can_work(LaunchConfig(32, 128, 8, 3), replace(ENTRY, size=128, dtype="fp32", target=A100))
+    assert tune.can_work(LaunchConfig(32, 128, 8, 1), replace(ENTRY, size=128, dtype="fp32", target=A100))
 
 
 def test_what_spills_or_does_not_fit_is_rejected() -> None:
-    assert tune.verdict(0, launch.SHARED_MEMORY[80], 80) is None
-    assert tune.verdict(4, 0, 80) == "spills registers"
-    assert tune.verdict(0, launch.SHARED_MEMORY[80] + 1, 80) == "needs too much shared memory"
-    assert tune.verdict(0, launch.SHARED_MEMORY[80] + 1, 90) is None
+    assert tune.verdict(0, 163 * 1024, A100) is None
+    assert tune.verdict(4, 0, A100) == "spills registers"
+    assert tune.verdict(0, 163 * 1024 + 1, A100) == "needs too much shared memory"
+    assert tune.verdict(0, 163 * 1024 + 1, H100) is None
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="compiles, which the interpreter does not")
 def test_candidates_are_compiled_ahead_of_time() -> None:
     """In a process of their own: the present entry is kept; one that spills, and one that cannot be, are counted."""
     pytest.importorskip("triton")
-    entry = Entry("attention_forward", "fp16", 64, 80)
+    entry = Entry("attention_forward", "fp16", 64, A100)
     spilling, impossible = LaunchConfig(128, 64, 4, 2), LaunchConfig(24, 64, 4, 1)
     kept, rejected = tune.compiled(entry, [entry.present(), spilling, impossible], workers=1)
     assert kept == [entry.present()]
@@ -57,9 +58,9 @@ def test_candidates_are_compiled_ahead_of_time() -> None:
 
 def test_an_override_ends_with_its_block() -> None:
     with pytest.raises(KeyError), tune.override("attention_forward", SLOWER):
-        assert launch.attention_forward(64, torch.float16, 90) == SLOWER
+        assert launch.attention_forward(64, torch.float16, H100) == SLOWER
         raise KeyError
-    assert launch.attention_forward(64, torch.float16, 90) == ENTRY.present()
+    assert launch.attention_forward(64, torch.float16, H100) == ENTRY.present()
 
 
 def test_the_choice_is_the_fastest_over_all_shapes() -> None:
@@ -149,13 +150,14 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 INTERPRETED = """
 import torch
 from bench import timing, tune
+from mapet_kernels import launch
 from mapet_kernels.launch import LaunchConfig
 from mapet_kernels.registry import TwoStreamShape
 
 shape, device = TwoStreamShape(13, 4, 1, 1, 16), torch.device("cpu")
 old, other = LaunchConfig(32, 32, 4, 1), LaunchConfig(64, 64, 4, 1)
 for kernel in tune.KERNELS:
-    entry = tune.Entry(kernel, "fp16", 16, 80)
+    entry = tune.Entry(kernel, "fp16", 16, launch.TARGETS[80])
     runner = tune.Runner(entry, shape, device)
     assert runner.agrees(other, old), kernel
     seconds = tune.measured([old, other], {"a": runner}, timing.clock_for(device), 1)

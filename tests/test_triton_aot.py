@@ -46,16 +46,17 @@ def test_kernels_compile_without_spills(
     assert result.returncode == 0, result.stderr[-4000:]
     rows = json.loads(result.stdout)
     kernels = sum(4 if variant.startswith("single") else 3 for variant in variants)
-    assert len(rows) == kernels * len(launch.ARCHITECTURES) * len(sizes) * len(dtypes)
+    assert len(rows) == kernels * 2 * len(sizes) * len(dtypes)
     for row in rows:
         assert row["spill_stores"] == row["spill_loads"] == 0, row
-        assert row["shared"] <= launch.SHARED_MEMORY[row["architecture"]], row
+        assert row["shared"] <= launch.TARGETS[row["architecture"]].shared_memory, row
         # fp32 products are IEEE unless TF32 is asked for: no tensor cores. The lists of tiles have no products.
         assert (row["mma"] > 0) == (row["dtype"] != "fp32" and row["kernel"] != "row_tile_list_kernel"), row
 
 
 def test_launch_table_is_a_pure_function() -> None:
     assert [launch.padded_size(size) for size in (1, 16, 17, 80, 128)] == [16, 16, 32, 128, 128]
-    assert [launch.known_architecture(c) for c in ((8, 0), (8, 9), (9, 0), (12, 0))] == [80, 80, 90, 90]
+    targets = [launch.target_of(capability, 99 * 1024) for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))]
+    assert [target.has_wgmma for target in targets] == [False, False, True, True, False]
     with pytest.raises(ValueError, match=r"capability 8.0 or newer, this device has 7.5"):
-        launch.known_architecture((7, 5))
+        launch.target_of((7, 5), 64 * 1024)

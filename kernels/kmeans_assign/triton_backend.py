@@ -21,7 +21,7 @@ from mapet_kernels.kmeans_assign import bound, kernel, passes
 from mapet_kernels.kmeans_assign.bound import ROW_ROUNDING, Centroids, Rows, is_centred, one_matrix, padded
 from mapet_kernels.kmeans_assign.passes import OPEN, Steps, is_direct
 from mapet_kernels.launch import AssignConfig
-from mapet_kernels.triton_launch import Launch, architecture
+from mapet_kernels.triton_launch import Launch, target
 
 MERGED_ROWS = 256
 """Rows of one program that merges the shares."""
@@ -55,7 +55,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bo
 
 
 def _config(features: int, exact: bool, device: torch.device) -> AssignConfig:
-    return launch.kmeans_assign_scores(features, exact, architecture(device))
+    return launch.kmeans_assign_scores(features, exact, target(device))
 
 
 def _prepare(centroids: Tensor, row_dtype: torch.dtype, direct: bool, config: AssignConfig) -> Centroids:

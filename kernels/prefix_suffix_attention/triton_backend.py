@@ -13,7 +13,7 @@ from mapet_kernels import attention_launch, launch
 from mapet_kernels.attention_launch import check, dense_rows, strides
 from mapet_kernels.prefix_suffix_attention import kernel
 from mapet_kernels.prefix_suffix_attention.problem import Problem
-from mapet_kernels.triton_launch import Launch, architecture
+from mapet_kernels.triton_launch import Launch, target
 
 LIST_ROWS = 1024
 """Rows whose shifts `row_tile_list_kernel` holds at a time."""
@@ -23,7 +23,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: 
     """Fill `out` (B, R, H, D) and `lse` (B, R, H), both contiguous."""
     check(q, out, lse)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    forward_launch(q, k, v, out, lse, problem, architecture(q.device)).run(q.device)
+    forward_launch(q, k, v, out, lse, problem, target(q.device)).run(q.device)
 
 
 def backward(
@@ -41,15 +41,15 @@ def backward(
     """Fill the contiguous `dq`, `dk` and `dv`; `out` and `lse` are those of `forward`."""
     check(q, d_out, out, lse, dq, dk, dv)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, architecture(q.device)):
+    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, target(q.device)):
         part.run(q.device)
 
 
 def forward_launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem, architecture: int
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem, target: launch.Target
 ) -> Launch:
-    """The launch of `forward` for an architecture of `launch.ARCHITECTURES`."""
-    config = launch.attention_forward(q.shape[-1], q.dtype, architecture)
+    """The launch of `forward` for a target."""
+    config = launch.attention_forward(q.shape[-1], q.dtype, target)
     batch, rows, heads, _ = q.shape
     tiles = triton.cdiv(rows, config.rows)
     cuts, *sizes = _sizes(problem, q, k)
@@ -72,7 +72,7 @@ def backward_launches(
     dk: Tensor,
     dv: Tensor,
     problem: Problem,
-    architecture: int,
+    target: launch.Target,
 ) -> tuple[Launch, Launch, Launch]:
     """The launches of `backward`, in order: dQ; which rows see which keys, tile by tile; dK and dV."""
     batch, rows, heads, size = q.shape
@@ -80,7 +80,7 @@ def backward_launches(
     cuts, *sizes = _sizes(problem, q, k)
     # Of every row, from the first kernel for the last: log-sum-exp in base 2, and rowsum(dO * O).
     statistics = lse.new_empty(2, batch, heads, rows)
-    config = launch.attention_query_gradient(size, q.dtype, architecture)
+    config = launch.attention_query_gradient(size, q.dtype, target)
     tiles = triton.cdiv(rows, config.rows)
     query_gradient = Launch(
         kernel.query_gradient_kernel,
@@ -91,7 +91,7 @@ def backward_launches(
         ),
         attention_launch.constants(config, q, k, v, out, d_out, dq) | scale,
     )
-    config = launch.attention_key_gradient(size, q.dtype, architecture)
+    config = launch.attention_key_gradient(size, q.dtype, target)
     tiles, row_tiles = triton.cdiv(k.shape[1], config.keys), triton.cdiv(rows, config.rows)
     sets = batch if problem.per_image else 1
     lists = torch.empty(sets, tiles, row_tiles + 2, dtype=torch.int32, device=q.device)

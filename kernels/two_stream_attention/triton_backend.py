@@ -13,7 +13,7 @@ from torch import Tensor
 from mapet_kernels import attention_launch, launch
 from mapet_kernels.attention_launch import check, dense_rows, strides
 from mapet_kernels.launch import LaunchConfig
-from mapet_kernels.triton_launch import Launch, architecture
+from mapet_kernels.triton_launch import Launch, target
 from mapet_kernels.two_stream_attention import kernel
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
@@ -24,7 +24,7 @@ def forward(
     """Fill `out` (B, rows, H, D) and `lse` (B, rows, H), contiguous streams each."""
     check(q.query, *_tensors(out, lse))
     q, k, v = Streams(dense_rows(q.content), dense_rows(q.query)), dense_rows(k), dense_rows(v)
-    forward_launch(q, k, v, out, lse, problem, perm, architecture(k.device)).run(k.device)
+    forward_launch(q, k, v, out, lse, problem, perm, target(k.device)).run(k.device)
 
 
 def backward(
@@ -43,7 +43,7 @@ def backward(
     """Fill `dq` (contiguous streams), `dk` and `dv` (last stride 1); `out` and `lse` are those of `forward`."""
     check(q.query, *_tensors(d_out, out, lse, dq))
     q, k, v = Streams(dense_rows(q.content), dense_rows(q.query)), dense_rows(k), dense_rows(v)
-    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, architecture(k.device)):
+    for part in backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, target(k.device)):
         part.run(k.device)
 
 
@@ -55,10 +55,10 @@ def forward_launch(
     lse: Streams,
     problem: Problem,
     perm: Tensor | None,
-    architecture: int,
+    target: launch.Target,
 ) -> Launch:
-    """The launch of `forward` for an architecture of `launch.ARCHITECTURES`."""
-    config = launch.attention_forward(k.shape[-1], k.dtype, architecture)
+    """The launch of `forward` for a target."""
+    config = launch.attention_forward(k.shape[-1], k.dtype, target)
     tiles, first_tiles = _row_tiles(problem, q.content is not None, config.rows)
     return Launch(
         kernel.forward_kernel,
@@ -83,13 +83,13 @@ def backward_launches(
     dv: Tensor,
     problem: Problem,
     perm: Tensor | None,
-    architecture: int,
+    target: launch.Target,
 ) -> tuple[Launch, Launch]:
     """The launches of `backward`, in order: dQ, then dK and dV."""
     with_content = q.content is not None
     # Of every row, from the first kernel for the second: log-sum-exp in base 2, and rowsum(dO * O).
     statistics = lse.query.new_empty(2, k.shape[0], k.shape[2], problem.tokens + 2 * problem.targets)
-    config = launch.attention_query_gradient(k.shape[-1], k.dtype, architecture)
+    config = launch.attention_query_gradient(k.shape[-1], k.dtype, target)
     tiles, first_tiles = _row_tiles(problem, with_content, config.rows)
     query_gradient = Launch(
         kernel.query_gradient_kernel,
@@ -100,7 +100,7 @@ def backward_launches(
         ),
         _constants(problem, config, with_content, k, v, *_both(q), *_both(out), *_both(d_out), *_both(dq)),
     )
-    config = launch.attention_key_gradient(k.shape[-1], k.dtype, architecture)
+    config = launch.attention_key_gradient(k.shape[-1], k.dtype, target)
     tiles = triton.cdiv(problem.content_rows, config.keys)
     key_gradient = Launch(
         kernel.key_gradient_kernel,
