@@ -28,8 +28,8 @@ def check(query: Tensor, *results: Tensor | None) -> None:
 
 
 def dense_rows(x: Tensor | None) -> Tensor | None:
-    """x itself if its last dimension is contiguous, as the kernels need it, otherwise a copy."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    """x itself if its last dimension is contiguous and row strides fit 32 bits, as the kernels need it, else a copy."""
+    return x if x is None or (x.stride(-1) == 1 and x.stride(1) < 2**31) else x.contiguous()
 
 
 def rows_are_aligned(x: Tensor) -> bool:

@@ -53,11 +53,15 @@ def forward_launch(
     batch, rows, heads, _ = q.shape
     tiles = triton.cdiv(rows, config.rows)
     cuts, *sizes = _sizes(problem, q, k)
+    scale = float(problem.scale)
     return Launch(
         kernel.forward_kernel,
         tiles * batch * heads,
-        (q, k, v, out, lse, problem.shift, cuts, *strides(q, k, v), *_shift_strides(problem), *sizes, heads, tiles),
-        attention_launch.constants(config, q, k, v, out) | {"SCALE": float(problem.scale)},
+        (
+            *(q, k, v, out, lse, problem.shift, cuts),
+            *(*strides(q, k, v), *_shift_strides(problem), scale, *sizes, heads, tiles),
+        ),
+        attention_launch.constants(config, q, k, v, out),
     )
 
 
@@ -76,23 +80,24 @@ def backward_launches(
 ) -> tuple[Launch, Launch, Launch]:
     """The launches of `backward`, in order: dQ; which rows see which keys, tile by tile; dK and dV."""
     batch, rows, heads, size = q.shape
-    shift, scale = problem.shift, {"SCALE": float(problem.scale)}
+    shift = problem.shift
     cuts, *sizes = _sizes(problem, q, k)
-    # Of every row, from the first kernel for the last: log-sum-exp in base 2, and rowsum(dO * O).
-    statistics = lse.new_empty(2, batch, heads, rows)
+    scale = float(problem.scale)
     config = launch.attention_query_gradient(size, q.dtype, target)
+    key_config = launch.attention_key_gradient(size, q.dtype, target)
+    # Of every row, from the first kernel for the last: log-sum-exp in base 2, and rowsum(dO * O).
     tiles = triton.cdiv(rows, config.rows)
+    statistics = lse.new_empty(batch, heads, tiles * config.rows + key_config.rows, 2)
     query_gradient = Launch(
         kernel.query_gradient_kernel,
         tiles * batch * heads,
         (
-            *(q, k, v, out, d_out, lse, *statistics, dq, shift, cuts),
-            *(*strides(q, k, v), *_shift_strides(problem), *sizes, heads, tiles),
+            *(q, k, v, out, d_out, lse, statistics, dq, shift, cuts),
+            *(*strides(q, k, v), *_shift_strides(problem), scale, *sizes, heads, tiles),
         ),
-        attention_launch.constants(config, q, k, v, out, d_out, dq) | scale,
+        attention_launch.constants(config, q, k, v, out, d_out, dq) | {"TAIL": key_config.rows},
     )
-    config = launch.attention_key_gradient(size, q.dtype, target)
-    tiles, row_tiles = triton.cdiv(k.shape[1], config.keys), triton.cdiv(rows, config.rows)
+    tiles, row_tiles = triton.cdiv(k.shape[1], key_config.keys), triton.cdiv(rows, key_config.rows)
     sets = batch if problem.per_image else 1
     lists = torch.empty(sets, tiles, row_tiles + 2, dtype=torch.int32, device=q.device)
     row_tile_list = Launch(
@@ -100,10 +105,10 @@ def backward_launches(
         sets * tiles,
         (shift, cuts, lists, *_shift_strides(problem), *sizes, row_tiles, tiles),
         {
-            "BM": config.rows,
-            "BN": config.keys,
-            "CHUNK": LIST_ROWS // config.rows,
-            "num_warps": config.warps,
+            "BM": key_config.rows,
+            "BN": key_config.keys,
+            "CHUNK": LIST_ROWS // key_config.rows,
+            "num_warps": key_config.warps,
             "num_stages": 1,
         },
     )
@@ -111,11 +116,11 @@ def backward_launches(
         kernel.key_gradient_kernel,
         tiles * batch * heads,
         (
-            *(q, k, v, d_out, *statistics, dk, dv, lists, shift, cuts),
+            *(q, k, v, d_out, statistics, dk, dv, lists, shift, cuts),
             *(*strides(q, k, v), *_shift_strides(problem), lists.stride(0) if problem.per_image else 0),
-            *(*sizes, heads, row_tiles, tiles),
+            *(scale, *sizes, heads, row_tiles, tiles, statistics.shape[2]),
         ),
-        attention_launch.constants(config, q, k, v, d_out, dk, dv) | scale,
+        attention_launch.constants(key_config, q, k, v, d_out, dk, dv),
     )
     return query_gradient, row_tile_list, key_gradient
 

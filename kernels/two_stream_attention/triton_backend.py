@@ -16,6 +16,7 @@ from mapet_kernels.launch import LaunchConfig
 from mapet_kernels.triton_launch import Launch, target
 from mapet_kernels.two_stream_attention import kernel
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
+from mapet_kernels.two_stream_attention.tiles import Shape, fewest_visits
 
 
 def forward(
@@ -59,13 +60,13 @@ def forward_launch(
 ) -> Launch:
     """The launch of `forward` for a target."""
     config = launch.attention_forward(k.shape[-1], k.dtype, target)
-    tiles, first_tiles = _row_tiles(problem, q.content is not None, config.rows)
+    tiles = triton.cdiv(_rows(problem, q.content is not None), config.rows)
     return Launch(
         kernel.forward_kernel,
         tiles * k.shape[0] * k.shape[2],
         (
             *(*_both(q), k, v, *_both(out), *_both(lse), *_per_image(problem, perm)),
-            *(*strides(*_both(q), k, v), *_sizes(problem, k), first_tiles, tiles),
+            *(*strides(*_both(q), k, v), *_sizes(problem, k), tiles),
         ),
         _constants(problem, config, q.content is not None, k, v, *_both(q), *_both(out)),
     )
@@ -87,41 +88,52 @@ def backward_launches(
 ) -> tuple[Launch, Launch]:
     """The launches of `backward`, in order: dQ, then dK and dV."""
     with_content = q.content is not None
-    # Of every row, from the first kernel for the second: log-sum-exp in base 2, and rowsum(dO * O).
-    statistics = lse.query.new_empty(2, k.shape[0], k.shape[2], problem.tokens + 2 * problem.targets)
     config = launch.attention_query_gradient(k.shape[-1], k.dtype, target)
-    tiles, first_tiles = _row_tiles(problem, with_content, config.rows)
+    key_config = launch.attention_key_gradient(k.shape[-1], k.dtype, target)
+    # Of every row, from the first kernel for the second: log-sum-exp in base 2, and rowsum(dO * O).
+    tiles = triton.cdiv(_rows(problem, with_content), config.rows)
+    statistics = lse.query.new_empty(k.shape[0], k.shape[2], tiles * config.rows + key_config.rows, 2)
     query_gradient = Launch(
         kernel.query_gradient_kernel,
         tiles * k.shape[0] * k.shape[2],
         (
-            *(*_both(q), k, v, *_both(out), *_both(d_out), *_both(lse), *statistics, *_both(dq)),
-            *(*_per_image(problem, perm), *strides(*_both(q), k, v), *_sizes(problem, k), first_tiles, tiles),
+            *(*_both(q), k, v, *_both(out), *_both(d_out), *_both(lse), statistics, *_both(dq)),
+            *(*_per_image(problem, perm), *strides(*_both(q), k, v), *_sizes(problem, k), tiles),
         ),
-        _constants(problem, config, with_content, k, v, *_both(q), *_both(out), *_both(d_out), *_both(dq)),
+        _constants(problem, config, with_content, k, v, *_both(q), *_both(out), *_both(d_out), *_both(dq))
+        | {"TAIL": key_config.rows},
     )
-    config = launch.attention_key_gradient(k.shape[-1], k.dtype, target)
-    tiles = triton.cdiv(problem.content_rows, config.keys)
+    tiles, skipped = _key_tiles(problem, with_content, key_config)
     key_gradient = Launch(
         kernel.key_gradient_kernel,
         tiles * k.shape[0] * k.shape[2],
         (
-            *(*_both(q), k, v, *_both(d_out), *statistics, dk, dv, *_per_image(problem, perm)),
-            *(*strides(*_both(q), k, v, dk, dv), *_sizes(problem, k), tiles),
+            *(*_both(q), k, v, *_both(d_out), statistics, dk, dv, *_per_image(problem, perm)),
+            *(*strides(*_both(q), k, v, dk, dv), *_sizes(problem, k), tiles, skipped, statistics.shape[2]),
         ),
-        _constants(problem, config, with_content, k, v, *_both(q), *_both(d_out), dk, dv),
+        _constants(problem, key_config, with_content, k, v, *_both(q), *_both(d_out), dk, dv),
     )
     return query_gradient, key_gradient
 
 
-def _row_tiles(problem: Problem, with_content: bool, rows: int) -> tuple[int, int]:
-    """(tiles, first_tiles) of one image and head: row tiles of the forward and dQ kernels, those with s = 0 first."""
+def _rows(problem: Problem, with_content: bool) -> int:
+    """Rows of one image and head that the forward and dQ kernels go through; the grid cannot follow cuts on the device.
+
+    With mask tokens N rows have s = 0, without c rows; then come two rows a target, or one without content.
+    """
     if not with_content:
-        return triton.cdiv(problem.targets, rows), 0
-    # The grid cannot follow cuts on the device. With mask tokens N rows have s = 0, without c rows.
-    most = problem.tokens if problem.mask_tokens or isinstance(problem.cut, Tensor) else problem.cut
-    first_tiles = triton.cdiv(most, rows)
-    return first_tiles + triton.cdiv(problem.targets, rows // 2), first_tiles
+        return problem.targets
+    first = problem.tokens if problem.mask_tokens or isinstance(problem.cut, Tensor) else problem.cut
+    return first + 2 * problem.targets
+
+
+def _key_tiles(problem: Problem, with_content: bool, config: LaunchConfig) -> tuple[int, int]:
+    """Key tiles of one image and head, and how many keys the first is short of; any number is right, one is fastest."""
+    skipped = 0
+    if not isinstance(problem.cut, Tensor):
+        shape = Shape(problem.tokens, problem.cut, with_content, problem.mask_tokens)
+        skipped = fewest_visits(shape, config.rows, config.keys)
+    return triton.cdiv(problem.content_rows + skipped, config.keys), skipped
 
 
 def _tensors(*streams: Streams) -> tuple[Tensor | None, ...]:
@@ -139,10 +151,10 @@ def _per_image(problem: Problem, perm: Tensor | None) -> tuple[Tensor | None, Te
     return cuts, None if perm is None else perm.contiguous()
 
 
-def _sizes(problem: Problem, k: Tensor) -> tuple[int, int, int, int]:
-    """(cut, N, T, heads); the kernels do not read the cut where there is one per image."""
+def _sizes(problem: Problem, k: Tensor) -> tuple[float, int, int, int, int]:
+    """(scale, cut, N, T, heads); the kernels do not read the cut where there is one per image."""
     cut = 0 if isinstance(problem.cut, Tensor) else problem.cut
-    return cut, problem.tokens, problem.targets, k.shape[2]
+    return float(problem.scale), cut, problem.tokens, problem.targets, k.shape[2]
 
 
 def _constants(
@@ -150,7 +162,6 @@ def _constants(
 ) -> dict[str, Any]:
     """Constants and options of a kernel that moves the rows of k and others."""
     return attention_launch.constants(config, k, *others) | {
-        "SCALE": float(problem.scale),
         "WITH_CONTENT": with_content,
         "MASK_TOKENS": problem.mask_tokens,
     }
