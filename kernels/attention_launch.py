@@ -57,5 +57,5 @@ def constants(config: LaunchConfig, *tensors: Tensor) -> dict[str, Any]:
         "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": config.warps,
         "num_stages": config.stages,
-        "maxnreg": config.registers,
+        **({} if config.registers is None else {"maxnreg": config.registers}),
     }

@@ -67,7 +67,7 @@ def store_rows(p_rows, d, m_row, b, D: tl.constexpr, BD: tl.constexpr, ALIGNED: 
 
 @triton.jit
 def store_statistics(statistics, b_lse, b_delta, i_tile, tiles, BM: tl.constexpr, TAIL: tl.constexpr):
-    """Store (LSE in base 2, rowsum(dO * O)) of one row tile of `tiles`, of one image and head, for the gradient of keys.
+    """Store (LSE in base 2, rowsum(dO * O)) of one row tile of `tiles`, of one image and head, for the kernel of dK.
 
     The first program adds TAIL rows of zeros after the last tile: what is read there is masked, but must be finite.
     """

@@ -68,14 +68,16 @@ def target_of(capability: tuple[int, int], shared_memory: int) -> Target:
 def attention_forward(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     """Configuration of the forward kernel of an attention op for head size `size`, 1 to 128.
 
-    Entries are chosen so that registers are not spilled (bench/aot.py), not yet by time on a GPU. Rows that do not
-    start at multiples of 16 bytes are moved element by element, which spills in 16 bits at wide heads.
+    Entries are those of the smallest static cost (python -m bench aot) among those that spill no registers and leave
+    room for two programs on a processor, not yet by time on a GPU. In 16 bits two tiles are on their way while one is
+    computed with. Rows that do not start at multiples of 16 bytes are moved element by element, which spills at wide
+    heads.
     """
     padded = padded_size(size)
     if dtype.itemsize > 2:
         rows, keys = 64 if padded <= 32 else 32, 16 if padded == 128 else 32
         return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
-    return LaunchConfig(rows=128, keys=32 if padded == 128 and not target.has_wgmma else 64, warps=8, stages=2)
+    return LaunchConfig(rows=64, keys=32 if padded == 128 and not target.has_wgmma else 64, warps=4, stages=3)
 
 
 def attention_query_gradient(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
@@ -84,11 +86,7 @@ def attention_query_gradient(size: int, dtype: torch.dtype, target: Target) -> L
     if dtype.itemsize > 2:
         rows, keys = {16: (64, 32), 32: (64, 32), 64: (32, 32), 128: (16, 16)}[padded]
         return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
-    if target.has_wgmma:
-        return LaunchConfig(rows=128, keys=32 if padded == 128 else 64, warps=8, stages=2)
-    if padded == 128:
-        return LaunchConfig(rows=64, keys=32, warps=4, stages=2)
-    return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
+    return LaunchConfig(rows=64, keys=32 if padded == 128 else 64, warps=4, stages=3)
 
 
 def attention_key_gradient(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
@@ -97,7 +95,9 @@ def attention_key_gradient(size: int, dtype: torch.dtype, target: Target) -> Lau
     if dtype.itemsize > 2:
         keys, warps = (16, 8) if padded == 128 else (32, 4)
         return LaunchConfig(rows=32, keys=keys, warps=warps, stages=1, registers=ALL_REGISTERS)
-    return LaunchConfig(rows={16: 64, 128: 16}.get(padded, 32), keys=128, warps=8, stages=2)
+    if padded == 128:
+        return LaunchConfig(rows=32, keys=128 if target.has_wgmma else 64, warps=8, stages=3)
+    return LaunchConfig(rows=64 if target.has_wgmma else 32, keys=64, warps=4, stages=3)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,9 @@ def query_gradient_kernel(
     b_lse = tl.load(lse + o_result, mask=sees, other=0.0) * LOG2_E
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)  # of rows that see no key: their scores stay -inf
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
-    store_statistics(statistics + 2 * (i_b * heads + i_h) * (tiles * BM + TAIL), b_lse, b_delta, i_tile, tiles, BM, TAIL)
+    store_statistics(
+        statistics + 2 * (i_b * heads + i_h) * (tiles * BM + TAIL), b_lse, b_delta, i_tile, tiles, BM, TAIL
+    )
 
     k += i_b * s_kb + i_h * s_kh
     v += i_b * s_vb + i_h * s_vh
@@ -203,7 +205,12 @@ def row_tile_list_kernel(
     tl.store(lists + row_tiles + 1, masked)
 
 
-@triton.jit(do_not_specialize=["s_qr", "s_kr", "s_vr", "s_sr", "cut", "rows", "content", "suffix", "heads", "row_tiles", "tiles", "statistics_rows"])
+@triton.jit(
+    do_not_specialize=[
+        *("s_qr", "s_kr", "s_vr", "s_sr"),
+        *("cut", "rows", "content", "suffix", "heads", "row_tiles", "tiles", "statistics_rows"),
+    ]
+)
 def key_gradient_kernel(
     q, k, v, do, statistics, dk, dv, lists, shift, cuts,
     s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh, s_sb, s_sr, s_lb,

@@ -4,16 +4,16 @@ With the keys in the order M, A, B a row of shift s sees one window of keys p (v
 
     s <= p < window + s        (0 <= p < window + s without mask tokens)
 
-where `window` counts the keys that a row with s = 0 sees: N, or c without mask tokens. As many rows have s = 0: A, and M
-where there are mask tokens. Rows are put in the order x in which s never falls, and neighbours share almost all keys:
+where `window` counts the keys that a row with s = 0 sees: N, or c without mask tokens. As many rows have s = 0: A, and
+M where there are mask tokens. Rows are put in the order x in which s never falls, and neighbours share almost all keys:
 
     x < window              A, then M: s = 0
     x = window + 2 i        G_i: s = i
     x = window + 2 i + 1    B_i: s = i + 1        (last block, G only: x = i, s = i)
 
 So the keys of any tile of rows are one range, and the rows of any tile of keys are one range, each with masks in the
-blocks at its two ends only. With one cut per image `real` targets exist out of `targets`; the rows after those that see,
-from x = seeing on, are padding, with results 0 and statistics -inf.
+blocks at its two ends only. With one cut per image `real` targets exist out of `targets`; the rows from x = seeing on
+are padding, with results 0 and statistics -inf.
 
 A wrong number moves no access out of its tensor: cuts and permutations are clamped, rows and keys beyond the last read
 the last.
@@ -267,7 +267,9 @@ def query_gradient_kernel(
     b_lse = tl.load(p_lse, mask=sees, other=0.0) * LOG2_E
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)  # of rows that see no key: their scores stay -inf
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
-    store_statistics(statistics + 2 * (i_b * heads + i_h) * (tiles * BM + TAIL), b_lse, b_delta, i_tile, tiles, BM, TAIL)
+    store_statistics(
+        statistics + 2 * (i_b * heads + i_h) * (tiles * BM + TAIL), b_lse, b_delta, i_tile, tiles, BM, TAIL
+    )
     shift = _shift(x, window, WITH_CONTENT)
 
     k += i_b * s_kb + i_h * s_kh
@@ -285,16 +287,19 @@ def query_gradient_kernel(
             b_s, key[None, :], (shift - p0)[:, None], (window + shift - p0)[:, None],
             (p0 < full_lo) if MASK_TOKENS else False, p0 + BN > full_hi,
         )  # fmt: skip
-        b_dq = query_gradient_step(
-            b_dq, b_s, b_dp, b_k, b_lse[:, None], b_delta[:, None], scale, ACC, PRECISION
-        )
+        b_dq = query_gradient_step(b_dq, b_s, b_dp, b_k, b_lse[:, None], b_delta[:, None], scale, ACC, PRECISION)
     p_dq = _row_pointers(
         dq_content + o_content * D, dq_query + o_query * D, row, heads * D, heads * D, is_query, WITH_CONTENT
     )
     store_rows(p_dq, d, exists, tl.where(sees[:, None], b_dq * scale, 0.0), D, BD, ALIGNED)
 
 
-@triton.jit(do_not_specialize=["s_cr", "s_qr", "s_kr", "s_vr", "cut", "tokens", "targets", "heads", "tiles", "skipped", "statistics_rows", "s_dkr", "s_dvr"])
+@triton.jit(
+    do_not_specialize=[
+        *("s_cr", "s_qr", "s_kr", "s_vr", "s_dkr", "s_dvr"),
+        *("cut", "tokens", "targets", "heads", "tiles", "skipped", "statistics_rows"),
+    ]
+)
 def key_gradient_kernel(
     q_content, q_query, k, v, do_content, do_query, statistics, dk, dv,
     cuts, perm,
@@ -315,7 +320,9 @@ def key_gradient_kernel(
     p0 = i_tile * BN - skipped
     p = p0 + tl.arange(0, BN)
     m_exists = (p >= 0) & (p < content_rows)
-    i_key = _key_rows(tl.minimum(tl.maximum(p, 0), content_rows - 1), real, tokens, perm, i_b, cuts is not None, MASK_TOKENS)
+    i_key = _key_rows(
+        tl.minimum(tl.maximum(p, 0), content_rows - 1), real, tokens, perm, i_b, cuts is not None, MASK_TOKENS
+    )
     d = tl.arange(0, BD)
     b_k = load_rows(k + i_b * s_kb + i_h * s_kh + row_offset(i_key, s_kr), d, m_exists, D, BD, ALIGNED, True)
     b_v = load_rows(v + i_b * s_vb + i_h * s_vh + row_offset(i_key, s_vr), d, m_exists, D, BD, ALIGNED, True)
@@ -343,9 +350,7 @@ def key_gradient_kernel(
         first = tl.where(x < seeing, shift if MASK_TOKENS else 0, UNSEEN)
         b_s = scores(b_k, b_q, ACC, PRECISION)  # (BN, BM)
         b_dp = scores(b_v, b_do, ACC, PRECISION)
-        b_s = mask_scores(
-            b_s, p[:, None], first[None, :], (window + shift)[None, :], x0 + BM > full_hi, x0 < full_lo
-        )
+        b_s = mask_scores(b_s, p[:, None], first[None, :], (window + shift)[None, :], x0 + BM > full_hi, x0 < full_lo)
         b_dk, b_dv = key_gradient_step(
             b_dk, b_dv, b_s, b_dp, b_q, b_do, b_lse[None, :], b_delta[None, :], scale, ACC, PRECISION
         )

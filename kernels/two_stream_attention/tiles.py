@@ -50,7 +50,7 @@ class Shape:
         return lo, full_lo, self.window + least, self.window + most
 
     def rows_of_keys(self, p0: int, p1: int) -> tuple[int, int, int, int]:
-        """(lo, full_lo, full_hi, hi): each row of [lo, hi) sees some key of [p0, p1), those of [full_lo, full_hi) all."""
+        """(lo, full_lo, full_hi, hi): rows of [lo, hi) see some key of [p0, p1), those of [full_lo, full_hi) all."""
         if self.with_content:
             lo = 0 if p0 < self.window else 2 * p0 - self.window + 1
             full_lo = 0 if p1 <= self.window else 2 * p1 - self.window - 1

@@ -5,6 +5,7 @@ Beyond the other backends' interface it takes `perm` (B, N): content rows in ima
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -59,7 +60,7 @@ def forward_launch(
     target: launch.Target,
 ) -> Launch:
     """The launch of `forward` for a target."""
-    config = launch.attention_forward(k.shape[-1], k.dtype, target)
+    config = _gathering(launch.attention_forward(k.shape[-1], k.dtype, target), perm)
     tiles = triton.cdiv(_rows(problem, q.content is not None), config.rows)
     return Launch(
         kernel.forward_kernel,
@@ -88,8 +89,8 @@ def backward_launches(
 ) -> tuple[Launch, Launch]:
     """The launches of `backward`, in order: dQ, then dK and dV."""
     with_content = q.content is not None
-    config = launch.attention_query_gradient(k.shape[-1], k.dtype, target)
-    key_config = launch.attention_key_gradient(k.shape[-1], k.dtype, target)
+    config = _gathering(launch.attention_query_gradient(k.shape[-1], k.dtype, target), perm)
+    key_config = _gathering(launch.attention_key_gradient(k.shape[-1], k.dtype, target), perm)
     # Of every row, from the first kernel for the second: log-sum-exp in base 2, and rowsum(dO * O).
     tiles = triton.cdiv(_rows(problem, with_content), config.rows)
     statistics = lse.query.new_empty(k.shape[0], k.shape[2], tiles * config.rows + key_config.rows, 2)
@@ -114,6 +115,15 @@ def backward_launches(
         _constants(problem, key_config, with_content, k, v, *_both(q), *_both(d_out), dk, dv),
     )
     return query_gradient, key_gradient
+
+
+def _gathering(config: LaunchConfig, perm: Tensor | None) -> LaunchConfig:
+    """The configuration, with more stages where rows are gathered: their numbers are as far ahead of them as they are.
+
+    Triton shares stages, but the last two, out among loads that wait for each other.
+    """
+    pipelined = perm is not None and config.stages > 1
+    return replace(config, stages=2 * config.stages - 1) if pipelined else config
 
 
 def _rows(problem: Problem, with_content: bool) -> int:
