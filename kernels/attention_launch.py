@@ -42,6 +42,14 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
+def gathering_stages(config: LaunchConfig) -> int:
+    """Stages of a loop that loads what tells it which rows to load: as many of both on their way as without that.
+
+    Triton shares all stages but two out among loads that wait for each other.
+    """
+    return 2 * config.stages - 1
+
+
 def constants(config: LaunchConfig, *tensors: Tensor) -> dict[str, Any]:
     """Constants and options of a kernel that moves rows (..., D) of the tensors, which share D and dtype."""
     x = tensors[0]

@@ -171,10 +171,11 @@ def row_tile_list_kernel(
     shift, cuts, lists, s_sb, s_sr, cut, rows, content, suffix, row_tiles, tiles,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """List the row tiles that see any key of a key tile: one program, one list (row_tiles + 2,), a tile and image.
+    """List the row tiles that see any key of a key tile: one program, one list (2 row_tiles + 3,), a tile and image.
 
-    Tiles whose rows all see all of the key tile stand from the front on, the others from the back on; then the numbers
-    of both.
+    Of row_tiles numbers those of tiles whose rows all see all of the key tile stand from the front on, the others from
+    the back on, but those with rows that see no key at all: they stand in the next row_tiles numbers. What such rows
+    hold, NaN maybe, must reach no result. Then the three counts.
     """
     i_program = tl.program_id(0)
     i_b = (i_program // tiles).to(tl.int64)
@@ -185,9 +186,10 @@ def row_tile_list_kernel(
     content_end = tl.where(p0 < content, tl.minimum(p1, content), 0)
     suffix_start = tl.where(p1 > content, tl.maximum(p0 - content, 0), suffix)
     c = cut_of_image(cuts, cut, i_b)
-    lists += i_program.to(tl.int64) * (row_tiles + 2)
+    lists += i_program.to(tl.int64) * (2 * row_tiles + 3)
     plain = 0
     masked = 0
+    blind = 0
     for first in range(0, row_tiles, CHUNK):
         tile = first + tl.arange(0, CHUNK)
         row = tile[:, None] * BM + tl.arange(0, BM)[None, :]  # (CHUNK, BM)
@@ -196,13 +198,45 @@ def row_tile_list_kernel(
         sees_any = sees & ((prefix > p0) | (skip < p1 - content))
         sees_all = sees & (prefix >= content_end) & (skip <= suffix_start)
         m_plain = tl.min(sees_all.to(tl.int32), 1)  # (CHUNK,)
-        m_masked = tl.max(sees_any.to(tl.int32), 1) - m_plain
+        m_blind = tl.minimum(tl.max((exists & (sees == 0)).to(tl.int32), 1), tl.max(sees_any.to(tl.int32), 1))
+        m_masked = tl.max(sees_any.to(tl.int32), 1) - m_plain - m_blind
         tl.store(lists + plain + tl.cumsum(m_plain, 0) - 1, tile, mask=m_plain > 0)
         tl.store(lists + row_tiles - masked - tl.cumsum(m_masked, 0), tile, mask=m_masked > 0)
+        tl.store(lists + row_tiles + blind + tl.cumsum(m_blind, 0) - 1, tile, mask=m_blind > 0)
         plain += tl.sum(m_plain, 0)
         masked += tl.sum(m_masked, 0)
-    tl.store(lists + row_tiles, plain)
-    tl.store(lists + row_tiles + 1, masked)
+        blind += tl.sum(m_blind, 0)
+    tl.store(lists + 2 * row_tiles, plain)
+    tl.store(lists + 2 * row_tiles + 1, masked)
+    tl.store(lists + 2 * row_tiles + 2, blind)
+
+
+@triton.jit
+def _take_rows(
+    b_dk, b_dv, b_k, b_v, p, tile, m_masked, q, do, statistics, shift, s_qr, s_sr,
+    scale, c, rows, content, suffix, heads, d,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLIND: tl.constexpr,
+):  # fmt: skip
+    """Add what one row tile gives to dK / scale and dV of the keys (BN,) at p. BLIND: some rows may see no key."""
+    x = tile * BM + tl.arange(0, BM)
+    row = tl.minimum(x, rows - 1)
+    p_shift = shift + row_offset(row, s_sr)
+    sees = x < rows
+    if BLIND:
+        _, _, sees = _visible_range(p_shift, sees, c, content, suffix)
+    b_q = load_rows(q + row_offset(row, s_qr), d, sees, D, BD, ALIGNED, BLIND)  # (BM, BD)
+    b_do = load_rows(do + row_offset(row, heads * D), d, sees, D, BD, ALIGNED, BLIND)
+    b_lse, b_delta = load_statistics(statistics, tile * BM, BM)
+    b_s = scores(b_k, b_q, ACC, PRECISION)  # (BN, BM)
+    b_dp = scores(b_v, b_do, ACC, PRECISION)
+    if m_masked:
+        prefix, skip, sees = _visible_range(p_shift, x < rows, c, content, suffix)
+        m_visible = (p[:, None] < prefix[None, :]) | (p[:, None] >= (content + skip)[None, :])
+        b_s = tl.where(m_visible & sees[None, :], b_s, float("-inf"))
+    return key_gradient_step(
+        b_dk, b_dv, b_s, b_dp, b_q, b_do, b_lse[None, :], b_delta[None, :], scale, ACC, PRECISION
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -216,7 +250,7 @@ def key_gradient_kernel(
     s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh, s_sb, s_sr, s_lb,
     scale, cut, rows, content, suffix, heads, row_tiles, tiles, statistics_rows,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, BLIND_STAGES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO and dK = scale * dS^T Q. One program a key tile, image and head: no atomics, one order of sums.
 
@@ -235,27 +269,24 @@ def key_gradient_kernel(
     do += (i_b * rows * heads + i_h) * D
     statistics += 2 * (i_b * heads + i_h) * (statistics_rows // 16 * 16)
     shift += i_b * s_sb
-    lists += i_b * s_lb + i_tile.to(tl.int64) * (row_tiles + 2)
-    plain = tl.load(lists + row_tiles)
-    masked = tl.load(lists + row_tiles + 1)
+    lists += i_b * s_lb + i_tile.to(tl.int64) * (2 * row_tiles + 3)
+    plain = tl.load(lists + 2 * row_tiles)
+    masked = tl.load(lists + 2 * row_tiles + 1)
+    blind = tl.load(lists + 2 * row_tiles + 2)
     b_dk = tl.zeros([BN, BD], ACC)
     b_dv = tl.zeros([BN, BD], ACC)
     for i in range(plain + masked):
         tile = tl.load(lists + tl.where(i < plain, i, row_tiles - 1 - (i - plain)))
-        x = tile * BM + tl.arange(0, BM)
-        row = tl.minimum(x, rows - 1)
-        b_q = load_rows(q + row_offset(row, s_qr), d, None, D, BD, ALIGNED, False)  # (BM, BD)
-        b_do = load_rows(do + row_offset(row, heads * D), d, None, D, BD, ALIGNED, False)
-        b_lse, b_delta = load_statistics(statistics, tile * BM, BM)
-        b_s = scores(b_k, b_q, ACC, PRECISION)  # (BN, BM)
-        b_dp = scores(b_v, b_do, ACC, PRECISION)
-        if i >= plain:
-            prefix, skip, sees = _visible_range(shift + row_offset(row, s_sr), x < rows, c, content, suffix)
-            m_visible = (p[:, None] < prefix[None, :]) | (p[:, None] >= (content + skip)[None, :])
-            b_s = tl.where(m_visible & sees[None, :], b_s, float("-inf"))
-        b_dk, b_dv = key_gradient_step(
-            b_dk, b_dv, b_s, b_dp, b_q, b_do, b_lse[None, :], b_delta[None, :], scale, ACC, PRECISION
-        )
+        b_dk, b_dv = _take_rows(
+            b_dk, b_dv, b_k, b_v, p, tile, i >= plain, q, do, statistics, shift, s_qr, s_sr,
+            scale, c, rows, content, suffix, heads, d, D, BD, BM, ALIGNED, ACC, PRECISION, False,
+        )  # fmt: skip
+    for i in tl.range(0, blind, num_stages=BLIND_STAGES):
+        tile = tl.load(lists + row_tiles + i)
+        b_dk, b_dv = _take_rows(
+            b_dk, b_dv, b_k, b_v, p, tile, True, q, do, statistics, shift, s_qr, s_sr,
+            scale, c, rows, content, suffix, heads, d, D, BD, BM, ALIGNED, ACC, PRECISION, True,
+        )  # fmt: skip
     o_key = ((i_b * (content + suffix) + key) * heads + i_h) * D
     store_rows(dk + o_key, d, m_key, b_dk * scale, D, BD, ALIGNED)
     store_rows(dv + o_key, d, m_key, b_dv, D, BD, ALIGNED)

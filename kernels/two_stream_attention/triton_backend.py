@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from mapet_kernels import attention_launch, launch
-from mapet_kernels.attention_launch import check, dense_rows, strides
+from mapet_kernels.attention_launch import check, dense_rows, gathering_stages, strides
 from mapet_kernels.launch import LaunchConfig
 from mapet_kernels.triton_launch import Launch, target
 from mapet_kernels.two_stream_attention import kernel
@@ -118,12 +118,8 @@ def backward_launches(
 
 
 def _gathering(config: LaunchConfig, perm: Tensor | None) -> LaunchConfig:
-    """The configuration, with more stages where rows are gathered: their numbers are as far ahead of them as they are.
-
-    Triton shares stages, but the last two, out among loads that wait for each other.
-    """
-    pipelined = perm is not None and config.stages > 1
-    return replace(config, stages=2 * config.stages - 1) if pipelined else config
+    """The configuration for content rows that are gathered, where there is a permutation."""
+    return config if perm is None else replace(config, stages=gathering_stages(config))
 
 
 def _rows(problem: Problem, with_content: bool) -> int:
