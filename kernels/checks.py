@@ -89,9 +89,11 @@ def check_permutations(name: str, order: Tensor) -> None:
     if not is_readable(order) or order.numel() == 0:
         return
     order, tokens = order.long(), order.shape[1]
-    low, high = torch.aminmax(order)
-    if low >= 0 and high < tokens and order.new_zeros(order.shape, dtype=torch.bool).scatter_(1, order, True).all():
-        return
+    low, high = map(int, torch.aminmax(order))
+    if low >= 0 and high < tokens:
+        true = order.new_ones((), dtype=torch.bool).expand_as(order)  # a scalar is scattered at half the speed
+        if order.new_zeros(order.shape, dtype=torch.bool).scatter_(1, order, true).all():
+            return
     image, flaw = next((i, flaw) for i, row in enumerate(order.tolist()) if (flaw := _flaw_of_permutation(row)))
     raise ValueError(
         f"{name} must hold every number from 0 to {tokens - 1} once per image, but image {image} has {flaw}"
