@@ -127,6 +127,26 @@ def test_an_output_without_a_gradient_costs_one_buffer_of_zeros(backend: str, cu
         assert {name for name, _ in made.tensors} == {"aten::zeros_like", BACKWARD}
 
 
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("both", [True, False])
+def test_an_output_without_a_gradient_compiles(used: int, both: bool) -> None:
+    """Whether the compiled function returns the other output or drops it."""
+    inputs, options = make(TwoStreamShape(11, 4))
+
+    def call(**inputs):
+        outputs = two_stream_attention(**inputs, **options)
+        return outputs if both else outputs[used : used + 1]
+
+    torch._dynamo.reset()
+    gradients = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        out = function(**leaves)[used if both else 0]
+        gradients.append(torch.autograd.grad(out.square().sum(), list(leaves.values())))
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_can_be_used_twice_and_the_graph_kept(backend: str) -> None:
     inputs, options = make(TwoStreamShape(11, 4))
