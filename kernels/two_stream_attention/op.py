@@ -54,7 +54,7 @@ def two_stream_attention(
         perm: integers (B, N). Content rows are then in image order, row perm[b, r] having rank r in the permutation;
             M and query rows stay in target order. Without it content rows are in permuted order. On the device of
             q_query. The values of cuts and permutations are checked on a CPU. They are not on a GPU, which would wait
-            for it, nor while a graph is traced: what is wrong there gives wrong numbers.
+            for it, nor while a graph is traced: wrong ones give wrong numbers there, or torch's own error.
         scale: factor of the scores, a number > 0; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
         backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "cuda" (fp16
