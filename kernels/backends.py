@@ -6,8 +6,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,21 +49,47 @@ HOW_TO_BUILD_CUDA = "MAPET_BUILD_CUDA=1 pip install --no-build-isolation --no-de
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, str | None]:
     """Attention backends by name, each with None where it runs on `device` (in `dtype`) or else the reason against."""
     device = torch.device(device)
-    reason = None if device.type in ("cpu", "cuda") else f"needs a CPU or CUDA device, not {device.type}"
-    return {
-        "reference": None,
-        "sdpa": reason,
-        "matmul": None,
-        "triton": reason_against_triton(device, dtype),
-        "flash": reason_against_flash(device, dtype),
-        "cuda": reason_against_cuda(device, dtype),
-    }
+    return {name: reason_against(name, device, dtype) for name in TWO_STREAM_BACKENDS}
+
+
+def reason_against(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why an attention backend does not run on this device (in this dtype), or None."""
+    if name == "triton":
+        return reason_against_triton(device, dtype)
+    if name == "flash":
+        return reason_against_flash(device, dtype)
+    if name == "cuda":
+        return reason_against_cuda(device, dtype)
+    if name == "sdpa" and device.type not in ("cpu", "cuda"):
+        return f"needs a CPU or CUDA device, not {device.type}"
+    return None
+
+
+def reason_against_rocm() -> str | None:
+    """Why our own kernels do not run with a torch that is built for AMD GPUs, or None."""
+    version = torch.version.hip
+    return None if version is None else f"AMD GPUs are not supported yet, and this torch is built for ROCm {version}"
+
+
+@functools.cache
+def _once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), called once: for what no process sees change, and a call of an op need not ask again.
+
+    A function that a test puts in another's place is asked anew.
+    """
+    return function(*arguments)
+
+
+def _gpu(device: torch.device) -> tuple[str, tuple[int, int]]:
+    """Name and compute capability of a CUDA device."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _once(torch.cuda.get_device_name, index), _once(torch.cuda.get_device_capability, index)
 
 
 @torch.compiler.assume_constant_result
 def reason_against_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why Triton kernels do not run on this device (in this dtype), or None."""
-    if importlib.util.find_spec("triton") is None:
+    if _once(importlib.util.find_spec, "triton") is None:
         return "the package triton is not installed (pip install triton, on Linux)"
     if INTERPRETED:
         if dtype == torch.bfloat16:
@@ -70,11 +97,13 @@ def reason_against_triton(device: torch.device, dtype: torch.dtype | None) -> st
         return None if device.type == "cpu" else f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type} (or TRITON_INTERPRET=1 before Python starts, for tests)"
+    if (reason := reason_against_rocm()) is not None:
+        return reason
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    major, minor = torch.cuda.get_device_capability(device)
+    name, (major, minor) = _gpu(device)
     if major < 8:
-        return f"needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+        return f"needs compute capability 8.0 or newer, {name} has {major}.{minor}"
     return "takes float16, bfloat16 and float32, not float64" if dtype == torch.float64 else None
 
 
@@ -84,13 +113,15 @@ def reason_against_cuda(device: torch.device, dtype: torch.dtype | None, product
 
     products: of an op that multiplies matrices, on tensor cores; others take any floating-point dtype.
     """
-    if importlib.util.find_spec("mapet_kernels._C") is None:
+    if device.type == "cuda" and (reason := reason_against_rocm()) is not None:
+        return reason
+    if _once(importlib.util.find_spec, "mapet_kernels._C") is None:
         return f"the CUDA C++ kernels are not built ({HOW_TO_BUILD_CUDA}, in a checkout, with nvcc on PATH)"
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    name, capability = _gpu(device)
     if capability < (7, 0):
         return f"needs compute capability 7.0 or newer, {name} has {capability[0]}.{capability[1]}"
     if products and dtype not in (None, torch.float16, torch.bfloat16):
@@ -135,7 +166,7 @@ def choose_backend(
         return explain_auto(device, dtype, among, size)[0]
     if requested not in among:
         raise ValueError(f"unknown backend {requested!r}; backends are auto, {', '.join(among)}")
-    if (reason := available_backends(device, dtype)[requested]) is not None:
+    if (reason := reason_against(requested, device, dtype)) is not None:
         raise ValueError(f"backend {requested!r} cannot run here: {reason}")
     return requested
 
@@ -189,7 +220,7 @@ def _too_large(size: int | None, most: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+    return _gpu(device)[1] if torch.cuda.is_available() else (0, 0)
 
 
 def choose_listed_backend(

@@ -60,11 +60,15 @@ class OpSpec:
 
 
 def _normal(generator: torch.Generator, dtype: torch.dtype, device: str, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator).to(device, dtype)
+    return torch.randn(*shape, generator=generator, device=generator.device).to(device, dtype)
+
+
+def _integers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=generator, device=generator.device)
 
 
 def _permutations(generator: torch.Generator, batch: int, tokens: int, device: str) -> Tensor:
-    return torch.rand(batch, tokens, generator=generator).argsort(dim=1).to(device)
+    return torch.rand(batch, tokens, generator=generator, device=generator.device).argsort(dim=1).to(device)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -167,16 +171,16 @@ def _prefix_suffix_case(shape: PrefixSuffixShape, dtype: torch.dtype, device: st
         _normal(generator, dtype, device, shape.batch, n, shape.heads, shape.size) for n in (shape.rows, keys, keys)
     )
     rules = {
-        "causal": lambda: visibility.causal_shifts(shape.rows),
-        "prefix_lm": lambda: visibility.prefix_lm_shifts(shape.rows, shape.cut),
-        "bidirectional": lambda: visibility.bidirectional_shifts(shape.rows),
-        "random": lambda: torch.randint(
-            -shape.cut - 2, shape.suffix_keys + 3, (shape.batch, shape.rows)[not shape.per_image :], generator=generator
-        ),
+        "causal": lambda: visibility.causal_shifts(shape.rows, device=device),
+        "prefix_lm": lambda: visibility.prefix_lm_shifts(shape.rows, shape.cut, device=device),
+        "bidirectional": lambda: visibility.bidirectional_shifts(shape.rows, device=device),
+        "random": lambda: _integers(
+            generator, -shape.cut - 2, shape.suffix_keys + 3, *(shape.batch, shape.rows)[not shape.per_image :]
+        ).to(device),
     }
-    options = {"shift": rules[shape.shift]().to(device), "cut": shape.cut, "suffix_keys": shape.suffix_keys}
+    options = {"shift": rules[shape.shift](), "cut": shape.cut, "suffix_keys": shape.suffix_keys}
     if shape.per_image:
-        options["cut"] = torch.randint(0, shape.content_keys, (shape.batch,), generator=generator).to(device)
+        options["cut"] = _integers(generator, 0, shape.content_keys, shape.batch).to(device)
     return Case({"q": q, "k": k, "v": v}, options)
 
 
@@ -214,7 +218,7 @@ class PermutedEmbedShape:
 def _permuted_embed_case(shape: PermutedEmbedShape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Case:
     generator = torch.Generator().manual_seed(seed)
     patches, width = shape.tokens - int(shape.class_token), shape.width
-    pixels = torch.randint(0, 256, (shape.batch, 3, shape.image_size, shape.image_size), generator=generator)
+    pixels = _integers(generator, 0, 256, shape.batch, 3, shape.image_size, shape.image_size)
     order = _permutations(generator, shape.batch, patches, "cpu") + int(shape.class_token)
     inputs = {
         "weight": _normal(generator, dtype, device, width, 3, shape.patch_size, shape.patch_size) * 0.05,
@@ -300,7 +304,7 @@ def _kmeans_assign_cost(shape: KMeansShape, dtype: torch.dtype) -> tuple[int, in
 def _kmeans_update_case(shape: KMeansShape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Case:
     generator = torch.Generator().manual_seed(seed)
     x = _normal(generator, dtype, device, shape.rows, shape.features)
-    ids = torch.randint(0, shape.clusters, (shape.rows,), generator=generator).to(device)
+    ids = _integers(generator, 0, shape.clusters, shape.rows).to(device)
     return Case({"x": x}, {"ids": ids, "clusters": shape.clusters}, fixed=("x",))
 
 

@@ -21,7 +21,7 @@ from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
 from mapet.precision import automatic
-from mapet_kernels.backends import available_backends, explain_auto
+from mapet_kernels.backends import available_backends, explain_auto, reason_against_rocm
 from mapet_kernels.flash_providers import provider_for
 from mapet_kernels.selfcheck import two_stream_agreement
 
@@ -110,8 +110,10 @@ def python_finding() -> Finding:
 
 
 def torch_finding() -> Finding:
-    """The version, and the CUDA version it is built for."""
+    """The version, and the version of CUDA or ROCm it is built for."""
     built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    if torch.version.hip is not None:
+        built_for = f"built for ROCm {torch.version.hip}"
     detail = f"{torch.__version__}, {built_for}"
     if _version(torch.__version__) < OLDEST_TORCH:
         return Finding("torch", "problem", detail, "mapet needs torch 2.11 or newer: pip install --upgrade torch")
@@ -185,6 +187,8 @@ def triton_finding(gpus: list[Gpu]) -> Finding:
     version = installed_version("triton", "triton")
     if version is None:
         return Finding("triton", "absent", "not installed", "pip install triton (Linux)")
+    if gpus and (reason := reason_against_rocm()) is not None:
+        return Finding("triton", "absent", f"{version}, but {reason}")
     if any(gpu.capability >= (8, 0) for gpu in gpus):
         return Finding("triton", "ok", version)
     return Finding("triton", "absent", f"{version}, but no GPU of sm_80 or newer to run on")

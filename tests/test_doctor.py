@@ -77,6 +77,15 @@ def test_triton_needs_an_ampere_gpu(monkeypatch):
     assert triton_finding([H200]).detail == "not installed"
 
 
+def test_an_amd_gpu_is_told_that_the_kernels_do_not_run_on_it(monkeypatch):
+    monkeypatch.setattr(doctor_module, "installed_version", lambda *names: "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", "6.4.2")
+    found = triton_finding([Gpu("MI300X", (9, 4), 192 << 30)])
+    assert found.status == "absent" and found.detail.startswith("3.6.0, but AMD GPUs are not supported yet")
+    assert "sm_80" in triton_finding([]).detail
+    assert "built for ROCm 6.4.2" in torch_finding().detail
+
+
 def test_a_backend_that_cannot_run_says_why():
     runs, cannot = backend_findings("cpu", {"sdpa": None, "triton": "needs sm_80, this is sm_70"})
     assert (runs.subject, runs.status) == ("attention sdpa on cpu", "ok") and "agrees with plain torch" in runs.detail

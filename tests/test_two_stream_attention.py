@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_ops import outputs_and_gradients, with_inputs
+from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mapet_kernels import (
     backends,
@@ -59,11 +63,102 @@ def test_packed_layout_equals_separate_tensors(backend: str, mask_tokens: bool) 
     torch.testing.assert_close(last, packed[-44:])
 
 
-def test_both_outputs_are_views_of_one_buffer() -> None:
+class Made(TorchDispatchMode):
+    """What is made inside: (op, tensor), the tensor's memory being none of the op's arguments'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.tensors += [(func.name(), x) for x in results if x.untyped_storage()._cdata not in given]
+        return result
+
+    def shapes(self, op: str) -> list[torch.Size]:
+        """Of what an op made, but for what is empty."""
+        return [x.shape for name, x in self.tensors if name == op and x.numel()]
+
+
+BACKWARD = "mapet_kernels::two_stream_attention_backward"
+
+
+def test_nothing_stands_between_the_op_and_its_outputs() -> None:
+    """Each output is the op's own, in memory of its own: no slices, whose gradients would be padded and added."""
+    inputs, options = make(TwoStreamShape(17, 5, image_order=True))
+    content, query = two_stream_attention(**{name: x.requires_grad_() for name, x in inputs.items()}, **options)
+    assert content.grad_fn is query.grad_fn and "two_stream_attention" in content.grad_fn.name()
+    assert {type(node).__name__ for node, _ in query.grad_fn.next_functions if node} == {"AccumulateGrad"}
+    for out in (content, query):
+        assert out.is_contiguous() and out.untyped_storage().nbytes() == out.numel() * out.element_size()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backward_pass_makes_the_gradients_and_nothing_else(backend: str) -> None:
     inputs, options = make(TwoStreamShape(17, 5))
-    content, query = two_stream_attention(**inputs, **options)
-    assert content.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
-    assert query.storage_offset() == content.numel()
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    outputs = two_stream_attention(**leaves, **options, backend=backend)
+    weights = [torch.randn_like(out) for out in outputs]
+    with Made() as made:
+        torch.autograd.grad(outputs, list(leaves.values()), weights)
+    assert made.shapes(BACKWARD) == [x.shape for x in leaves.values()] and len(made.tensors) == len(leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cuts", [5, (5, 11)])
+@pytest.mark.parametrize("image_order", [False, True])
+def test_an_output_without_a_gradient_costs_one_buffer_of_zeros(backend: str, cuts, image_order: bool) -> None:
+    """Its gradient is 0: the content stream is left out, the query stream gets zeros."""
+    inputs, options = make(TwoStreamShape(17, cuts, image_order=image_order))
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    outputs = two_stream_attention(**leaves, **options, backend=backend)
+    weights = [torch.randn_like(out) for out in outputs]
+    shapes = [x.shape for x in leaves.values()]
+    for used, zeros, gradients in ((1, "q_content", shapes[1:]), (0, "q_query", shapes)):
+        zeroed = [w if i == used else torch.zeros_like(w) for i, w in enumerate(weights)]
+        expected = torch.autograd.grad(outputs, list(leaves.values()), zeroed, retain_graph=True)
+        with Made() as made:
+            actual = torch.autograd.grad(outputs[used], list(leaves.values()), weights[used], retain_graph=True)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+        assert made.shapes("aten::zeros_like") == [inputs[zeros].shape] and made.shapes(BACKWARD) == gradients
+        assert {name for name, _ in made.tensors} == {"aten::zeros_like", BACKWARD}
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("both", [True, False])
+def test_an_output_without_a_gradient_compiles(used: int, both: bool) -> None:
+    """Whether the compiled function returns the other output or drops it."""
+    inputs, options = make(TwoStreamShape(11, 4))
+
+    def call(**inputs):
+        outputs = two_stream_attention(**inputs, **options)
+        return outputs if both else outputs[used : used + 1]
+
+    torch._dynamo.reset()
+    gradients = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        out = function(**leaves)[used if both else 0]
+        gradients.append(torch.autograd.grad(out.square().sum(), list(leaves.values())))
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_can_be_used_twice_and_the_graph_kept(backend: str) -> None:
+    inputs, options = make(TwoStreamShape(11, 4))
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    content, query = two_stream_attention(**leaves, **options, backend=backend)
+    loss = content.sum() + (content * content).sum() + query.sum() + (2 * query).sum()
+    twice = [torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for _ in range(2)]
+    content, query = two_stream_attention(**leaves, **options, backend=backend)
+    once = torch.autograd.grad((content, query), list(leaves.values()), (1 + 2 * content.detach(), 3 + 0 * query))
+    for first, second, expected in zip(*twice, once, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -149,36 +244,29 @@ def test_opcheck(backend: str) -> None:
     opcheck(prefix_suffix_attention_op, (q_query, k, v, shift, 4, None, 5, 0.25, backend))
 
 
-def test_errors_say_what_is_allowed() -> None:
-    inputs, options = make(TwoStreamShape(9, 4), torch.float32)
-
-    def call(**changes):
-        return two_stream_attention(**{**inputs, **options, **changes})
-
-    with pytest.raises(ValueError, match=r"cut must be N - T = 4 .* got 5"):
-        call(cut=5)
-    with pytest.raises(ValueError, match=r"every cut must be in \[4, 8\].* got 2 to 4"):
-        call(cut=torch.tensor([4, 2]))
-    with pytest.raises(ValueError, match=r"integers \(B,\) = \(2,\), got torch.float32"):
-        call(cut=torch.tensor([4.0, 4.0]))
-    with pytest.raises(ValueError, match=r"perm must be integers \(B, N\) = \(2, 9\)"):
-        call(perm=torch.zeros(2, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="k and v must both be"):
-        call(v=inputs["v"][:, 1:])
-    with pytest.raises(ValueError, match="q_content must have the shape of k"):
-        call(q_content=inputs["q_content"][:, 1:])
-    with pytest.raises(TypeError, match=r"share one floating-point dtype, got .*float64"):
-        call(k=inputs["k"].double())
-    with pytest.raises(ValueError, match="no rows"):
-        call(q_query=inputs["q_query"][:, :0])
-    with pytest.raises(ValueError, match=r"shift must be integers"):
-        prefix_suffix_attention(inputs["q_query"], inputs["k"], inputs["v"], torch.zeros(3))
-    with pytest.raises(ValueError, match=r"suffix_keys must be in \[0, 14\]"):
-        prefix_suffix_attention(
-            inputs["q_query"], inputs["k"], inputs["v"], torch.zeros(5, dtype=torch.int64), suffix_keys=15
-        )
-    with pytest.raises(ValueError, match=r"q must be \(38 or, query rows only, 10, 2, 32\)"):
-        two_stream_attention_packed(torch.zeros(37, 2, 32), torch.zeros(2, 14, 2, 2, 32), 4, 5)
+@pytest.mark.parametrize("backend", [*BACKENDS, "matmul"])
+@pytest.mark.parametrize("name", ["two_stream_attention", "prefix_suffix_attention"])
+def test_another_default_device_changes_nothing(name: str, backend: str) -> None:
+    """What the ops allocate is on the device of their inputs, not on torch.set_default_device's."""
+    spec = REGISTRY[name]
+    if backend not in spec.backends:
+        return
+    for shape in spec.shapes.values():
+        results = []
+        for device in ("cpu", "meta"):
+            torch.set_default_device(device)
+            try:
+                case = spec.make_case(shape, torch.float32)
+                results.append(
+                    outputs_and_gradients(
+                        spec.function, with_inputs(case, torch.float32), case.options, backend=backend
+                    )
+                )
+            finally:
+                torch.set_default_device(None)
+        (out, gradients), (meta_out, meta_gradients) = results
+        for a, e in zip([*meta_out, *meta_gradients.values()], [*out, *gradients.values()], strict=True):
+            assert torch.equal(a, e)
 
 
 def test_backend_choice_is_a_pure_function_of_the_device() -> None:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from mapet_kernels.backends import PREFIX_SUFFIX_BACKENDS, choose_backend
-from mapet_kernels.checks import check_tensors, is_integer
+from mapet_kernels.checks import (
+    Shapes,
+    advice_to_transpose,
+    check_cut,
+    check_device,
+    check_integer,
+    check_is_tensor,
+    check_scale,
+    check_tensors,
+    is_integer,
+)
 from mapet_kernels.prefix_suffix_attention import reference, sdpa
 from mapet_kernels.prefix_suffix_attention.problem import Problem
 from mapet_kernels.registration import autocast_dtype, register_autocast
@@ -48,46 +58,61 @@ def prefix_suffix_attention(
     Args:
         q: (B, R, H, D).
         k, v: (B, C + S, H, D), content keys, then suffix keys. Any strides with the last dimension contiguous.
-        shift: integers (R,), or (B, R) with one set per image; any values in any order.
-        cut: int, or integers (B,).
+        shift: integers (R,), or (B, R) with one set per image; any values in any order. On the device of q.
+        cut: int, or integers (B,) on the device of q; any values.
         suffix_keys: S, the number of trailing keys that follow the suffix rule.
-        scale: factor of the scores; D ** -0.5 when not given.
+        scale: factor of the scores, a number > 0; D ** -0.5 when not given.
         backend: "auto", "triton" (head sizes up to 128), "sdpa" or "reference".
 
     Returns:
         (B, R, H, D) in q's dtype (under autocast, the region's).
 
     Raises:
-        ValueError: shapes, devices or backend do not fit.
-        TypeError: the tensors do not share one floating-point dtype (under autocast they need not).
+        ValueError: shapes, devices, scale or backend do not fit.
+        TypeError: an argument has the wrong type, or the tensors do not share one floating-point dtype (under autocast
+            they need not).
     """
-    _check(q, k, v, shift, cut, suffix_keys)
-    one_cut, cuts = (0, cut.to(q.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
-    shift = shift.to(q.device, torch.int64)
+    cut, suffix_keys, scale = _check(q, k, v, shift, cut, suffix_keys, scale)
+    one_cut, cuts = (0, cut.to(torch.int64)) if isinstance(cut, Tensor) else (cut, None)
     name = choose_backend(backend, q.device, autocast_dtype(q), PREFIX_SUFFIX_BACKENDS, q.shape[-1])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    shift = shift.to(torch.int64)
     return prefix_suffix_attention_op(q, k, v, shift, one_cut, cuts, suffix_keys, scale, name)[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, shift: Tensor, cut: int | Tensor, suffix_keys: int) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, shift: Tensor, cut: int | Tensor, suffix_keys: int, scale: float | None
+) -> tuple[int | Tensor, int, float]:
+    """(cut, suffix_keys, scale) as the op takes them, or ValueError / TypeError.
+
+    Values of shifts and cuts are not looked at: they index no memory, and every one of them has a meaning.
+    """
+    check_is_tensor(q=q, k=k, v=v, shift=shift)
     if q.dim() != 4:
         raise ValueError(f"q must be (B, R, H, D), got {tuple(q.shape)}")
-    batch, rows, heads, size = q.shape
-    if k.dim() != 4 or k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, size):
-        raise ValueError(
-            f"k and v must both be ({batch}, keys, {heads}, {size}) like q {tuple(q.shape)}, "
-            f"got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+    if not is_integer(shift):
+        raise ValueError(f"shift must be integers (R,) or (B, R), got {shift.dtype} {tuple(shift.shape)}")
+    cut = check_cut(cut, q.shape[0], q.device)
+    suffix_keys = check_integer("suffix_keys", suffix_keys)
+    shapes = {"q": q.shape, "k": k.shape, "v": v.shape}
+    if (misfit := _misfit(shapes, shift.shape, suffix_keys)) is not None:
+        advice = advice_to_transpose(shapes, lambda others: _misfit(others, shift.shape, suffix_keys))
+        raise ValueError(misfit + advice)
     check_tensors(q=q, k=k, v=v)
-    if shift.shape not in ((rows,), (batch, rows)) or not is_integer(shift):
-        raise ValueError(
-            f"shift must be integers (R,) = ({rows},) or (B, R) = ({batch}, {rows}), "
-            f"got {shift.dtype} {tuple(shift.shape)}"
-        )
-    if isinstance(cut, Tensor) and (cut.shape != (batch,) or not is_integer(cut)):
-        raise ValueError(f"cut must be an int or integers (B,) = ({batch},), got {cut.dtype} {tuple(cut.shape)}")
-    if not 0 <= suffix_keys <= k.shape[1]:
-        raise ValueError(f"suffix_keys must be in [0, {k.shape[1]}], the number of keys, got {suffix_keys}")
+    check_device(q.device, shift=shift)
+    return cut, suffix_keys, check_scale(scale, q.shape[-1])
+
+
+def _misfit(shapes: Shapes, shift: torch.Size, suffix_keys: int) -> str | None:
+    """What keeps the shapes from fitting together, None where they fit."""
+    q, k, v = shapes["q"], shapes["k"], shapes["v"]
+    batch, rows, heads, size = q
+    if len(k) != 4 or k != v or (k[0], *k[2:]) != (batch, heads, size):
+        return f"k and v must both be ({batch}, keys, {heads}, {size}) like q {tuple(q)}, got {tuple(k)} and {tuple(v)}"
+    if shift not in ((rows,), (batch, rows)):
+        return f"shift must be integers (R,) = ({rows},) or (B, R) = ({batch}, {rows}), got shape {tuple(shift)}"
+    if not 0 <= suffix_keys <= k[1]:
+        return f"suffix_keys must be in [0, {k[1]}], the number of keys, got {suffix_keys}"
+    return None
 
 
 def _visible(k: Tensor, shift: Tensor, cut: int, cuts: Tensor | None, suffix_keys: int) -> Tensor:

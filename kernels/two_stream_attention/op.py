@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
+from mapet_kernels.checks import check_integer, check_is_tensor
 from mapet_kernels.registration import autocast_dtype, register_autocast
 from mapet_kernels.two_stream_attention import image_order
 from mapet_kernels.two_stream_attention.checks import check
@@ -49,29 +50,34 @@ def two_stream_attention(
         k, v: (B, N + T, H, D), rows A, B, M. Any strides with the last dimension contiguous.
         cut: c in [0, N - 1], with T = N - c; or integers (B,), one per image. Then T is at least N - min(cut), and rows
             M_i and G_i with i >= N - cut[b] are padding: they see nothing, nothing sees them, their output is 0.
-            Cuts on a GPU are not checked, which would wait for the device.
+            On the device of q_query.
         perm: integers (B, N). Content rows are then in image order, row perm[b, r] having rank r in the permutation;
-            M and query rows stay in target order. Without it content rows are in permuted order.
-        scale: factor of the scores; D ** -0.5 when not given.
+            M and query rows stay in target order. Without it content rows are in permuted order. On the device of
+            q_query. The values of cuts and permutations are checked on a CPU. They are not on a GPU, which would wait
+            for it, nor while a graph is traced: wrong ones give wrong numbers there, or torch's own error.
+        scale: factor of the scores, a number > 0; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
         backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "cuda" (fp16
             and bf16, head sizes up to 128, where csrc/ is built), "sdpa", "matmul" or "reference".
 
     Returns:
         (out_content, out_query), shaped as q_content (None where it is) and q_query, in their dtype (under autocast,
-        the region's). Both are views of one buffer (B * (N + T) + B * T, H, D).
+        the region's), contiguous. Where out_query alone receives a gradient, the backward pass is that of the query
+        stream.
 
     Raises:
-        ValueError: shapes, devices, cut, permutation or backend do not fit.
-        TypeError: the tensors do not share one floating-point dtype (under autocast they need not).
+        ValueError: shapes, devices, cut, permutation, scale or backend do not fit.
+        TypeError: an argument has the wrong type, or the tensors do not share one floating-point dtype (under autocast
+            they need not).
     """
     problem = check(q_content, q_query, k, v, cut, perm, mask_tokens, scale)
-    one_cut, cuts = (-1, cut.to(q_query.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
-    perm = None if perm is None else perm.to(q_query.device, torch.int64)
+    one_cut, cuts = (-1, problem.cut.to(torch.int64)) if isinstance(problem.cut, Tensor) else (problem.cut, None)
+    perm = None if perm is None else perm.to(torch.int64)
     name = choose_backend(backend, q_query.device, autocast_dtype(q_query), TWO_STREAM_BACKENDS, q_query.shape[-1])
-    out, _ = two_stream_attention_op(q_content, q_query, k, v, one_cut, cuts, perm, mask_tokens, problem.scale, name)
-    streams = split_flat(out, q_query.shape[0], problem, q_content is not None)
-    return streams.content, streams.query
+    out_content, out_query, _, _ = two_stream_attention_op(
+        q_content, q_query, k, v, one_cut, cuts, perm, mask_tokens, problem.scale, name
+    )
+    return None if q_content is None else out_content, out_query
 
 
 def two_stream_attention_packed(
@@ -100,6 +106,9 @@ def two_stream_attention_packed(
     Raises:
         ValueError, TypeError: as `two_stream_attention`.
     """
+    check_is_tensor(q=q, kv=kv)
+    cut = check_integer("cut", cut, "an int (two_stream_attention takes one per image)")
+    targets = check_integer("targets", targets)
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must be (B, rows, 2, H, D), got {tuple(kv.shape)}")
     batch, content_rows, _, heads, size = kv.shape
@@ -133,14 +142,19 @@ def _packed_problem(q: Tensor, kv: Tensor, cut: int, targets: int, mask_tokens: 
 
 
 def _statistics_like(out: Tensor) -> Tensor:
-    """Uninitialised log-sum-exps (rows, H) for an output (rows, H, D)."""
-    return out.new_empty(out.shape[:2], dtype=torch.promote_types(out.dtype, torch.float32))
+    """Uninitialised log-sum-exps (..., H) for an output (..., H, D)."""
+    return out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
 
 
-def _flat_output(q_content: Tensor | None, q_query: Tensor) -> tuple[Tensor, Tensor]:
-    rows = sum(t.shape[0] * t.shape[1] for t in (q_content, q_query) if t is not None)
-    out = q_query.new_empty(rows, *q_query.shape[2:])
-    return out, _statistics_like(out)
+def _content_like(q_content: Tensor | None, q_query: Tensor) -> Tensor:
+    """Uninitialised memory for the content stream, for none of its images where there is no content stream."""
+    return q_query.new_empty(0, *q_query.shape[1:]) if q_content is None else q_content.new_empty(q_content.shape)
+
+
+def _results_like(q_content: Tensor | None, q_query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs, then log-sum-exps, of content (empty where there is none) and query stream."""
+    content, query = _content_like(q_content, q_query), q_query.new_empty(q_query.shape)
+    return content, query, _statistics_like(content), _statistics_like(query)
 
 
 @torch.library.custom_op("mapet_kernels::two_stream_attention", mutates_args=())
@@ -155,35 +169,43 @@ def two_stream_attention_op(
     mask_tokens: bool,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Flat output (rows, H, D) and its log-sum-exp (rows, H); all content streams, then all query streams."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs (B, rows, H, D) of content and query stream, and their log-sum-exps (B, rows, H).
+
+    Those of the content stream are of no image where q_content is None.
+    """
     problem = _problem(q_query, k, cut, cuts, mask_tokens, scale)
-    flat, flat_lse = _flat_output(q_content, q_query)
-    out, lse = (split_flat(x, q_query.shape[0], problem, q_content is not None) for x in (flat, flat_lse))
-    q = Streams(q_content, q_query)
+    out_content, out_query, lse_content, lse_query = results = _results_like(q_content, q_query)
+    q, out, lse = (
+        _streams(q_content is not None, *pair)
+        for pair in ((q_content, q_query), (out_content, out_query), (lse_content, lse_query))
+    )
     if perm is None:
         _backend(backend).forward(q, k, v, out, lse, problem)
     elif backend in GATHERING_BACKENDS:
         _backend(backend).forward(q, k, v, out, lse, problem, perm)
     else:
         image_order.forward(_backend(backend), perm, q, k, v, out, lse, problem)
-    return flat, flat_lse
+    return results
 
 
 @two_stream_attention_op.register_fake
 def _(q_content, q_query, k, v, cut, cuts, perm, mask_tokens, scale, backend):
-    return _flat_output(q_content, q_query)
+    return _results_like(q_content, q_query)
 
 
 @torch.library.custom_op("mapet_kernels::two_stream_attention_backward", mutates_args=())
 def two_stream_attention_backward_op(
-    d_flat: Tensor,
+    d_content: Tensor | None,
+    d_query: Tensor,
     q_content: Tensor | None,
     q_query: Tensor,
     k: Tensor,
     v: Tensor,
-    flat: Tensor,
-    flat_lse: Tensor,
+    out_content: Tensor,
+    out_query: Tensor,
+    lse_content: Tensor,
+    lse_query: Tensor,
     cut: int,
     cuts: Tensor | None,
     perm: Tensor | None,
@@ -191,30 +213,42 @@ def two_stream_attention_backward_op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q_content (empty where it is None), q_query, k and v."""
+    """Gradients of q_content (empty where it is None), q_query, k and v; d_content is None where q_content is."""
     problem = _problem(q_query, k, cut, cuts, mask_tokens, scale)
-    d_out, out, lse = (
-        split_flat(x, q_query.shape[0], problem, q_content is not None) for x in (d_flat, flat, flat_lse)
+    dq_content, dq_query, dk, dv = gradients = _gradients_like(q_content, q_query, k, v)
+    d_out, q, out, lse, dq = (
+        _streams(q_content is not None, *pair)
+        for pair in (
+            (d_content, d_query),
+            (q_content, q_query),
+            (out_content, out_query),
+            (lse_content, lse_query),
+            (dq_content, dq_query),
+        )
     )
-    dq_content, dq_query, dk, dv = _gradients_like(q_content, q_query, k, v)
-    q, dq = Streams(q_content, q_query), Streams(None if q_content is None else dq_content, dq_query)
     if perm is None:
         _backend(backend).backward(d_out, q, k, v, out, lse, dq, dk, dv, problem)
     elif backend in GATHERING_BACKENDS:
         _backend(backend).backward(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm)
     else:
         image_order.backward(_backend(backend), perm, d_out, q, k, v, out, lse, dq, dk, dv, problem)
-    return dq_content, dq_query, dk, dv
+    return gradients
 
 
 @two_stream_attention_backward_op.register_fake
-def _(d_flat, q_content, q_query, k, v, flat, flat_lse, cut, cuts, perm, mask_tokens, scale, backend):
+def _(
+    d_content, d_query, q_content, q_query, k, v, out_content, out_query, lse_content, lse_query, cut, cuts, perm,
+    mask_tokens, scale, backend,
+):  # fmt: skip
     return _gradients_like(q_content, q_query, k, v)
 
 
+def _streams(with_content: bool, content: Tensor | None, query: Tensor) -> Streams:
+    return Streams(content if with_content else None, query)
+
+
 def _gradients_like(q_content, q_query, k, v) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq_content = q_query.new_empty(0) if q_content is None else q_content.new_empty(q_content.shape)
-    return dq_content, q_query.new_empty(q_query.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _content_like(q_content, q_query), *(x.new_empty(x.shape) for x in (q_query, k, v))
 
 
 def _save(ctx, inputs, output):
@@ -224,14 +258,21 @@ def _save(ctx, inputs, output):
     ctx.cut, ctx.options = cut, options
 
 
-def _backward(ctx, d_flat, d_lse):
-    q_content, q_query, k, v, flat, flat_lse, cuts, perm = ctx.saved_tensors
-    if d_flat is None:
+def _backward(ctx, d_content, d_query, d_lse_content, d_lse_query):
+    q_content, q_query, k, v, out_content, out_query, lse_content, lse_query, cuts, perm = ctx.saved_tensors
+    if d_content is None and d_query is None:
         return (None,) * 10
+    # Content rows without a gradient give none to keys and values: what is left is the problem of the last block.
+    from_content = q_content is not None and d_content is not None
     dq_content, dq_query, dk, dv = two_stream_attention_backward_op(
-        d_flat.contiguous(), q_content, q_query, k, v, flat, flat_lse, ctx.cut, cuts, perm, *ctx.options
+        d_content.contiguous() if from_content else None,
+        torch.zeros_like(out_query) if d_query is None else d_query.contiguous(),
+        q_content if from_content else None,
+        *(q_query, k, v, out_content, out_query, lse_content, lse_query, ctx.cut, cuts, perm, *ctx.options),
     )
-    return None if q_content is None else dq_content, dq_query, dk, dv, *(None,) * 6
+    if not from_content:
+        dq_content = torch.zeros_like(q_content) if ctx.needs_input_grad[0] else None
+    return dq_content, dq_query, dk, dv, *(None,) * 6
 
 
 two_stream_attention_op.register_autograd(_backward, setup_context=_save)
