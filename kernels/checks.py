@@ -23,6 +23,26 @@ def check_tensors(**tensors: Tensor) -> None:
         raise ValueError(f"{names} must be on one device, got {', '.join(map(str, devices))}")
 
 
+def check_is_tensor(**values: object) -> None:
+    """Raise TypeError unless every value is a torch.Tensor; the text says how what was given becomes one."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type_name(value)}{how_to_make_a_tensor(name, value)}")
+
+
+def type_name(value: object) -> str:
+    """The type of a value as a caller writes it: "float", "numpy.ndarray"."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def how_to_make_a_tensor(name: str, value: object) -> str:
+    """Advice for an error text; empty where the value is no array of numbers."""
+    if type_name(value) == "numpy.ndarray":
+        return f": torch.from_numpy({name})"
+    return f": torch.tensor({name})" if isinstance(value, list | tuple) else ""
+
+
 def is_integer(x: Tensor) -> bool:
     """Whether x holds integers (bool is not one)."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
