@@ -84,6 +84,16 @@ class Centroids:
     mean: Tensor  # (G, D not padded) fp32
     largest: Tensor  # (G,) fp32: the largest magnitude, which P is made of
 
+    def of_groups(self, few: slice) -> Centroids:
+        """Those of some of the problems; views."""
+        groups = len(self.largest)
+        parts = (part.unflatten(0, (groups, -1))[few].flatten(0, 1) for part in self.by_centroid())
+        return Centroids(*parts, self.mean[few], self.largest[few])
+
+    def by_centroid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What has a row for every centroid."""
+        return self.values, self.bias, self.slope, self.slack
+
 
 @dataclass(frozen=True)
 class Rows:
