@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -149,3 +151,15 @@ def test_autocast_makes_patches_in_its_dtype_in_one_pass(monkeypatch: pytest.Mon
     monkeypatch.setattr(op, "autocast_dtype", lambda weight: weight.dtype)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(permuted_embed(**given), out)
+
+
+def test_sizes_that_change_from_step_to_step_compile_nothing_again() -> None:
+    """Another cut or batch is another number to the kernels, not another kernel."""
+    pytest.importorskip("triton")
+    kernel = importlib.import_module("mapet_kernels.permuted_embed.kernel")
+    changing = {"B", "N", "R", "GRID", "RANKS", "CUT", "CONTENT_ROWS"}
+    for function in (
+        kernel.permuted_patches_kernel, kernel.assemble_kernel, kernel.assemble_position_gradient_kernel
+    ):  # fmt: skip
+        specialised = {parameter.name for parameter in function.params if not parameter.do_not_specialize}
+        assert not specialised & changing

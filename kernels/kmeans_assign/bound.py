@@ -86,13 +86,11 @@ class Centroids:
 
     def of_groups(self, few: slice) -> Centroids:
         """Those of some of the problems; views."""
-        groups = len(self.largest)
-        parts = (part.unflatten(0, (groups, -1))[few].flatten(0, 1) for part in self.by_centroid())
+        parts = (
+            part.unflatten(0, (len(self.largest), -1))[few].flatten(0, 1)
+            for part in (self.values, self.bias, self.slope, self.slack)
+        )
         return Centroids(*parts, self.mean[few], self.largest[few])
-
-    def by_centroid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What has a row for every centroid."""
-        return self.values, self.bias, self.slope, self.slack
 
 
 @dataclass(frozen=True)

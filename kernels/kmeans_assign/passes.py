@@ -22,7 +22,7 @@ COPY_BYTES = 512 * 2**20
 """Largest 16-bit copy of rows."""
 
 CHUNK_ROWS = 2**18
-"""Most rows of one pass, all groups together: few enough that everything in a kernel can be counted in 32 bits."""
+"""Most rows of one pass, all groups together: few enough to be counted in 32 bits."""
 
 DECIDED, UNDECIDED, OPEN = 0, 1, 2
 """Of a row after a pass: its id is final; it has a few candidates; or more than a list holds, or it is out of range."""
