@@ -60,8 +60,8 @@ struct Call {
     const int64_t targets = q.query.size(1);
     content_rows = tokens + (mask_tokens ? targets : 0);
     TORCH_CHECK_VALUE(
-        tokens >= 1 && (cuts || (0 <= cut && cut <= tokens)), "N must be positive and the cut in [0, N], got N ",
-        tokens, " and cut ", cut);
+        tokens >= 1 && targets >= 1 && (cuts || (std::max<int64_t>(0, tokens - targets) <= cut && cut < tokens)),
+        "N and T must be positive and the cut in [N - T, N - 1], got N ", tokens, ", T ", targets, " and cut ", cut);
     check_integers("cuts", cuts, {k.size(0)});
     check_integers("perm", perm, {k.size(0), tokens});
     sizes = {
@@ -128,11 +128,13 @@ mapet::Device describe(int device, int64_t shared_limit) {
   return {architecture, attribute(cudaDevAttrMultiProcessorCount, device), limit};
 }
 
-void check_status(mapet::Status status, const Call& call) {
-  if (status == mapet::Status::ok) return;
-  const cudaError_t error = cudaGetLastError();
+// Raise unless all is well, with what was asked for and the CUDA runtime's reason where there is one.
+template <class... Parts>
+void check_status(mapet::Status status, const Parts&... asked) {
+  if (status.ok()) return;
+  const auto error = static_cast<cudaError_t>(status.error);
   TORCH_CHECK_VALUE(
-      false, "backend 'cuda' cannot run on head size ", call.sizes.size, ": ", mapet::explain(status),
+      false, "backend 'cuda' cannot ", asked..., ": ", status.problem,
       error == cudaSuccess ? "" : std::string(" (") + cudaGetErrorString(error) + ")");
 }
 
@@ -154,7 +156,7 @@ void forward(
       mapet::two_stream_forward(
           call.sizes, call.type(), streams(q), view(k), view(v), streams(out), streams(lse),
           describe(k.get_device(), shared_limit), stream.stream()),
-      call);
+      "run on head size ", call.sizes.size);
 }
 
 void backward(
@@ -181,7 +183,7 @@ void backward(
           call.sizes, call.type(), streams(q), view(k), view(v), streams(out), streams(lse), streams(d_out),
           streams(dq), view(dk), view(dv), workspace.data_ptr<float>(), describe(k.get_device(), shared_limit),
           stream.stream()),
-      call);
+      "run on head size ", call.sizes.size);
 }
 
 // The permuted embedding: every tensor is contiguous but the images.
@@ -206,14 +208,6 @@ mapet::Element element(const Tensor& x) {
 const void* pointer(const OptionalTensor& x) { return x ? x->data_ptr() : nullptr; }
 
 const long long* integers(const Tensor& x) { return reinterpret_cast<const long long*>(x.data_ptr<int64_t>()); }
-
-void check_status(mapet::EmbedStatus status) {
-  if (status == mapet::EmbedStatus::ok) return;
-  const cudaError_t error = cudaGetLastError();
-  TORCH_CHECK_VALUE(
-      false, "backend 'cuda' cannot embed: ", mapet::explain(status),
-      error == cudaSuccess ? "" : std::string(" (") + cudaGetErrorString(error) + ")");
-}
 
 void permuted_patches(
     const Tensor& images, const Tensor& patches, const Tensor& out, const OptionalTensor& mean,
@@ -242,8 +236,10 @@ void permuted_patches(
                              images.stride(2), images.stride(3)};
   const c10::cuda::CUDAGuard guard(out.device());
   const auto stream = c10::cuda::getCurrentCUDAStream(out.get_device());
-  check_status(mapet::permuted_patches(
-      sizes, type, pixels, integers(patches), pointer(mean), pointer(std), out.data_ptr(), stream.stream()));
+  check_status(
+      mapet::permuted_patches(
+          sizes, type, pixels, integers(patches), pointer(mean), pointer(std), out.data_ptr(), stream.stream()),
+      "embed ", images.sizes());
 }
 
 // Sizes of a buffer (rows, D) of B images of N tokens, which `rows` must have.
@@ -278,9 +274,11 @@ void assemble_streams(
   if (class_token) check_dense("class_token", *class_token, {sizes.width}, out, dtype);
   const c10::cuda::CUDAGuard guard(out.device());
   const auto stream = c10::cuda::getCurrentCUDAStream(out.get_device());
-  check_status(mapet::assemble_streams(
-      sizes, type, content.data_ptr(), position.data_ptr(), mask_token.data_ptr(), pointer(class_token),
-      integers(perm), out.data_ptr(), stream.stream()));
+  check_status(
+      mapet::assemble_streams(
+          sizes, type, content.data_ptr(), position.data_ptr(), mask_token.data_ptr(), pointer(class_token),
+          integers(perm), out.data_ptr(), stream.stream()),
+      "assemble ", out.sizes());
 }
 
 void assemble_position_gradient(
@@ -293,8 +291,11 @@ void assemble_position_gradient(
   check_dense("d_masked", d_masked, {sizes.tokens, sizes.width}, d_rows, work);
   const c10::cuda::CUDAGuard guard(d_rows.device());
   const auto stream = c10::cuda::getCurrentCUDAStream(d_rows.get_device());
-  check_status(mapet::assemble_position_gradient(
-      sizes, type, d_rows.data_ptr(), integers(rank_of), d_position.data_ptr(), d_masked.data_ptr(), stream.stream()));
+  check_status(
+      mapet::assemble_position_gradient(
+          sizes, type, d_rows.data_ptr(), integers(rank_of), d_position.data_ptr(), d_masked.data_ptr(),
+          stream.stream()),
+      "sum the position gradient of ", d_rows.sizes());
 }
 
 // k-means assignment: operands are made by kernels/kmeans_assign/bound.py, and all but the rows are contiguous.
@@ -336,16 +337,13 @@ void assign_scores(
       static_cast<int>(groups), n, static_cast<int>(clusters), static_cast<int>(features), static_cast<int>(shares)};
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto stream = c10::cuda::getCurrentCUDAStream(rows.get_device());
-  const mapet::AssignStatus status = mapet::assign_scores(
-      sizes, {rows.data_ptr(), rows.stride(0), floats(scale), floats(radius)},
-      {centroids.data_ptr(), floats(bias), floats(slope), floats(slack)}, exact,
-      {floats(bounds), ids.data_ptr<int>(), floats(reach)}, describe(rows.get_device(), -1).architecture,
-      stream.stream());
-  if (status == mapet::AssignStatus::ok) return;
-  const cudaError_t error = cudaGetLastError();
-  TORCH_CHECK_VALUE(
-      false, "backend 'cuda' cannot assign ", rows.sizes(), " to ", centroids.sizes(), ": ", mapet::explain(status),
-      error == cudaSuccess ? "" : std::string(" (") + cudaGetErrorString(error) + ")");
+  check_status(
+      mapet::assign_scores(
+          sizes, {rows.data_ptr(), rows.stride(0), floats(scale), floats(radius)},
+          {centroids.data_ptr(), floats(bias), floats(slope), floats(slack)}, exact,
+          {floats(bounds), ids.data_ptr<int>(), floats(reach)}, describe(rows.get_device(), -1).architecture,
+          stream.stream()),
+      "assign ", rows.sizes(), " to ", centroids.sizes());
 }
 
 bool built_for(int64_t device) {

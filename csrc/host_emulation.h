@@ -23,6 +23,7 @@
 
 #define MAPET_DEVICE inline
 #define MAPET_KERNEL(threads) inline void
+#define MAPET_CALL(type) const type
 #define MAPET_SHARED(name) unsigned char* name = mapet::emulation::shared()
 
 namespace mapet {
@@ -166,6 +167,12 @@ inline void run_block(bool descending) {
 inline bool& descending() {
   static bool d = false;
   return d;
+}
+
+// What a launch is to fail with, as the CUDA runtime numbers its errors; 0 lets it run.
+inline int& launch_error() {
+  static int error = 0;
+  return error;
 }
 
 template <class Kernel, class... Arguments>

@@ -9,9 +9,7 @@
 #include <climits>
 #include <initializer_list>
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#endif
+#include "launch.cuh"
 
 namespace mapet {
 namespace {
@@ -22,13 +20,17 @@ bool starts_at_16_bytes(std::initializer_list<const void*> pointers) {
   return true;
 }
 
-AssignStatus check(
+constexpr Status BAD_SIZE{
+    "centroids must be padded to multiples of 128, features to multiples of 32, blocks be fewer than 2^31"};
+
+Status check(
     const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, int architecture) {
-  if (architecture < 70) return AssignStatus::architecture;
+  if (architecture < 70) return {"tensor cores need a GPU of sm_70 or newer"};
   const bool padded = sizes.clusters % ASSIGN_CLUSTERS == 0 && sizes.features % ASSIGN_FEATURES == 0;
-  if (!padded || sizes.clusters < 1 || sizes.features < 1 || sizes.shares < 1) return AssignStatus::size;
+  if (!padded || sizes.clusters < 1 || sizes.features < 1 || sizes.shares < 1) return BAD_SIZE;
   const bool aligned = starts_at_16_bytes({rows.values, centroids.values, centroids.bias, centroids.slope});
-  return aligned && rows.stride % 8 == 0 ? AssignStatus::ok : AssignStatus::alignment;
+  if (!aligned || rows.stride % 8 != 0) return {"operands must start at multiples of 16 bytes, and rows too"};
+  return {};
 }
 
 Index row_tiles(const AssignSizes& sizes) { return (sizes.rows + ASSIGN_ROWS - 1) / ASSIGN_ROWS; }
@@ -39,49 +41,24 @@ AssignCall call_of(
   return {sizes, rows, centroids, lists, static_cast<int>(row_tiles(sizes)), share_tiles};
 }
 
-#if defined(__CUDACC__) || defined(__FLT16_MAX__)  // some C++ compilers have no half precision
-template <class Kernel>
-AssignStatus launch(Kernel kernel, const AssignCall& call, int blocks, void* stream) {
-  // Without asking the driver for more, a block may have 48 KB, which is what there is.
-  static_assert(assign_bytes<Half>() <= 48 << 10);
-#if defined(__CUDACC__)
-  kernel<<<blocks, ASSIGN_THREADS, assign_bytes<Half>(), static_cast<cudaStream_t>(stream)>>>(call);
-  return cudaGetLastError() == cudaSuccess ? AssignStatus::ok : AssignStatus::launch;
-#else
-  (void)stream;
-  emulation::launch(kernel, blocks, ASSIGN_THREADS, assign_bytes<Half>(), call);
-  return AssignStatus::ok;
-#endif
-}
-#endif
-
 }  // namespace
 
-const char* explain(AssignStatus status) {
-  switch (status) {
-    case AssignStatus::ok: return "ok";
-    case AssignStatus::size: return "centroids must be padded to multiples of 128, features to multiples of 32, blocks be fewer than 2^31";
-    case AssignStatus::alignment: return "operands must start at multiples of 16 bytes, and rows too";
-    case AssignStatus::architecture: return "tensor cores need a GPU of sm_70 or newer";
-    default: return "the kernel could not be launched";
-  }
-}
-
-#if defined(__CUDACC__) || defined(__FLT16_MAX__)
-AssignStatus assign_scores(
+#if defined(__CUDACC__) || defined(__FLT16_MAX__)  // some C++ compilers have no half precision
+Status assign_scores(
     const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, bool exact,
     const AssignLists& lists, int architecture, void* stream) {
-  if (const AssignStatus bad = check(sizes, rows, centroids, architecture); bad != AssignStatus::ok) return bad;
+  if (const Status bad = check(sizes, rows, centroids, architecture); !bad.ok()) return bad;
   const Index blocks = sizes.groups * row_tiles(sizes) * sizes.shares;
-  if (blocks == 0) return AssignStatus::ok;
-  if (blocks > INT_MAX) return AssignStatus::size;
+  if (blocks == 0) return {};
+  if (blocks > INT_MAX) return BAD_SIZE;
   const AssignCall call = call_of(sizes, rows, centroids, lists);
-  const int count = static_cast<int>(blocks);
+  const int count = static_cast<int>(blocks), bytes = assign_bytes<Half>();
+  static_assert(assign_bytes<Half>() <= WITHOUT_ASKING);
   if (architecture >= 80)
-    return exact ? launch(scores_kernel<Half, true, true>, call, count, stream)
-                 : launch(scores_kernel<Half, false, true>, call, count, stream);
-  return exact ? launch(scores_kernel<Half, true, false>, call, count, stream)
-               : launch(scores_kernel<Half, false, false>, call, count, stream);
+    return exact ? launch<scores_kernel<Half, true, true>>(call, count, ASSIGN_THREADS, bytes, stream)
+                 : launch<scores_kernel<Half, false, true>>(call, count, ASSIGN_THREADS, bytes, stream);
+  return exact ? launch<scores_kernel<Half, true, false>>(call, count, ASSIGN_THREADS, bytes, stream)
+               : launch<scores_kernel<Half, false, false>>(call, count, ASSIGN_THREADS, bytes, stream);
 }
 #endif
 

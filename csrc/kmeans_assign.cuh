@@ -286,7 +286,7 @@ struct ScoreTile {
 };
 
 template <class E, bool EXACT, bool AHEAD>
-MAPET_KERNEL(ASSIGN_THREADS) scores_kernel(AssignCall call) {
+MAPET_KERNEL(ASSIGN_THREADS) scores_kernel(MAPET_CALL(AssignCall) call) {
   MAPET_SHARED(memory);
   E* buffers = reinterpret_cast<E*>(memory);
   const AssignTask task(call, blockIdx.x);

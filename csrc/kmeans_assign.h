@@ -6,6 +6,8 @@
 // the lists prove which centroid is the nearest, in kernels/kmeans_assign/bound.py.
 #pragma once
 
+#include "status.h"
+
 namespace mapet {
 
 constexpr int ASSIGN_ROWS = 128;      // rows of a tile
@@ -15,10 +17,6 @@ constexpr int ASSIGN_LISTS = 4;       // lists of a row in each share of the cen
 
 // Entries of a list: the lowest three lower bounds of the exact mode, or the lowest score.
 constexpr int assign_slots(bool exact) { return exact ? 3 : 1; }
-
-enum class AssignStatus { ok, size, alignment, architecture, launch };
-
-const char* explain(AssignStatus status);
 
 struct AssignSizes {
   int groups;              // G problems at once
@@ -49,7 +47,7 @@ struct AssignLists {
 };
 
 // architecture: 70, 75, 80, ...; from 80 on copies into shared memory are asynchronous.
-AssignStatus assign_scores(
+Status assign_scores(
     const AssignSizes& sizes, const AssignRows& rows, const AssignCentroids& centroids, bool exact,
     const AssignLists& lists, int architecture, void* stream);
 

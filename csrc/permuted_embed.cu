@@ -7,9 +7,7 @@
 
 #include <climits>
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#endif
+#include "launch.cuh"
 
 namespace mapet {
 namespace {
@@ -25,22 +23,11 @@ bool aligned(const void* p, int bytes) { return reinterpret_cast<unsigned long l
 // Whether a product can be counted in an int, with room for the last block. Offsets in memory are 64 bits wide.
 bool counts(Index a, Index b) { return a * b <= INT_MAX - EMBED_THREADS; }
 
-template <class Kernel, class Call>
-EmbedStatus launch(Kernel kernel, const Call& call, int blocks, int threads, int shared, void* stream) {
-  if (blocks == 0) return EmbedStatus::ok;
-#if defined(__CUDACC__)
-  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(call);
-  return cudaGetLastError() == cudaSuccess ? EmbedStatus::ok : EmbedStatus::launch;
-#else
-  (void)stream;
-  emulation::launch(kernel, blocks, threads, shared, call);
-  return EmbedStatus::ok;
-#endif
-}
+constexpr Status TOO_MANY{"more than 2^31 rows of a result, or numbers in a patch or in the positions"};
 
 // Call run.template operator()<E>() for the element type.
 template <class Run>
-EmbedStatus with_element(Element type, const Run& run) {
+Status with_element(Element type, const Run& run) {
   switch (type) {
 #if defined(__CUDACC__)
     case Element::float16: return run.template operator()<Half>();
@@ -50,7 +37,7 @@ EmbedStatus with_element(Element type, const Run& run) {
 #endif
     case Element::float32: return run.template operator()<float>();
     case Element::float64: return run.template operator()<double>();
-    default: return EmbedStatus::launch;
+    default: return {"this build has no kernels for the element type"};
   }
 }
 
@@ -59,15 +46,17 @@ struct RunPatches {
   void* stream;
 
   template <class E>
-  EmbedStatus operator()() const {
+  Status operator()() const {
     return call.pixels.is_uint8 ? with_pixels<unsigned char, E>() : with_pixels<Work<E>, E>();
   }
 
   template <class P, class E>
-  EmbedStatus with_pixels() const {
-    const auto kernel = in_packs<P, E>() ? permuted_patches_kernel<P, E, PIXELS> : permuted_patches_kernel<P, E, 1>;
+  Status with_pixels() const {
+    const int blocks = tiles_of(call.rows(), BLOCK_PATCHES);
     const int shared = is_byte<P> ? CHANNELS * BYTE_VALUES * sizeof(Work<E>) : 0;
-    return launch(kernel, call, tiles_of(call.rows(), BLOCK_PATCHES), EMBED_THREADS, shared, stream);
+    if (in_packs<P, E>())
+      return launch<permuted_patches_kernel<P, E, PIXELS>>(call, blocks, EMBED_THREADS, shared, stream);
+    return launch<permuted_patches_kernel<P, E, 1>>(call, blocks, EMBED_THREADS, shared, stream);
   }
 
   // Whether every PIXELS columns of a row lie side by side in the image, at a multiple of their size.
@@ -85,9 +74,10 @@ struct RunAssemble {
   void* stream;
 
   template <class E>
-  EmbedStatus operator()() const {
-    const auto kernel = in_packs<E>() ? assemble_kernel<E, packed<E>> : assemble_kernel<E, 1>;
-    return launch(kernel, call, tiles_of(call.buffer.made(), BLOCK_ROWS), EMBED_THREADS, 0, stream);
+  Status operator()() const {
+    const int blocks = tiles_of(call.buffer.made(), BLOCK_ROWS);
+    if (in_packs<E>()) return launch<assemble_kernel<E, packed<E>>>(call, blocks, EMBED_THREADS, 0, stream);
+    return launch<assemble_kernel<E, 1>>(call, blocks, EMBED_THREADS, 0, stream);
   }
 
   template <class E>
@@ -104,41 +94,33 @@ struct RunPositionGradient {
   void* stream;
 
   template <class E>
-  EmbedStatus operator()() const {
+  Status operator()() const {
     const int blocks = tiles_of(call.buffer.sizes.tokens * call.buffer.sizes.width, GRADIENT_THREADS);
-    return launch(assemble_position_gradient_kernel<E>, call, blocks, GRADIENT_THREADS, 0, stream);
+    return launch<assemble_position_gradient_kernel<E>>(call, blocks, GRADIENT_THREADS, 0, stream);
   }
 };
 
 }  // namespace
 
-const char* explain(EmbedStatus status) {
-  switch (status) {
-    case EmbedStatus::ok: return "ok";
-    case EmbedStatus::size: return "more than 2^31 rows of a result, or numbers in a patch or in the positions";
-    default: return "the kernel could not be launched";
-  }
-}
-
-EmbedStatus permuted_patches(
+Status permuted_patches(
     const PatchSizes& sizes, Element type, const Pixels& pixels, const long long* patches, const void* mean,
     const void* std, void* out, void* stream) {
   const Index line = static_cast<Index>(CHANNELS) * BLOCK_PATCHES * sizes.patch;
-  if (!counts(sizes.images, sizes.ranks) || !counts(line, sizes.patch)) return EmbedStatus::size;
+  if (!counts(sizes.images, sizes.ranks) || !counts(line, sizes.patch)) return TOO_MANY;
   return with_element(type, RunPatches{{sizes, pixels, patches, mean, std, out}, stream});
 }
 
-EmbedStatus assemble_streams(
+Status assemble_streams(
     const BufferSizes& sizes, Element type, const void* content, const void* position, const void* mask_token,
     const void* class_token, const long long* perm, void* out, void* stream) {
-  if (!counts(sizes.images, Buffer{sizes}.made_by_image())) return EmbedStatus::size;
+  if (!counts(sizes.images, Buffer{sizes}.made_by_image())) return TOO_MANY;
   return with_element(type, RunAssemble{{{sizes}, content, position, mask_token, class_token, perm, out}, stream});
 }
 
-EmbedStatus assemble_position_gradient(
+Status assemble_position_gradient(
     const BufferSizes& sizes, Element type, const void* d_rows, const long long* rank_of, void* d_position,
     void* d_masked, void* stream) {
-  if (!counts(sizes.tokens, sizes.width)) return EmbedStatus::size;
+  if (!counts(sizes.tokens, sizes.width)) return TOO_MANY;
   return with_element(type, RunPositionGradient{{{sizes}, d_rows, rank_of, d_position, d_masked}, stream});
 }
 

@@ -11,7 +11,8 @@
 //     position gradient    d_position[t] = sum over b of d_rows of token t, A or B and M and G; d_masked[t] of M and G
 //
 // All three are bound by memory: there is no product of matrices here. Each number is one thread's sum in one order,
-// without atomics, so that results are the same bits every time.
+// without atomics, so that results are the same bits every time. Indices that are read, patches, perm and rank_of, are
+// brought into range: wrong ones give wrong numbers, and no access out of bounds.
 //
 // Shared memory of a block: of uint8 images the 3 * 256 values that a pixel can become, 3072 bytes (6144 in double), so
 // that the two divisions are done once for a block and not for each pixel; nothing else, and nothing elsewhere.
@@ -118,7 +119,7 @@ struct PatchesCall {
 
   // Offset in the images of a pixel of the patch at `row` of the result.
   MAPET_HD Index offset(int row, const Pixel& at) const {
-    const int index = static_cast<int>(patches[row]);
+    const int index = index_below(patches[row], sizes.grid * sizes.grid);
     const Index y = index / sizes.grid * sizes.patch + at.y, x = index % sizes.grid * sizes.patch + at.x;
     return row / sizes.ranks * pixels.image + at.channel * pixels.channel + y * pixels.y + x * pixels.x;
   }
@@ -132,7 +133,7 @@ MAPET_DEVICE W normalised(const PatchesCall& call, W value, int channel) {
 
 // A block makes BLOCK_PATCHES rows; a thread V neighbouring columns at a time, which lie in one line of the patch.
 template <class P, class E, int V>
-MAPET_KERNEL(EMBED_THREADS) permuted_patches_kernel(PatchesCall call) {
+MAPET_KERNEL(EMBED_THREADS) permuted_patches_kernel(MAPET_CALL(PatchesCall) call) {
   using W = Work<E>;
   MAPET_SHARED(memory);
   W* table = reinterpret_cast<W*>(memory);
@@ -196,7 +197,7 @@ struct AssembleCall {
 
 // A warp makes a row, or the two rows of a target.
 template <class E, int V>
-MAPET_KERNEL(EMBED_THREADS) assemble_kernel(AssembleCall call) {
+MAPET_KERNEL(EMBED_THREADS) assemble_kernel(MAPET_CALL(AssembleCall) call) {
   const Buffer& buffer = call.buffer;
   const BufferSizes& s = buffer.sizes;
   const int row = blockIdx.x * BLOCK_ROWS + threadIdx.x / LANES;
@@ -205,7 +206,8 @@ MAPET_KERNEL(EMBED_THREADS) assemble_kernel(AssembleCall call) {
   const bool is_content = i < s.ranks;
   const int i_target = i - s.ranks;
   const E* source = call.source<E>(i_b, i);
-  const Index token = call.perm[static_cast<Index>(i_b) * s.tokens + (is_content ? i : s.cut + i_target)];
+  const Index at = static_cast<Index>(i_b) * s.tokens + (is_content ? i : s.cut + i_target);
+  const Index token = index_below(call.perm[at], s.tokens);
   const E* position = static_cast<const E*>(call.position) + token * s.width;
   E* out = static_cast<E*>(call.out);
   for (int column = threadIdx.x % LANES * V; column < s.width; column += LANES * V) {
@@ -227,7 +229,7 @@ struct PositionGradientCall {
 
 // A thread makes one number of each result.
 template <class E>
-MAPET_KERNEL(GRADIENT_THREADS) assemble_position_gradient_kernel(PositionGradientCall call) {
+MAPET_KERNEL(GRADIENT_THREADS) assemble_position_gradient_kernel(MAPET_CALL(PositionGradientCall) call) {
   using W = Work<E>;
   const Buffer& buffer = call.buffer;
   const BufferSizes& s = buffer.sizes;
@@ -237,7 +239,7 @@ MAPET_KERNEL(GRADIENT_THREADS) assemble_position_gradient_kernel(PositionGradien
   W position = 0, masked = 0;
 #pragma unroll 4
   for (int i_b = 0; i_b < s.images; i_b++) {
-    const int rank = static_cast<int>(call.rank_of[static_cast<Index>(i_b) * s.tokens + token]);
+    const int rank = index_below(call.rank_of[static_cast<Index>(i_b) * s.tokens + token], s.tokens);
     if (rank < s.ranks) position += widen<W>(d_rows[buffer.content_row(i_b, rank) * s.width]);
     if (rank < s.cut) continue;
     if (s.mask_tokens) masked += widen<W>(d_rows[buffer.mask_row(i_b, rank - s.cut) * s.width]);

@@ -5,13 +5,11 @@
 // matrix product for cuBLAS: content = patches W^T + b.
 #pragma once
 
+#include "status.h"
+
 namespace mapet {
 
 enum class Element { float16, bfloat16, float32, float64 };
-
-enum class EmbedStatus { ok, size, launch };
-
-const char* explain(EmbedStatus status);
 
 // Images (B, 3, S, S) with strides in elements: uint8, or what patches are computed in, which is float64 for patches in
 // float64 and float32 for all others.
@@ -28,7 +26,7 @@ struct PatchSizes {
 
 // out (B, R, 3 p p) in `type`: the patches with raster indices `patches` (B, R) of their image; uint8 divided by 255;
 // then (x - mean) / std by channel unless `mean` is null. mean and std (3,) are in what patches are computed in.
-EmbedStatus permuted_patches(
+Status permuted_patches(
     const PatchSizes& sizes, Element type, const Pixels& pixels, const long long* patches, const void* mean,
     const void* std, void* out, void* stream);
 
@@ -39,13 +37,13 @@ struct BufferSizes {
 
 // out (rows, D) from content (B, ranks without the class token, D), position (N, D), mask_token and class_token (D,),
 // null where there is none, and perm (B, N), the token at each rank. All contiguous.
-EmbedStatus assemble_streams(
+Status assemble_streams(
     const BufferSizes& sizes, Element type, const void* content, const void* position, const void* mask_token,
     const void* class_token, const long long* perm, void* out, void* stream);
 
 // Gradient of position (N, D), and of the mask token by token (N, D), in float64 for float64 and else in float32; both
 // summed over images in rising order. d_rows (rows, D), rank_of (B, N), the rank of each token.
-EmbedStatus assemble_position_gradient(
+Status assemble_position_gradient(
     const BufferSizes& sizes, Element type, const void* d_rows, const long long* rank_of, void* d_position,
     void* d_masked, void* stream);
 

@@ -29,6 +29,13 @@ constexpr int ROWS = 16;  // rows of a row tile, and keys of a key tile of the b
 
 MAPET_HD int smaller(int a, int b) { return a < b ? a : b; }
 MAPET_HD int larger(int a, int b) { return a > b ? a : b; }
+
+// An index read from memory, which may be any number: itself where it is in [0, count), else some other one in there.
+// One instruction, as kernels do it for every row.
+MAPET_HD int index_below(Index x, int count) {
+  const unsigned index = static_cast<unsigned>(x), last = count - 1;
+  return static_cast<int>(index < last ? index : last);
+}
 MAPET_HD int tiles_of(int count, int tile) { return (count + tile - 1) / tile; }
 
 // Sizes of one image's problem.

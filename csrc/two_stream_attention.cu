@@ -5,9 +5,7 @@
 // Without nvcc, c++ -x c++ -std=c++17 compiles the same source for the CPU (host_emulation.h), for tests.
 #include "two_stream_attention.cuh"
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#endif
+#include "launch.cuh"
 
 namespace mapet {
 namespace {
@@ -23,32 +21,26 @@ bool rows_aligned(const View& view, int bytes) {
 
 template <class... Views>
 Rule rule_of(const Sizes& sizes, Type type, const Views&... views) {
-  const Image image{sizes.tokens, sizes.targets, sizes.cut, sizes.mask_tokens, sizes.with_content};
+  const Image image = image_of(sizes, sizes.cut);
   const int first = first_tiles(image, sizes.cuts == nullptr), bytes = bytes_of(type);
   const bool aligned = sizes.size * bytes % 16 == 0 && (rows_aligned(views, bytes) && ...);
   return {sizes, first, first + target_tiles(image), aligned};
 }
 
-template <class Kernel, class Call>
-Status launch(Kernel kernel, const Call& call, int warps, void* stream) {
+template <auto KERNEL, class Call>
+Status launch_planned(const Call& call, int warps, void* stream) {
   const int blocks = call.rule.sizes.images * call.rule.sizes.heads * call.plan.blocks_per_head;
-  if (blocks == 0) return Status::ok;
-#if defined(__CUDACC__)
-  const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (cudaFuncSetAttribute(kernel, limit, call.plan.shared) != cudaSuccess) return Status::launch;
-  kernel<<<blocks, warps * WARP_SIZE, call.plan.shared, static_cast<cudaStream_t>(stream)>>>(call);
-  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch;
-#else
-  (void)stream;
-  emulation::launch(kernel, blocks, warps * WARP_SIZE, call.plan.shared, call);
-  return Status::ok;
-#endif
+  return launch<KERNEL>(call, blocks, warps * WARP_SIZE, call.plan.shared, stream);
 }
 
+constexpr Status NO_SUCH_SIZE{"head sizes are 1 to 128"};
+constexpr Status NO_SUCH_TYPE{"float16 needs a GPU of sm_70 or newer, bfloat16 one of sm_80 or newer"};
+constexpr Status TOO_MUCH_MEMORY{"a block needs more shared memory than this GPU has"};
+
 Status check(const Sizes& sizes, Type type, Device device) {
-  if (sizes.size < 1 || sizes.size > 128) return Status::size;
-  if (device.architecture < 70 || (type == Type::bfloat16 && device.architecture < 80)) return Status::type;
-  return Status::ok;
+  if (sizes.size < 1 || sizes.size > 128) return NO_SUCH_SIZE;
+  if (device.architecture < 70 || (type == Type::bfloat16 && device.architecture < 80)) return NO_SUCH_TYPE;
+  return {};
 }
 
 // Call run.template operator()<E, BD>() for the element type and the padded head size.
@@ -72,7 +64,7 @@ Status with_type(const Sizes& sizes, Type type, const Run& run) {
 #endif
   if (type == Type::float32) return with_size<float>(sizes.size, run);
 #endif
-  return Status::type;
+  return NO_SUCH_TYPE;
 }
 
 struct RunForward {
@@ -81,7 +73,7 @@ struct RunForward {
 
   template <class E, int BD>
   Status operator()() const {
-    return launch(forward_kernel<E, BD>, call, call.plan.warps, stream);
+    return launch_planned<forward_kernel<E, BD>>(call, call.plan.warps, stream);
   }
 };
 
@@ -91,7 +83,7 @@ struct RunQueryGradient {
 
   template <class E, int BD>
   Status operator()() const {
-    return launch(query_gradient_kernel<E, BD>, call, call.plan.warps, stream);
+    return launch_planned<query_gradient_kernel<E, BD>>(call, call.plan.warps, stream);
   }
 };
 
@@ -104,8 +96,8 @@ struct RunKeyGradient {
   Status operator()() const {
     KeyGradientCall planned = call;
     planned.plan.shared = key_gradient_bytes<E, BD>(call.plan.stages);
-    if (planned.plan.shared > device.shared_limit) return Status::shared_memory;
-    return launch(key_gradient_kernel<E, BD>, planned, KEY_WARPS, stream);
+    if (planned.plan.shared > device.shared_limit) return TOO_MUCH_MEMORY;
+    return launch_planned<key_gradient_kernel<E, BD>>(planned, KEY_WARPS, stream);
   }
 };
 
@@ -113,16 +105,6 @@ struct RunKeyGradient {
 int stages_of(Device device) { return device.architecture >= 80 ? 2 : 1; }
 
 }  // namespace
-
-const char* explain(Status status) {
-  switch (status) {
-    case Status::ok: return "ok";
-    case Status::size: return "head sizes are 1 to 128";
-    case Status::type: return "float16 needs a GPU of sm_70 or newer, bfloat16 one of sm_80 or newer";
-    case Status::shared_memory: return "a block needs more shared memory than this GPU has";
-    default: return "the kernel could not be launched";
-  }
-}
 
 bool has_kernels_for_current_device() {
 #if defined(__CUDACC__)
@@ -159,24 +141,24 @@ ForwardCall plan_forward(
 
 Status two_stream_forward(
     const Sizes& sizes, Type type, Streams q, View k, View v, Streams out, Streams lse, Device device, void* stream) {
-  if (const Status bad = check(sizes, type, device); bad != Status::ok) return bad;
+  if (const Status bad = check(sizes, type, device); !bad.ok()) return bad;
   const ForwardCall call = plan_forward(sizes, type, q, k, v, out, lse, device);
-  if (call.plan.shared > device.shared_limit) return Status::shared_memory;
+  if (call.plan.shared > device.shared_limit) return TOO_MUCH_MEMORY;
   return with_type(sizes, type, RunForward{call, stream});
 }
 
 Status two_stream_backward(
     const Sizes& sizes, Type type, Streams q, View k, View v, Streams out, Streams lse, Streams d_out, Streams dq,
     View dk, View dv, float* workspace, Device device, void* stream) {
-  if (const Status bad = check(sizes, type, device); bad != Status::ok) return bad;
+  if (const Status bad = check(sizes, type, device); !bad.ok()) return bad;
   const Rule rule = rule_of(
       sizes, type, q.content, q.query, k, v, out.content, out.query, d_out.content, d_out.query, dq.content, dq.query,
       dk, dv);
   const Plan plan = plan_rows(sizes, type, true, device);
-  if (plan.shared > device.shared_limit) return Status::shared_memory;
+  if (plan.shared > device.shared_limit) return TOO_MUCH_MEMORY;
   float* delta = workspace + static_cast<Index>(sizes.images) * sizes.heads * (sizes.tokens + 2LL * sizes.targets);
   const RunQueryGradient rows{{rule, plan, k, v, q, out, lse, d_out, dq, workspace, delta}, stream};
-  if (const Status bad = with_type(sizes, type, rows); bad != Status::ok) return bad;
+  if (const Status bad = with_type(sizes, type, rows); !bad.ok()) return bad;
   const int key_rows = sizes.tokens + (sizes.mask_tokens ? sizes.targets : 0);
   const Plan key_plan{false, KEY_WARPS, stages_of(device), tiles_of(key_rows, KEY_WARPS * ROWS), 0};
   return with_type(

@@ -17,7 +17,7 @@
 //                    90112 for 344 keys of size 64, and 98304 with the scratch of 4 warps, all that a V100 has), or
 //                    stage_keys(BD) times the number of stages (streamed). And scratch for each warp.
 //     dK, dV         Q and dO of 32 rows: 128 BD a stage; scratch for each of 4 warps.
-// Registers: below 255 a thread everywhere with nothing spilled, which tests/test_cuda_source.py checks. At BD = 128
+// Registers: at most 255 a thread everywhere with nothing spilled, which tests/test_cuda_source.py checks. At BD = 128
 // the operands that a warp keeps lie in its scratch and not in registers.
 #pragma once
 
@@ -52,15 +52,18 @@ MAPET_HD constexpr int warp_bytes(int bd, int size, int operands) {
   return work_bytes(bd, size) + (held(bd) ? 0 : operands * ROWS * bd * size);
 }
 
+// Cuts are in [N - T, N - 1] whatever was given: from others would follow rows and keys beyond the buffers.
+MAPET_HD Image image_of(const Sizes& sizes, Index cut) {
+  const int real = smaller(larger(sizes.tokens - index_below(cut, sizes.tokens), 1), sizes.targets);
+  return {sizes.tokens, sizes.targets, sizes.tokens - real, sizes.mask_tokens, sizes.with_content};
+}
+
 struct Rule {
   Sizes sizes;
   int first_tiles, tiles;  // row tiles of one head
   bool aligned;            // every row of every tensor starts at a multiple of 16 bytes, and D fills whole ones
 
-  MAPET_HD Image image(Index i_b) const {
-    const int cut = sizes.cuts ? static_cast<int>(sizes.cuts[i_b]) : sizes.cut;
-    return {sizes.tokens, sizes.targets, cut, sizes.mask_tokens, sizes.with_content};
-  }
+  MAPET_HD Image image(Index i_b) const { return image_of(sizes, sizes.cuts ? sizes.cuts[i_b] : sizes.cut); }
 };
 
 // One image and head of a problem.
@@ -73,7 +76,9 @@ struct Head {
       : i_b(i_bh / rule.sizes.heads), i_h(i_bh % rule.sizes.heads), image(rule.image(i_b)),
         perm(rule.sizes.perm ? rule.sizes.perm + i_b * rule.sizes.tokens : nullptr) {}
 
-  MAPET_HD Index in_memory(int row) const { return perm && row < image.tokens ? perm[row] : row; }
+  MAPET_HD Index in_memory(int row) const {
+    return perm && row < image.tokens ? index_below(perm[row], image.tokens) : row;
+  }
 
   template <class E>
   MAPET_HD E* key(const View& view, int p) const {
@@ -557,13 +562,13 @@ MAPET_DEVICE void walk(const typename Tile::Call& call, unsigned char* memory) {
 }
 
 template <class E, int BD>
-MAPET_KERNEL(MOST_WARPS* WARP_SIZE) forward_kernel(ForwardCall call) {
+MAPET_KERNEL(MOST_WARPS* WARP_SIZE) forward_kernel(MAPET_CALL(ForwardCall) call) {
   MAPET_SHARED(memory);
   if constexpr (has_products<E>()) walk<E, BD, ForwardTile<E, BD>>(call, memory);
 }
 
 template <class E, int BD>
-MAPET_KERNEL(MOST_WARPS* WARP_SIZE) query_gradient_kernel(QueryGradientCall call) {
+MAPET_KERNEL(MOST_WARPS* WARP_SIZE) query_gradient_kernel(MAPET_CALL(QueryGradientCall) call) {
   MAPET_SHARED(memory);
   if constexpr (has_products<E>()) walk<E, BD, QueryGradientTile<E, BD>>(call, memory);
 }
@@ -705,6 +710,7 @@ MAPET_DEVICE void walk_rows(const KeyGradientCall& call, unsigned char* memory) 
   warp.write(dv, 1.0f, exists ? head.key<E>(call.dv, p) : nullptr, rule);
 }
 
+// Not MAPET_CALL: ptxas then keeps more of the call in registers, and spills at BD = 128 on sm_90.
 template <class E, int BD>
 MAPET_KERNEL(KEY_WARPS* WARP_SIZE) key_gradient_kernel(KeyGradientCall call) {
   MAPET_SHARED(memory);

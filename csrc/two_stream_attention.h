@@ -4,6 +4,8 @@
 // The rule of who sees whom is in prefix_suffix.cuh; what is computed, and in what memory, in two_stream_attention.cuh.
 #pragma once
 
+#include "status.h"
+
 namespace mapet {
 
 // A tensor (images, rows, heads, size) whose last dimension is contiguous; strides in elements.
@@ -24,8 +26,9 @@ struct Sizes {
   int tokens, targets, cut;  // N, T, c; the cut is not read where `cuts` is given
   bool mask_tokens, with_content;
   float scale;
-  const long long* cuts;  // (B,), one cut per image, or null
-  const long long* perm;  // (B, N): content rows are in image order, row perm[b, r] having rank r; or null
+  const long long* cuts;  // (B,), one cut per image, or null; brought into [N - T, N - 1]
+  const long long* perm;  // (B, N): content rows are in image order, row perm[b, r] having rank r; or null. Values
+                          // out of range give wrong numbers, and no access out of bounds.
 };
 
 // What a launch is planned for.
@@ -34,10 +37,6 @@ struct Device {
   int processors;
   int shared_limit;  // bytes of shared memory a block may ask for
 };
-
-enum class Status { ok, size, type, shared_memory, launch };
-
-const char* explain(Status status);
 
 // Whether this library holds code for the current GPU's architecture.
 bool has_kernels_for_current_device();

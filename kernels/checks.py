@@ -39,11 +39,11 @@ def check_is_tensor(**values: object) -> None:
 
 
 def check_device(device: torch.device, **tensors: Tensor) -> None:
-    """Raise ValueError unless the tensors are on the device of the op: moving them would wait for it at every call."""
+    """Raise ValueError unless the tensors are on the device of the op, or on the CPU, from where the op moves them."""
     for name, tensor in tensors.items():
-        if tensor.device != device:
+        if tensor.device != device and tensor.device.type != "cpu":
             raise ValueError(
-                f"{name} must be on the device of the other tensors, {device}, got {tensor.device}: "
+                f"{name} must be on the device of the other tensors, {device}, or on the CPU, got {tensor.device}: "
                 f"{name}.to({str(device)!r})"
             )
 
@@ -56,7 +56,7 @@ def check_integer(name: str, value: object, allowed: str = "an int") -> int:
 
 
 def check_cut(cut: object, batch: int, device: torch.device) -> int | Tensor:
-    """The cut as an int, or as integers (B,) on the device, or TypeError / ValueError. Its values are not looked at."""
+    """The cut as an int, or as integers (B,), or TypeError / ValueError. Its values are not looked at."""
     allowed = "an int or an integer tensor (B,)"
     if advice := how_to_make_a_tensor("cut", cut):
         raise TypeError(f"cut must be {allowed}, got {type_name(cut)}{advice}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -114,18 +114,46 @@ class AssignConfig:
 
 
 def kmeans_assign_scores(features: int, exact: bool, target: Target) -> AssignConfig:
-    """Configuration of the score kernel for D = `features` and 16-bit operands.
+    """Configuration of the score kernel for D = `features` and 16-bit operands, within the target's shared memory.
 
     Entries are chosen so that registers are not spilled, not yet by time on a GPU. One product a tile (D <= 64) leaves
-    the tensor cores idle while scores are looked through, so tiles are small and two programs share a processor.
+    the tensor cores idle while scores are looked through, so tiles are small and two programs share a processor. Where
+    they do not fit, fewer products are in flight, and then tiles are smaller.
+
+    Raises:
+        ValueError: the target has less shared memory than the smallest tiles take.
     """
+    config = _assign_tiles(features, exact, target)
+    smaller = [replace(config, stages=stages) for stages in range(config.stages, 1, -1)]
+    smaller += [replace(config, rows=rows, clusters=rows, stages=2) for rows in (128, 64, 32)]
+    for fitting in smaller:
+        if kmeans_assign_bytes(fitting) <= target.shared_memory:
+            return fitting
+    raise ValueError(
+        f"kmeans_assign needs {kmeans_assign_bytes(smaller[-1])} bytes of shared memory, and this device gives a "
+        f"program {target.shared_memory}"
+    )
+
+
+def _assign_tiles(features: int, exact: bool, target: Target) -> AssignConfig:
     if not target.has_wgmma:
         return AssignConfig(128, 128, 64, warps=8, stages=3, descriptors=False)
     if features <= 64:
         rows, warps = (64, 4) if exact else (128, 8)
         return AssignConfig(rows, 128, 64, warps, stages=3, descriptors=True)
-    rows, clusters = (256, 128) if exact else (128, 256)
-    return AssignConfig(rows, clusters, 64, warps=8, stages=4, descriptors=True)
+    if exact:
+        # What a row's candidates take leaves no registers for 256 rows on 10.0.
+        return AssignConfig(256 if target.architecture < 100 else 128, 128, 64, warps=8, stages=4, descriptors=True)
+    return AssignConfig(128, 256, 64, warps=8, stages=4, descriptors=True)
+
+
+def kmeans_assign_bytes(config: AssignConfig) -> int:
+    """Bytes of shared memory of a program of the score kernel at most; compiled kernels are held to it by tests."""
+    return config.stages * (config.rows + config.clusters) * config.features * 2 + BARRIER_BYTES
+
+
+BARRIER_BYTES = 1024
+"""For the barriers of copies in flight, and whatever else a compiler keeps in shared memory beside the tiles."""
 
 
 def kmeans_assign_shares(row_tiles: int, clusters: int, features: int, config: AssignConfig, processors: int) -> int:

@@ -7,6 +7,7 @@ Prints a line for every op of the registry that was within the error budget, and
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from types import ModuleType
 
@@ -82,15 +83,21 @@ def refusals() -> None:
     refused(ops.cuda_assemble_position_gradient, buffer, perm, position, position.double(), 5, 2, True, True)
 
 
-def assignment_refusals() -> None:
-    """The same for the operator of kmeans_assign: 2 groups of 5 rows and 128 centroids of 32 features, one share."""
+def assignment() -> dict[str, object]:
+    """What the operator of kmeans_assign takes: 2 groups of 5 rows and 128 centroids of 32 features, one share."""
     tensor, half = torch.zeros, torch.float16
     rows, centroids, scale, bias = tensor(10, 32, dtype=half), tensor(256, 32, dtype=half), tensor(10), tensor(256)
     bounds, ids, reach = tensor(4, 3, 10), tensor(4, 3, 10, dtype=torch.int32), tensor(4, 10)
-    right = {
+    return {
         "rows": rows, "scale": scale, "radius": scale, "centroids": centroids, "bias": bias, "slope": bias,
         "slack": bias, "bounds": bounds, "ids": ids, "reach": reach, "groups": 2, "n": 5, "shares": 1,
     }  # fmt: skip
+
+
+def assignment_refusals() -> None:
+    """The same for the operator of kmeans_assign."""
+    tensor, half, right = torch.zeros, torch.float16, assignment()
+    rows, centroids, bias, bounds = (right[name] for name in ("rows", "centroids", "bias", "bounds"))
     for wrong in (
         {"rows": rows.float()},
         {"rows": rows.T.contiguous().T},
@@ -98,14 +105,40 @@ def assignment_refusals() -> None:
         {"rows": tensor(10, 36, dtype=half)[:, :32]},
         {"centroids": centroids[:, :16]},
         {"centroids": tensor(200, 32, dtype=half), "bias": bias[:200], "slope": bias[:200], "slack": bias[:200]},
-        {"scale": scale[:9]},
+        {"scale": right["scale"][:9]},
         {"slope": None},
         {"bounds": bounds[:, :1]},
-        {"ids": ids.long()},
+        {"ids": right["ids"].long()},
         {"groups": 3},
         {"shares": 2},
     ):
         refused(torch.ops.mapet_kernels.cuda_assign_scores, *(right | wrong).values())
+
+
+def attention_refusals() -> None:
+    """Cuts that leave more targets than there are query rows, or none."""
+    for cut in (1, 5):
+        refused(torch.ops.mapet_kernels.cuda_two_stream_forward, *forward_arguments(cut))
+
+
+def forward_arguments(cut: int) -> tuple:
+    """N 5, T 3, one head of size 8, the query stream alone."""
+    query, keys = torch.zeros(1, 3, 1, 8, dtype=torch.float16), torch.zeros(1, 8, 1, 8, dtype=torch.float16)
+    return None, query, keys, keys, None, query.clone(), None, torch.zeros(1, 3, 1), 5, cut, None, None, True, 1.0
+
+
+def failing_launches(library: str) -> None:
+    """Every operator on arguments that are right, where the runtime does not take the launch, for a reason."""
+    ops, tensor = torch.ops.mapet_kernels, torch.zeros
+    perm, buffer, token = torch.arange(5).repeat(2, 1), tensor(22, 6), tensor(6)
+    ctypes.CDLL(library).fail_launches(2)
+    images = tensor(2, 3, 8, 8, dtype=torch.uint8)
+    refused(ops.cuda_permuted_patches, images, perm[:, :4].contiguous(), tensor(2, 4, 48), None, None, 4)
+    refused(ops.cuda_assemble_streams, tensor(2, 4, 6), tensor(5, 6), token, token, perm, buffer, 2, True, True)
+    gradients = tensor(5, 6), tensor(5, 6)
+    refused(ops.cuda_assemble_position_gradient, buffer, perm, *gradients, 5, 2, True, True)
+    refused(ops.cuda_assign_scores, *assignment().values())
+    refused(ops.cuda_two_stream_forward, *forward_arguments(2))
 
 
 def main(library: str) -> None:
@@ -121,6 +154,8 @@ def main(library: str) -> None:
         check_assignment(dtype)
     refusals()
     assignment_refusals()
+    attention_refusals()
+    failing_launches(library)
 
 
 if __name__ == "__main__":

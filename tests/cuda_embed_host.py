@@ -51,7 +51,8 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     library = ctypes.CDLL(str(path))
-    library.host_explain.restype = ctypes.c_char_p
+    for name in ("permuted_patches", "assemble", "position_gradient"):
+        getattr(library, f"host_{name}").restype = ctypes.c_char_p  # what it has against the call
     return library
 
 
@@ -113,5 +114,5 @@ class HostOperators:
             assert not isinstance(x, Tensor) or x.is_contiguous()
         pointers = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments]
         function = getattr(self.library, f"host_{name}")
-        status = function(ctypes.byref(sizes), ELEMENTS[typed.dtype], *pointers, self.descending)
-        assert status == 0, self.library.host_explain(status).decode()
+        refusal = function(ctypes.byref(sizes), ELEMENTS[typed.dtype], *pointers, self.descending)
+        assert refusal is None, refusal.decode()

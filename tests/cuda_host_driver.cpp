@@ -3,12 +3,13 @@
 
 using namespace mapet;
 
+// Functions that launch return what the launcher has against it, or null.
 // views: content and query of q, k, v, content and query of out, of lse.
-extern "C" int host_forward(const Sizes* sizes, int type, const View* views, const Device* device, int descending) {
+extern "C" const char* host_forward(const Sizes* sizes, int type, const View* views, const Device* device, int descending) {
   emulation::descending() = descending;
   const Streams q{views[0], views[1]}, out{views[4], views[5]}, lse{views[6], views[7]};
-  return static_cast<int>(
-      two_stream_forward(*sizes, static_cast<Type>(type), q, views[2], views[3], out, lse, *device, nullptr));
+  return two_stream_forward(*sizes, static_cast<Type>(type), q, views[2], views[3], out, lse, *device, nullptr)
+      .problem;
 }
 
 // What a forward launch passes to its kernel, as bytes; returns how many, -1 if there are more than `most`.
@@ -23,21 +24,20 @@ extern "C" int host_forward_call(
 }
 
 // views: as for host_forward, then content and query of d_out, of dq; dk, dv.
-extern "C" int host_backward(
+extern "C" const char* host_backward(
     const Sizes* sizes, int type, const View* views, float* workspace, const Device* device, int descending) {
   emulation::descending() = descending;
   const Streams q{views[0], views[1]}, out{views[4], views[5]}, lse{views[6], views[7]};
   const Streams d_out{views[8], views[9]}, dq{views[10], views[11]};
-  return static_cast<int>(two_stream_backward(
-      *sizes, static_cast<Type>(type), q, views[2], views[3], out, lse, d_out, dq, views[12], views[13], workspace,
-      *device, nullptr));
+  return two_stream_backward(
+             *sizes, static_cast<Type>(type), q, views[2], views[3], out, lse, d_out, dq, views[12], views[13],
+             workspace, *device, nullptr)
+      .problem;
 }
 
 extern "C" void host_plan(const Sizes* sizes, int type, int is_backward, const Device* device, Plan* plan) {
   *plan = plan_rows(*sizes, static_cast<Type>(type), is_backward, *device);
 }
-
-extern "C" const char* host_explain(int status) { return explain(static_cast<Status>(status)); }
 
 extern "C" int host_key_gradient_bytes(int size, int stages) {
   switch (padded_size(size)) {

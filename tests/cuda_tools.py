@@ -16,7 +16,12 @@ CSRC = Path(__file__).parent.parent / "csrc"
 SHARED_LIMITS = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory a block may ask for, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 
-KERNELS = {"forward": "Forward", "query_gradient": "QueryGradient", "key_gradient": "KeyGradient"}
+KERNELS = {
+    "forward": "MAPET_CALL(ForwardCall)",
+    "query_gradient": "MAPET_CALL(QueryGradientCall)",
+    "key_gradient": "KeyGradientCall",
+}
+"""Kernels of two-stream attention, with their parameter."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ def kernel_names(element: str, sizes: tuple[int, ...]) -> list[str]:
 def instantiations(elements: tuple[str, ...], sizes: tuple[int, ...]) -> str:
     """A source file that holds all of them and nothing else."""
     lines = [
-        f"template __global__ void {kernel}_kernel<{element}, {size}>({call}Call);"
-        for kernel, call in KERNELS.items()
+        f"template __global__ void {kernel}_kernel<{element}, {size}>({parameter});"
+        for kernel, parameter in KERNELS.items()
         for element in elements
         for size in sizes
     ]

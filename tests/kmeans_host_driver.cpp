@@ -4,12 +4,13 @@
 using namespace mapet;
 
 #if defined(__FLT16_MAX__)
-extern "C" int host_assign_scores(
+// Returns what the launcher has against it, or null.
+extern "C" const char* host_assign_scores(
     const AssignSizes* sizes, const AssignRows* rows, const AssignCentroids* centroids, int exact,
     const AssignLists* lists, int architecture, int descending, int coarse) {
   emulation::descending() = descending;
   emulation::coarse() = coarse;
-  return static_cast<int>(assign_scores(*sizes, *rows, *centroids, exact, *lists, architecture, nullptr));
+  return assign_scores(*sizes, *rows, *centroids, exact, *lists, architecture, nullptr).problem;
 }
 #endif
 
@@ -22,8 +23,6 @@ extern "C" int host_assign_call(
   std::memcpy(bytes, &call, sizeof call);
   return sizeof call;
 }
-
-extern "C" const char* host_explain_assign(int status) { return explain(static_cast<AssignStatus>(status)); }
 
 extern "C" int host_assign_shared_bytes() { return assign_bytes<short>(); }
 

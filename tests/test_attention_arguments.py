@@ -120,7 +120,9 @@ def test_wrong_types_say_what_is_wanted() -> None:
             call(cut=torch.tensor(4))
         with pytest.raises(ValueError, match=r"cut must be .*got torch\.bool \(2,\)"):
             call(cut=torch.tensor([True, True]))
-        with pytest.raises(ValueError, match=r"cut must be on the device of the other tensors, cpu, got meta: cut\.to"):
+        with pytest.raises(
+            ValueError, match=r"cut must be on the device of the other tensors, cpu, or on the CPU, got meta: cut\.to"
+        ):
             call(cut=torch.tensor([4, 4], device="meta"))
         assert call(cut=np.int64(4)) is not None
     for call, name, value in (
@@ -134,9 +136,13 @@ def test_wrong_types_say_what_is_wanted() -> None:
             TypeError, match=rf"^{name} must be a torch\.Tensor, got numpy\.ndarray: torch\.from_numpy\({name}\)$"
         ):
             call(**{name: value.numpy()})
-    with pytest.raises(ValueError, match=r"perm must be on the device of the other tensors, cpu, got meta: perm\.to"):
+    with pytest.raises(
+        ValueError, match=r"perm must be on the device of the other tensors, cpu, or on the CPU, got meta: perm\.to"
+    ):
         two(perm=perm.to("meta"))
-    with pytest.raises(ValueError, match=r"shift must be on the device of the other tensors, cpu, got meta"):
+    with pytest.raises(
+        ValueError, match=r"shift must be on the device of the other tensors, cpu, or on the CPU, got meta"
+    ):
         one(shift=shift.to("meta"))
     with pytest.raises(TypeError, match=r"suffix_keys must be an int, got float 2\.0"):
         one(suffix_keys=2.0)

@@ -42,7 +42,14 @@ ValueError: the exact mode, with reach, needs radius, slope and slack
 ValueError: bounds must be [4, 3, 10], got [4, 1, 10]
 TypeError: ids must be contiguous Int, got Long
 ValueError: G and S must be positive, and K whole, got G 3, n 5, S 1 and G K 256
-ValueError: bounds must be [8, 3, 10], got [4, 3, 10]"""
+ValueError: bounds must be [8, 3, 10], got [4, 3, 10]
+ValueError: N and T must be positive and the cut in [N - T, N - 1], got N 5, T 3 and cut 1
+ValueError: N and T must be positive and the cut in [N - T, N - 1], got N 5, T 3 and cut 5
+ValueError: backend 'cuda' cannot embed [2, 3, 8, 8]: the kernel could not be launched (error 2)
+ValueError: backend 'cuda' cannot assemble [22, 6]: the kernel could not be launched (error 2)
+ValueError: backend 'cuda' cannot sum the position gradient of [22, 6]: the kernel could not be launched (error 2)
+ValueError: backend 'cuda' cannot assign [10, 32] to [256, 32]: the kernel could not be launched (error 2)
+ValueError: backend 'cuda' cannot run on head size 8: the kernel could not be launched (error 2)"""
 
 
 def run(*command: object, seconds: int = 300) -> str:
@@ -55,6 +62,9 @@ def build(folder: Path) -> Path:
     """The library of operators for CPU tensors."""
     source = (ROOT / "csrc/bindings.cpp").read_text()
     source = source.replace(".is_cuda()", ".is_cpu()").replace("(mapet_kernels, CUDA,", "(mapet_kernels, CPU,")
+    # And a call that has launches fail, as the CUDA runtime numbers its errors.
+    source += '\n#include "host_emulation.h"\n'
+    source += 'extern "C" void fail_launches(int error) { mapet::emulation::launch_error() = error; }\n'
     (folder / "bindings.cpp").write_text(source)
     torch_headers = TORCH / "include"
     includes = [f"-I{p}" for p in (TESTS / "cuda_stub", ROOT / "csrc", torch_headers, PYTHON)]

@@ -180,17 +180,49 @@ def test_bytes_become_what_torch_makes_of_them(host: HostOperators, is_normalise
     torch.testing.assert_close(single.double(), exact, rtol=1e-6, atol=1e-6)
 
 
+def guarded(*shape: int, value: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of one value between two of NaN, and all three."""
+    memory = torch.full((3, *shape), torch.nan)
+    memory[1] = value
+    return memory[1], memory
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_garbage_indices_stay_within_the_buffers(operators: HostOperators, class_token: bool) -> None:
+    """Wrong numbers, but no read of what lies around the buffers (NaN would show) and no write to it."""
+    garbage = torch.tensor([-(2**62), -(2**31), -7, -1, 9, 20, 2**31, 2**40 + 3, 2**62])
+    tokens, cut, width = 9 + class_token, 4, 6
+    perm = torch.cat([garbage, torch.arange(class_token)])[None].contiguous()
+    image, around_image = guarded(1, 3, 12, 12, value=1.0)
+    patches, around_patches = guarded(1, 9, 48, value=7.0)
+    operators.permuted_patches(image, perm[:, :9].contiguous(), patches, None, None, 4)
+    assert (patches == 1).all()
+    rows = tokens + 2 * (tokens - cut)
+    shapes = (1, 9, width), (tokens, width), (rows, width)
+    content, position, buffer = (guarded(*shape, value=1.0) for shape in shapes)
+    token = torch.ones(width)
+    arguments = content[0], position[0], token, token if class_token else None, perm, buffer[0]
+    operators.assemble_streams(*arguments, cut, True, True)
+    assert (buffer[0] == 2).all()
+    d_position, d_masked = (guarded(tokens, width, value=torch.inf) for _ in range(2))
+    operators.assemble_position_gradient(buffer[0], perm, d_position[0], d_masked[0], tokens, cut, True, True)
+    assert d_position[0].isfinite().all() and d_masked[0].isfinite().all()
+    around = [memory for _, memory in (content, position, buffer, d_position, d_masked)]
+    for memory in (around_image, around_patches, *around):
+        assert memory[[0, 2]].isnan().all() and not memory[1].isnan().any()
+
+
 def test_sizes_beyond_the_kernels_are_refused(operators: HostOperators) -> None:
     library, nothing = operators.library, [None] * 5
-    patches = PatchSizes(1 << 20, 1 << 12, 64, 1)
-    status = library.host_permuted_patches(ctypes.byref(patches), 2, ctypes.byref(Pixels()), *nothing[:4], 0)
-    assert library.host_explain(status).startswith(b"more than 2^31 rows")
-    patch = PatchSizes(1, 1, 1, 1 << 15)
-    assert library.host_permuted_patches(ctypes.byref(patch), 2, ctypes.byref(Pixels()), *nothing[:4], 0) == status
-    buffer = BufferSizes(1 << 20, 1 << 12, 1 << 12, 5, 1)
-    assert library.host_assemble(ctypes.byref(buffer), 2, *nothing, None, 0) == status
-    positions = BufferSizes(1, 1 << 16, 1 << 16, 5, 1 << 16)
-    assert library.host_position_gradient(ctypes.byref(positions), 2, *nothing[:4], 0) == status
+    patches, patch = PatchSizes(1 << 20, 1 << 12, 64, 1), PatchSizes(1, 1, 1, 1 << 15)
+    buffer, positions = BufferSizes(1 << 20, 1 << 12, 1 << 12, 5, 1), BufferSizes(1, 1 << 16, 1 << 16, 5, 1 << 16)
+    for refusal in (
+        library.host_permuted_patches(ctypes.byref(patches), 2, ctypes.byref(Pixels()), *nothing[:4], 0),
+        library.host_permuted_patches(ctypes.byref(patch), 2, ctypes.byref(Pixels()), *nothing[:4], 0),
+        library.host_assemble(ctypes.byref(buffer), 2, *nothing, None, 0),
+        library.host_position_gradient(ctypes.byref(positions), 2, *nothing[:4], 0),
+    ):
+        assert refusal.startswith(b"more than 2^31 rows")
 
 
 def test_the_objective_hands_backend_cuda_on(host: HostOperators) -> None:

@@ -18,12 +18,13 @@ import cuda_tools
 import pytest
 import torch
 from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
-from cuda_host import COMPILER, TYPES, Device, HostBackend, Plan, Sizes, compile_library
+from cuda_host import COMPILER, TYPES, Device, HostBackend, Plan, Sizes, compile_library, views
 from test_ops import outputs_and_gradients, with_inputs
 
 from mapet_kernels import backends
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
 from mapet_kernels.two_stream_attention import op
+from mapet_kernels.two_stream_attention.problem import Streams
 
 ROOT = Path(__file__).parent.parent
 SPEC = REGISTRY["two_stream_attention"]
@@ -111,13 +112,64 @@ def test_small_and_large_scales(use, scale: float) -> None:
 
 
 def test_head_sizes_beyond_the_kernels_are_refused(library: ctypes.CDLL) -> None:
-    status = library.host_forward(ctypes.byref(Sizes(1, 1, 129)), 0, _no_views(), ctypes.byref(V100), 0)
-    assert library.host_explain(status) == b"head sizes are 1 to 128"
-    status = library.host_forward(ctypes.byref(Sizes(1, 1, 64)), 1, _no_views(), ctypes.byref(T4), 0)
-    assert library.host_explain(status).endswith(b"bfloat16 one of sm_80 or newer")
-    small = Device(70, 80, 1024)
-    status = library.host_forward(ctypes.byref(Sizes(1, 1, 64)), 0, _no_views(), ctypes.byref(small), 0)
-    assert library.host_explain(status) == b"a block needs more shared memory than this GPU has"
+    def refusal(size: int, type: int, device: Device) -> bytes:
+        return library.host_forward(ctypes.byref(Sizes(1, 1, size)), type, _no_views(), ctypes.byref(device), 0)
+
+    assert refusal(129, 0, V100) == b"head sizes are 1 to 128"
+    assert refusal(64, 1, T4).endswith(b"bfloat16 one of sm_80 or newer")
+    assert refusal(64, 0, Device(70, 80, 1024)) == b"a block needs more shared memory than this GPU has"
+
+
+GARBAGE = torch.tensor([-(2**62), -(2**31), -30, -1, 40, 2**31, 2**40 + 3, 2**62])
+
+
+def guarded(*shape: int, value: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image (1, rows, ...) between two of NaN, and all three; random numbers, or a value."""
+    memory = torch.full((3, *shape), torch.nan)
+    memory[1] = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) if value is None else value
+    return memory[1:2], memory
+
+
+@pytest.mark.parametrize("with_content", [True, False])
+@pytest.mark.parametrize("mask_tokens", [True, False])
+@pytest.mark.parametrize("device", [RESIDENT, AHEAD], ids=["resident", "ahead"])
+@pytest.mark.parametrize("cut", [*GARBAGE.tolist(), 9, 24])
+def test_garbage_cuts_and_permutations_stay_within_the_buffers(
+    library: ctypes.CDLL, device: Device, mask_tokens: bool, with_content: bool, cut: int
+) -> None:
+    """Wrong numbers, but no read of what lies around the buffers (NaN would show) and no write to it."""
+    tokens, targets, heads, size = 25, 12, 2, 16
+    generator = torch.Generator().manual_seed(1)
+    perm = torch.randint(-tokens, 2 * tokens, (tokens,), generator=generator)
+    perm[: len(GARBAGE)] = GARBAGE
+    cuts = torch.tensor([cut])
+    rows = tokens + (targets if mask_tokens else 0)
+    q, k, v, d_out, out, dq, dk, dv = (
+        [guarded(n, heads, size, value=value) for n in (rows, targets)]
+        for value in (None, None, None, None, 7.0, 7.0, 7.0, 7.0)
+    )
+    lse = [guarded(n, heads, value=1.0) for n in (rows, targets)]
+    workspace_memory = torch.full((4, heads, tokens + 2 * targets), torch.nan)
+    workspace_memory[1:3] = 1.0
+    sizes = Sizes(1, heads, size, tokens, targets, 0, mask_tokens, with_content, 0.25, cuts.data_ptr(), perm.data_ptr())
+
+    def streams(pair: list) -> Streams:
+        return Streams(pair[0][0] if with_content else None, pair[1][0])
+
+    forward = views(streams(q), k[0][0], v[0][0], streams(out), streams(lse))
+    backward = views(
+        streams(q), k[0][0], v[0][0], streams(out), streams(lse), streams(d_out), streams(dq), dk[0][0], dv[0][0]
+    )
+    options = ctypes.byref(device), False
+    assert library.host_forward(ctypes.byref(sizes), TYPES[torch.float32], forward, *options) is None
+    at = ctypes.c_void_p(workspace_memory[1].data_ptr())
+    assert library.host_backward(ctypes.byref(sizes), TYPES[torch.float32], backward, at, *options) is None
+    for pair in (q, k, v, d_out, out, dq, dk, dv, lse):
+        for _, memory in pair:
+            assert memory[[0, 2]].isnan().all(), "written beyond the buffer"
+            assert not memory[1].isnan().any(), "read beyond the buffer"
+    assert workspace_memory[[0, 3]].isnan().all()
+    assert not (out[1][0] == 7).all(), "the kernels did run"
 
 
 def _no_views() -> ctypes.Array:

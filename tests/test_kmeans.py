@@ -173,7 +173,7 @@ def test_rows_decided_again_are_counted() -> None:
 
 
 def test_shares_of_the_centroids_are_a_pure_function() -> None:
-    config = launch.kmeans_assign_scores(4096, True, 90)
+    config = launch.kmeans_assign_scores(4096, True, launch.TARGETS[90])
     shares = [launch.kmeans_assign_shares(*sizes, config, 132) for sizes in ((1, 65536, 64), (8, 8192, 512))]
     assert shares == [256, 32]  # few rows: programs of two centroid tiles, and enough to fill the processors
     assert launch.kmeans_assign_shares(1000, 8192, 64, config, 132) == 1
@@ -281,6 +281,30 @@ def test_assign_refuses(x: Tensor, centroids: Tensor, error: type[Exception], te
         kmeans_assign(x, centroids)
 
 
+def test_what_is_no_tensor_is_told_so() -> None:
+    x, ids = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got numpy.ndarray"):
+        kmeans_assign(x.numpy(), x)
+    with pytest.raises(TypeError, match=r"centroids must be a torch.Tensor, got list"):
+        kmeans_assign(x, x.tolist())
+    with pytest.raises(TypeError, match=r"ids must be a torch.Tensor, got numpy.ndarray"):
+        kmeans_update(x, ids.numpy(), 2)
+
+
+def test_another_default_device() -> None:
+    """Everything is made where the rows are, whatever torch's default device."""
+    x, centroids = near_ties(60, 16, 1e-9)
+    x, centroids, ids = x.float(), centroids.float(), torch.arange(60) % 7
+    wanted = kmeans_assign(x, centroids, return_distance=True, return_redecided=True), kmeans_update(x, ids, 7)
+    torch.set_default_device("meta")
+    try:
+        found = kmeans_assign(x, centroids, return_distance=True, return_redecided=True), kmeans_update(x, ids, 7)
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(wanted, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_unknown_backends_are_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match=r"unknown backend 'cuda9'; backends are auto, reference"):
         kmeans_assign(torch.zeros(4, 3), torch.zeros(2, 3), backend="cuda9")
@@ -304,12 +328,19 @@ OPCHECK_SAMPLES = {
         (torch.zeros(0, 4), randn(3, 4), True, True, "reference"),
     ],
     "kmeans_update": [
-        (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), 3, "reference"),
-        (randn(5, 4).double(), torch.tensor([0, 2, 2, 0, 2]), 3, "reference"),
-        (torch.zeros(0, 4).half(), torch.zeros(0, dtype=torch.int64), 3, "reference"),
+        (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), 3, True, "reference"),
+        (randn(5, 4).double(), torch.tensor([0, 2, 2, 0, 2]), 3, True, "reference"),
+        (torch.zeros(0, 4).half(), torch.zeros(0, dtype=torch.int64), 3, True, "reference"),
     ],
     "kmeans_update_add": [
-        (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), torch.ones(3, 4), torch.ones(3, dtype=torch.int64), "reference"),
+        (
+            randn(5, 4),
+            torch.tensor([0, 2, 2, 0, 2]),
+            torch.ones(3, 4),
+            torch.ones(3, dtype=torch.int64),
+            True,
+            "reference",
+        ),
     ],
 }
 

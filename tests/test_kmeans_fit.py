@@ -1,5 +1,6 @@
 """kmeans.fit at scale: rows from files, resumable, over several processes."""
 
+import importlib
 import io
 import json
 import math
@@ -64,6 +65,36 @@ class TestFiles:
         for init in ("random", "k-means++"):
             options = {**FAST, "init": init, "chunk_bytes": 70 * 16 * x.element_size()}
             same_result(kmeans.fit(paths, 12, **options), kmeans.fit(x, 12, **options))
+
+    @pytest.mark.parametrize("init", ["random", "k-means++"])
+    def test_another_default_device(self, tmp_path, init):
+        """Files, tensors and arrays, with a checkpoint, empty clusters and a subset: all is made where it belongs."""
+        x = torch.cat([mixture(400), torch.zeros(200, 16)])
+        paths = shards(tmp_path, x, (300, 300))
+        options = {**FAST, "init": init, "device": "cpu", "chunk_bytes": 4096, "max_points_per_centroid": 20}
+        wanted = kmeans.fit(x, 25, **options)
+        model = kmeans.KMeans(3, random_state=0, max_iter=2).fit(x.numpy())
+        torch.set_default_device("meta")
+        try:
+            found = kmeans.fit(paths, 25, **options, checkpoint=tmp_path / "state")
+            again = kmeans.fit(paths, 25, **options, checkpoint=tmp_path / "state")
+            other = kmeans.KMeans(3, random_state=0, max_iter=2).fit(x.numpy())
+            labels = other.predict(x.tolist()[:9])
+        finally:
+            torch.set_default_device(None)
+        same_result(found, wanted)
+        same_result(again, wanted)
+        assert wanted.splits > 0 or init == "k-means++", "no empty cluster was filled"
+        assert np.array_equal(other.labels_, model.labels_) and np.array_equal(labels, model.labels_[:9])
+
+    def test_ids_of_its_own_are_not_checked(self, monkeypatch):
+        """Which would wait for a GPU twice a chunk."""
+
+        def refuse(*_):
+            raise AssertionError("ids of kmeans_assign were read")
+
+        monkeypatch.setattr(importlib.import_module("mapet_kernels.kmeans_update.op"), "_check_ids", refuse)
+        kmeans.fit(mixture(300), 5, **FAST)
 
     def test_a_memory_mapped_array_is_taken_as_it_is(self, tmp_path):
         x = mixture(500)

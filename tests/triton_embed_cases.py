@@ -9,6 +9,7 @@ import torch
 from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from test_ops import outputs_and_gradients, tensors, with_inputs
 
+from mapet_kernels.permuted_embed import kernel, triton_backend
 from mapet_kernels.registry import REGISTRY, Case, PermutedEmbedShape
 
 SPEC = REGISTRY["permuted_embed"]
@@ -87,3 +88,47 @@ def test_permutations_with_strides() -> None:
     options = case.options | {"perm": case.options["perm"].t().contiguous().t()}
     _, actual = outputs_and_gradients(SPEC.function, with_inputs(case, torch.float32), options, backend="triton")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def guarded(*shape: int, value: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of one value between two of NaN, and all three."""
+    memory = torch.full((3, *shape), torch.nan)
+    memory[1] = value
+    return memory[1], memory
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_garbage_indices_stay_within_the_buffers(monkeypatch: pytest.MonkeyPatch, class_token: bool) -> None:
+    """Wrong numbers, but no read of what lies around the buffers (NaN would show) and no write to it."""
+    garbage = torch.tensor([-(2**62), -(2**31), -7, -1, 9, 20, 2**31, 2**40 + 3, 2**62])
+    tokens, cut, width = 9 + class_token, 4, 6
+    rows = tokens + 2 * (tokens - cut)
+    perm = torch.cat([garbage, torch.arange(class_token)])[None]
+    patches, around_patches = guarded(1, 9, 48, value=7.0)
+    buffer, around_buffer = guarded(rows, width, value=7.0)
+    monkeypatch.setattr(triton_backend, "empty_patches", lambda *_: patches)
+    image, around_image = guarded(1, 3, 12, 12, value=1.0)
+    triton_backend.permuted_patches(image, perm[:, :9], 4, None, None, torch.float32)
+    assert (patches == 1).all()
+    (content, around_content), (position, around_position) = (
+        guarded(*shape, value=1.0) for shape in ((1, 9, width), (tokens, width))
+    )
+    token = torch.ones(width)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: buffer)
+        triton_backend.assemble(content, position, token, token if class_token else None, perm, cut, True, True)
+    assert (buffer == 2).all()
+    (d_position, around_d_position), (d_masked, around_d_masked) = (guarded(tokens, width, value=7.0) for _ in "ab")
+    sizes = 1, tokens, tokens, cut, 2 * tokens - cut, width
+    kernel.assemble_position_gradient_kernel[(tokens, 1)](
+        buffer, perm, d_position, d_masked, *sizes,
+        MASK_TOKENS=True, QUERY_STREAM=True, BD=8, WORK=triton_backend._work(torch.float32), num_warps=1,
+    )  # fmt: skip
+    assert (d_position % 2 == 0).all() and (d_masked % 2 == 0).all()
+    for memory in (
+        around_patches, around_buffer, around_image, around_content, around_position, around_d_position, around_d_masked
+    ):  # fmt: skip
+        assert memory[[0, 2]].isnan().all() and not memory[1].isnan().any()
+    d_rows = torch.ones(rows, width)
+    gradients = triton_backend.assemble_backward(d_rows, perm, cut, 9, class_token, True, True)
+    assert all(gradient.isfinite().all() for gradient in gradients[:2])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +18,11 @@ from triton.runtime import interpreter
 
 from mapet_kernels import kmeans_assign, kmeans_update, launch
 from mapet_kernels.kmeans_assign import bound, kernel, passes, triton_backend
+from mapet_kernels.kmeans_assign.triton_backend import Found
 from mapet_kernels.kmeans_update import triton_backend as update_backend
 from mapet_kernels.launch import AssignConfig
 from mapet_kernels.registry import REGISTRY
+from mapet_kernels.triton_launch import Launch
 
 SMALL = AssignConfig(32, 16, 32, warps=4, stages=2, descriptors=False, capacity=4)
 WITH_DESCRIPTORS = AssignConfig(32, 32, 16, warps=4, stages=2, descriptors=True, capacity=2)
@@ -128,6 +133,63 @@ def test_chunks_of_rows_do_not_change_the_ids(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(passes, "CHUNK_ROWS", 1)
     pieces = assign(x.float(), centroids.float(), return_distance=True, return_redecided=True)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+def test_groups_in_several_passes_give_the_same_ids(monkeypatch: pytest.MonkeyPatch, config: AssignConfig) -> None:
+    """Rows that are read where they lie and rows that are copied, whole groups at a time and parts of one."""
+    for dtype in (torch.float16, torch.float32):
+        x, centroids = relu(3, 70, 32).to(dtype), relu(3, 20, 32, seed=1)
+        assert passes.is_direct(x, True, config) == (dtype == torch.float16)
+        whole = assign(x, centroids, return_distance=True, return_redecided=True)
+        for most in (64, 160):
+            with monkeypatch.context() as patch:
+                patch.setattr(passes, "CHUNK_ROWS", most)
+                parts = assign(x, centroids, return_distance=True, return_redecided=True)
+            assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def sparse(folder: Path, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor in a file of holes, which takes no memory but where it is written to."""
+    return torch.from_file(str(folder / name), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def test_lists_beyond_2_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """20 rows as the first of 2^29, in five shares: the last share's lists begin at 2^31, where 32 bits wrap."""
+    config, shares, most = replace(SMALL, capacity=1), 5, 2**29
+    use(monkeypatch, config, shares)
+    x, centroids = relu(1, 20, 32).half(), relu(1, 80, 32, seed=1)
+    part, prepared = triton_backend.centroids_launch(centroids, x.dtype, True, config)
+    part.run(x.device)
+    for exact in (True, False):
+        found = Found(
+            sparse(tmp_path, f"best{exact}", torch.float32, shares, *[1] * exact, most),
+            sparse(tmp_path, f"ids{exact}", torch.int32, shares, *[1] * exact, most),
+            sparse(tmp_path, "held", torch.int32, shares, most) if exact else None,
+            sparse(tmp_path, "reach", torch.float32, shares, most) if exact else None,
+        )
+        part, rows = triton_backend.rows_launch(x, prepared, True, exact, config)
+        if part is not None:
+            part.run(x.device)
+        monkeypatch.setattr(triton_backend, "_empty_found", lambda *_, found=found: found)
+        scores, _ = triton_backend.scores_launch(rows, prepared, 20, exact, config, 1)
+        counted = scores.kernel.arg_names.index("rows")
+        arguments = [*scores.arguments[:counted], most, *scores.arguments[counted + 1 :]]
+        replace(scores, arguments=tuple(arguments)).run(x.device)
+        nearest, status = torch.empty(20, dtype=torch.int64), torch.empty(20, dtype=torch.int8)
+        lists = found.best, found.ids, found.held, found.reach
+        # Programs of 4 rows, so that no more rows than there are results are merged.
+        constants = {"EXACT": exact, "CAPACITY": 1, "BLOCK": 4}
+        Launch(kernel.merge_kernel, 5, (*lists, nearest, status, most, shares), constants).run(x.device)
+        if exact:
+            status.fill_(passes.UNDECIDED)  # have all decided, among what the lists hold
+            flagged, sizes = torch.arange(20), (*x.stride(), *centroids.stride(), 20, most, 32, shares)
+            constants = {"CAPACITY": 1, "BLOCK": 32}
+            decided = torch.zeros_like(nearest)
+            arguments = x, centroids, flagged, status, *lists, decided, *sizes
+            Launch(kernel.decide_kernel, 20, arguments, constants).run(x.device)
+            assert torch.equal(decided, all_distances(x[0], centroids[0]).argmin(1))
+        assert torch.equal(nearest, all_distances(x[0], centroids[0]).argmin(1))
+        assert (nearest >= 64).any(), "the last share holds none of them, so nothing was shown"
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -328,6 +390,17 @@ def test_update_is_the_float64_sum_rounded_once(
         assert torch.equal(counts, ids.bincount(minlength=clusters))
 
 
+def test_update_of_ids_that_nobody_checked_stays_within_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids out of range are in no sum; the others are summed as ever."""
+    monkeypatch.setattr(update_backend, "PIECE", 8)
+    ids = torch.randint(0, 3, (100,), generator=torch.Generator().manual_seed(0))
+    bad = torch.tensor([-1, -(2**31), 3, 10**6, 2**31 - 1]).repeat(10)
+    x, given = randn(150, 5), torch.cat([ids, bad])
+    sums, counts = kmeans_update(x, given, 3, check_ids=False, backend="triton")
+    torch.testing.assert_close(sums.double(), exact_sums(x[:100], ids, 3), rtol=1e-6, atol=1e-6)
+    assert torch.equal(counts, ids.bincount(minlength=3))
+
+
 def test_update_gives_the_same_bits_every_time_and_for_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_backend, "PIECE", 16)
     x, ids = randn(150, 40), torch.randint(0, 3, (150,), generator=torch.Generator().manual_seed(1))
@@ -363,7 +436,7 @@ def test_opcheck_of_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None
     ops = SimpleNamespace(assign=torch.ops.mapet_kernels.kmeans_assign, add=torch.ops.mapet_kernels.kmeans_update_add)
     torch.library.opcheck(ops.assign, (randn(2, 5, 4).half(), randn(2, 3, 4), True, True, "triton"))
     out = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    torch.library.opcheck(ops.add, (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), *out, "triton"))
+    torch.library.opcheck(ops.add, (randn(5, 4), torch.tensor([0, 2, 2, 0, 2]), *out, True, "triton"))
 
 
 @pytest.mark.parametrize(

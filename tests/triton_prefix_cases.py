@@ -27,6 +27,7 @@ from triton_checks import (
     unaligned,
 )
 
+from mapet_kernels import launch
 from mapet_kernels.attention_launch import rows_are_aligned
 from mapet_kernels.prefix_suffix_attention import op, prefix_suffix_attention, triton_backend
 from mapet_kernels.prefix_suffix_attention.problem import Problem
@@ -174,14 +175,17 @@ def test_without_keys_or_rows(poisoned: None) -> None:
 
 @pytest.mark.parametrize("name", ["causal", "two_streams_in_one", "any_order", "both_per_image", "no_content_key_seen"])
 def test_each_key_tile_lists_the_row_tiles_that_see_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Row tiles of which all rows see all of a key tile come first, those that see some of it last, no others."""
+    """Row tiles whose rows all see all of a key tile stand first, others that see some of it last, no others.
+
+    But those with a row that sees no key at all, which stand apart.
+    """
     tile_rows, tile_keys = 32, 16
     set_tiles(monkeypatch, (32, 16), (32, 16), (tile_rows, tile_keys))
     shift, cut, content, suffix = RULES[name]
     case = make_case(*RULES[name])
     q, k, v = case.inputs.values()
     lse, problem = q.new_empty(q.shape[:3]), Problem(shift, cut, suffix, 0.25)
-    _, row_tile_list, _ = triton_backend.backward_launches(q, q, k, v, q, lse, q, k, v, problem, 80)
+    _, row_tile_list, _ = triton_backend.backward_launches(q, q, k, v, q, lse, q, k, v, problem, launch.OLDEST)
     row_tile_list.run(q.device)
     lists = row_tile_list.arguments[2]
     visible = prefix_suffix_mask(shift, cut, content, suffix)
@@ -191,9 +195,11 @@ def test_each_key_tile_lists_the_row_tiles_that_see_it(monkeypatch: pytest.Monke
         for tile, keys in enumerate(mask.split(tile_keys, dim=1)):
             parts = keys.split(tile_rows)
             whole = [i for i, part in enumerate(parts) if part.all() and len(part) == tile_rows]
-            some = [i for i, part in enumerate(parts) if part.any() and i not in whole]
-            *entries, plain, masked = lists[image, tile].tolist()
-            assert (entries[:plain], entries[len(entries) - masked :][::-1]) == (whole, some)
+            blind = [i for i, rows in enumerate(mask.split(tile_rows)) if parts[i].any() and not rows.any(1).all()]
+            some = [i for i, part in enumerate(parts) if part.any() and i not in (*whole, *blind)]
+            *entries, plain, masked, apart = lists[image, tile].tolist()
+            ends = entries[:plain], entries[len(parts) - masked : len(parts)][::-1], entries[len(parts) :][:apart]
+            assert ends == (whole, some, blind)
 
 
 def test_half_of_the_row_tiles_are_skipped_where_the_rule_is_causal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +207,11 @@ def test_half_of_the_row_tiles_are_skipped_where_the_rule_is_causal(monkeypatch:
     rows = 512
     q = torch.empty(1, rows, 1, 16)
     _, row_tile_list, _ = triton_backend.backward_launches(
-        *(q, q, q, q, q, q[..., 0], q, q, q, Problem(causal_shifts(rows), 0, 0, 1.0), 80)
+        *(q, q, q, q, q, q[..., 0], q, q, q, Problem(causal_shifts(rows), 0, 0, 1.0), launch.OLDEST)
     )
     row_tile_list.run(q.device)
     tile_pairs = (rows // 16) ** 2
-    visited = row_tile_list.arguments[2][..., -2:].sum().item()
+    visited = row_tile_list.arguments[2][..., -3:].sum().item()
     assert tile_pairs / 2 <= visited <= tile_pairs / 2 + rows // 16
 
 

@@ -58,7 +58,7 @@ class Data:
         """Exactly `count` rows drawn from all by the seed, or all where there are no more."""
         if self.rows <= count:
             return self._kept(self.source)
-        drawn = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))[:count]
+        drawn = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
         own = drawn[(drawn >= self.offset) & (drawn < self.offset + self.source.shape[0])] - self.offset
         return self._kept(Selection(self.source, own.sort().values))
 

@@ -119,7 +119,7 @@ def _rows(values: Any) -> Tensor:
     with warnings.catch_warnings():
         # A read-only array, such as a memory-mapped one, is only read.
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        rows = torch.as_tensor(values)
+        rows = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     return rows if rows.is_floating_point() else rows.to(torch.float64)
 
 

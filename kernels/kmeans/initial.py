@@ -14,7 +14,7 @@ from mapet_kernels.precision import full_fp32
 
 def random_rows(data: Data, clusters: int, generator: torch.Generator) -> Tensor:
     """(K, D) distinct random rows."""
-    return data.take(torch.randperm(data.rows, generator=generator)[:clusters])
+    return data.take(torch.randperm(data.rows, generator=generator, device="cpu")[:clusters])
 
 
 def plus_plus(data: Data, clusters: int, generator: torch.Generator) -> Tensor:
@@ -23,7 +23,7 @@ def plus_plus(data: Data, clusters: int, generator: torch.Generator) -> Tensor:
     Every next row is the best of 2 + ln K that are drawn in proportion to their squared distance to the rows chosen so
     far. Reads all rows K times, and keeps 2 + ln K numbers for each.
     """
-    candidates = data.take(torch.randint(data.rows, (1,), generator=generator))
+    candidates = data.take(torch.randint(data.rows, (1,), generator=generator, device="cpu"))
     chosen = [candidates[0]]
     distances = Distances(data, origin=candidates[0])
     nearest = distances.to(candidates)[0]
@@ -75,8 +75,8 @@ def draw(data: Data, weights: Tensor, count: int, generator: torch.Generator) ->
     totals[data.ranks.rank] = steps[-1] if len(steps) else 0
     bounds = data.ranks.sum(totals).cumsum(0)
     if bounds[-1] == 0:
-        return torch.randint(data.rows, (count,), generator=generator)
-    levels = torch.rand(count, dtype=torch.float64, generator=generator).to(data.device) * bounds[-1]
+        return torch.randint(data.rows, (count,), generator=generator, device="cpu")
+    levels = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu").to(data.device) * bounds[-1]
     owners = torch.searchsorted(bounds, levels, right=True).clamp_(max=int(totals.nonzero().max()))
     numbers = torch.zeros(count, dtype=torch.int64, device=data.device)
     own = owners == data.ranks.rank

@@ -274,7 +274,8 @@ def one_pass(data: Data, centroids: Tensor, exact: bool, backend: str) -> Pass:
     for _, rows in data.chunks():
         ids, distances = kmeans_assign(rows, centroids, exact=exact, return_distance=True, backend=backend)
         objective += distances.sum(dtype=torch.float64)
-        kmeans_update(rows, ids, clusters, out=(sums, counts), backend=update_backend)
+        # Ids of our own: no need to look at them, which would wait for the device twice a chunk.
+        kmeans_update(rows, ids, clusters, out=(sums, counts), check_ids=False, backend=update_backend)
     shared_counts.copy_(counts)
     data.ranks.sum(total)
     return Pass(sums, shared_counts.long(), objective.item())

@@ -63,7 +63,7 @@ class NpyRows:
         self.shape, self.dtype = (self._starts[-1], first.features), first.dtype
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(stop - start, self.shape[1], dtype=self.dtype) if out is None else out
+        out = torch.empty(stop - start, self.shape[1], dtype=self.dtype, device=self.device) if out is None else out
         done = 0
         while done < stop - start:
             i_file = bisect.bisect_right(self._starts, start + done) - 1
@@ -74,7 +74,7 @@ class NpyRows:
         return out
 
     def take(self, numbers: Tensor, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(len(numbers), self.shape[1], dtype=self.dtype) if out is None else out
+        out = torch.empty(len(numbers), self.shape[1], dtype=self.dtype, device=self.device) if out is None else out
         rows_of_a_block = max(1, BLOCK_BYTES // (self.shape[1] * self.dtype.itemsize))
         counts = torch.unique_consecutive(numbers // rows_of_a_block, return_counts=True)[1]
         done = 0

@@ -33,8 +33,8 @@ def split_empty(centroids: Tensor, counts: Tensor, generator: torch.Generator) -
 
 def pick_cluster(sizes: list[int], spare: int, generator: torch.Generator) -> int:
     """The first cluster to accept, going round from cluster 0; a whole round is drawn at once."""
-    chances = (torch.tensor(sizes) - 1) / spare
+    chances = (torch.tensor(sizes, device="cpu") - 1) / spare
     while True:
-        accepted = (torch.rand(len(sizes), generator=generator) < chances).nonzero()
+        accepted = (torch.rand(len(sizes), generator=generator, device="cpu") < chances).nonzero()
         if len(accepted):
             return int(accepted[0])

@@ -67,7 +67,9 @@ class _Upload:
     def __init__(self, source: RowSource, device: torch.device, largest: tuple[int, int]) -> None:
         self.source, self.device = source, device
         shape = (largest[1] - largest[0], source.shape[1])
-        self.buffer = torch.empty(shape, dtype=source.dtype, pin_memory=source.device.type == "cpu")
+        self.buffer = torch.empty(
+            shape, dtype=source.dtype, device=source.device, pin_memory=source.device.type == "cpu"
+        )
         self.stream = torch.cuda.Stream(device)
 
     def __call__(self, start: int, stop: int) -> Tensor:

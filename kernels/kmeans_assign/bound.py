@@ -84,6 +84,14 @@ class Centroids:
     mean: Tensor  # (G, D not padded) fp32
     largest: Tensor  # (G,) fp32: the largest magnitude, which P is made of
 
+    def of_groups(self, few: slice) -> Centroids:
+        """Those of some of the problems; views."""
+        parts = (
+            part.unflatten(0, (len(self.largest), -1))[few].flatten(0, 1)
+            for part in (self.values, self.bias, self.slope, self.slack)
+        )
+        return Centroids(*parts, self.mean[few], self.largest[few])
+
 
 @dataclass(frozen=True)
 class Rows:

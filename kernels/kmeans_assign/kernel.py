@@ -6,7 +6,7 @@ bound cannot exclude (exact).
 
 Names: n rows, K centroids, D features; BM rows and BN centroids of a tile, BK features of one product; G groups, S
 shares of the centroids. i_ index, o_ offset, m_ mask, b_ block in registers. `x` and `c` in `scores_kernel` are
-matrices (G n, D) and (G K, D), D padded to BK, K to BN.
+matrices (G n, D) and (G K, D), D padded to BK, K to BN. Rows are counted in 32 bits, offsets in lists in 64.
 """
 
 import triton
@@ -194,7 +194,8 @@ def scores_kernel(
     else:
         b_best = tl.full([BM], float("inf"), tl.float32)
         b_id = tl.zeros([BM], tl.int32)
-    o_list = i_share * CAPACITY * rows + i_row
+    list_rows = rows.to(tl.int64)
+    o_list = i_share * CAPACITY * list_rows + i_row
     start = i_share * share_tiles * BN
     stop = tl.minimum(start + share_tiles * BN, padded_clusters)
     for o_k in range(start, stop, BN):
@@ -226,8 +227,8 @@ def scores_kernel(
                 b_reach = tl.where(m_hit, tl.minimum(b_reach, b_upper), b_reach)
                 b_held = tl.where(m_hit & (b_lowest > b_reach), 0, b_held)  # all that was held is out
                 m_kept = m_hit & (b_held < CAPACITY)
-                tl.store(best + o_list + b_held * rows, b_min, mask=m_kept)
-                tl.store(ids + o_list + b_held * rows, i_min, mask=m_kept)
+                tl.store(best + o_list + b_held * list_rows, b_min, mask=m_kept)
+                tl.store(ids + o_list + b_held * list_rows, i_min, mask=m_kept)
                 b_held = tl.where(m_hit, tl.minimum(b_held + 1, CAPACITY + 1), b_held)
                 b_lowest = tl.where(m_hit, tl.minimum(b_lowest, b_min), b_lowest)
                 b_s = tl.where(k[None, :] == i_min[:, None], float("inf"), b_s)
@@ -240,7 +241,7 @@ def scores_kernel(
             m_hit = b_min < b_best
             b_id = tl.where(m_hit, i_min, b_id)
             b_best = tl.where(m_hit, b_min, b_best)
-    o_share = i_share * rows + i_row
+    o_share = i_share * list_rows + i_row
     if EXACT:
         tl.store(held + o_share, b_held, mask=m_row)
         tl.store(reach + o_share, b_reach, mask=m_row)
@@ -255,22 +256,23 @@ def merge_kernel(
     EXACT: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program BLOCK rows: the shares' results into ids int64 and, per row, 0 (decided), UNDECIDED or OPEN."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    list_rows = rows.to(tl.int64)
     m_row = i < rows
     b_best = tl.full([BLOCK], float("inf"), tl.float32)
     b_id = tl.zeros([BLOCK], tl.int32)
     if EXACT:
         b_reach = tl.full([BLOCK], float("inf"), tl.float32)
         for i_share in range(shares):
-            b_reach = tl.minimum(b_reach, tl.load(reach + i_share * rows + i, mask=m_row, other=0.0))
+            b_reach = tl.minimum(b_reach, tl.load(reach + i_share * list_rows + i, mask=m_row, other=0.0))
         b_candidates = tl.zeros([BLOCK], tl.int32)
         m_open = tl.abs(b_reach) == float("inf")
         for i_share in range(shares):
-            o_share = i_share * rows
+            o_share = i_share * list_rows
             b_held = tl.load(held + o_share + i, mask=m_row, other=0)
             m_open = m_open | (b_held > CAPACITY)
             for i_slot in range(CAPACITY):
-                o = (o_share * CAPACITY + i_slot * rows) + i
+                o = o_share * CAPACITY + i_slot * list_rows + i
                 m_slot = m_row & (i_slot < b_held)
                 b_bound = tl.load(best + o, mask=m_slot, other=float("inf"))
                 m_candidate = m_slot & (b_bound <= b_reach)
@@ -280,7 +282,7 @@ def merge_kernel(
         b_status = tl.where(m_open | (b_candidates == 0), OPEN, b_status)
     else:
         for i_share in range(shares):
-            o = i_share * rows + i
+            o = i_share * list_rows + i
             b_score = tl.load(best + o, mask=m_row, other=0.0)
             b_id = tl.where(b_score < b_best, tl.load(ids + o, mask=m_row, other=0), b_id)
             b_best = tl.minimum(b_best, b_score)
@@ -311,16 +313,17 @@ def decide_kernel(
     i_row = tl.load(flagged + tl.program_id(0) + tl.arange(0, 1))  # (1,)
     m_row = tl.load(status + i_row) == UNDECIDED
     i_group = i_row // n
+    list_rows = rows.to(tl.int64)
     p_rows = _row_pointers(x, i_row, n, s_xg, s_xn)
     b_reach = tl.full([1], float("inf"), tl.float32)
     for i_share in range(shares):
-        b_reach = tl.minimum(b_reach, tl.load(reach + i_share * rows + i_row))
+        b_reach = tl.minimum(b_reach, tl.load(reach + i_share * list_rows + i_row))
     b_smallest = tl.full([1], float("inf"), tl.float64)
     b_id = tl.full([1], NO_ID, tl.int32)
     for i_share in range(shares):
-        b_held = tl.load(held + i_share * rows + i_row)
+        b_held = tl.load(held + i_share * list_rows + i_row)
         for i_slot in range(CAPACITY):
-            o = (i_share * CAPACITY + i_slot) * rows + i_row
+            o = (i_share * CAPACITY + i_slot) * list_rows + i_row
             m = m_row & (i_slot < b_held)
             m = m & (tl.load(best + o, mask=m, other=float("inf")) <= b_reach)
             if tl.max(m.to(tl.int32), 0) > 0:

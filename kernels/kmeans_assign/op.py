@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mapet_kernels.backends import choose_listed_backend
-from mapet_kernels.checks import check_floating
+from mapet_kernels.checks import check_floating, check_is_tensor
 
 BACKENDS = ("reference", "triton", "cuda")
 
@@ -51,8 +51,9 @@ def kmeans_assign(
     Raises:
         ValueError: shapes that do not fit, no centroid, no feature, rows that are not finite (named), a backend that is
             unknown or cannot run here.
-        TypeError: a dtype that is not floating point.
+        TypeError: what is no tensor, a dtype that is not floating point.
     """
+    check_is_tensor(x=x, centroids=centroids)
     check_floating("x", x)
     check_floating("centroids", centroids)
     if x.dim() not in (2, 3) or centroids.dim() != x.dim():

@@ -7,7 +7,7 @@ Memory: a float16 copy of the centroids, the lists, and a copy of at most COPY_B
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ COPY_BYTES = 512 * 2**20
 """Largest 16-bit copy of rows."""
 
 CHUNK_ROWS = 2**18
-"""Most rows of one pass, all groups together."""
+"""Most rows of one pass, all groups together: few enough to be counted in 32 bits."""
 
 DECIDED, UNDECIDED, OPEN = 0, 1, 2
 """Of a row after a pass: its id is final; it has a few candidates; or more than a list holds, or it is out of range."""
@@ -66,18 +66,18 @@ def run(
     config = steps.config(x.shape[-1], exact, x.device)
     direct = steps.is_direct(groups, exact, config)
     prepared = steps.prepare(group_centroids, x.dtype, direct, config)
-    step = rows_of_a_pass(groups, direct, config)
-    for start in range(0, groups.shape[1], step):
-        part = groups[:, start : start + step]
-        nearest, few, open_rows = steps.assign(part, group_centroids, prepared, direct, exact, config)
+    for few_groups, few_rows in pieces(groups.shape[0], groups.shape[1], rows_of_a_pass(groups, direct, config)):
+        part, part_centroids = groups[few_groups, few_rows], group_centroids[few_groups]
+        part_prepared = prepared.of_groups(few_groups)
+        nearest, few, open_rows = steps.assign(part, part_centroids, part_prepared, direct, exact, config)
         if len(open_rows):
             _refuse_not_finite(x, centroids, part.reshape(-1, x.shape[-1])[open_rows])
-            _decide_open(part, group_centroids, open_rows, exact, nearest)
+            _decide_open(part, part_centroids, open_rows, exact, nearest)
         again += torch.tensor([few, len(open_rows)], device=x.device)
-        ids.view(groups.shape[:2])[:, start : start + step] = nearest.view(part.shape[:2])
+        ids.view(groups.shape[:2])[few_groups, few_rows] = nearest.view(part.shape[:2])
         if return_distance:
-            squared = steps.distances(part, group_centroids, nearest)
-            distances.view(groups.shape[:2])[:, start : start + step] = squared.view(part.shape[:2])
+            squared = steps.distances(part, part_centroids, nearest)
+            distances.view(groups.shape[:2])[few_groups, few_rows] = squared.view(part.shape[:2])
     return ids, distances, again
 
 
@@ -110,12 +110,20 @@ def is_direct(x: Tensor, exact: bool, config: AssignConfig) -> bool:
 
 
 def rows_of_a_pass(x: Tensor, direct: bool, config: AssignConfig) -> int:
-    """Rows of each group that one pass takes; all, if the groups would stop being one matrix."""
-    groups, n, features = x.shape
-    if direct and groups > 1:
-        return n
-    most = CHUNK_ROWS if direct else min(CHUNK_ROWS, COPY_BYTES // (2 * padded(features, config.features)))
-    return max(config.rows, most // groups // config.rows * config.rows)
+    """Most rows, of all its groups together, that one pass takes of x (G, n, D): whole tiles."""
+    most = CHUNK_ROWS if direct else min(CHUNK_ROWS, COPY_BYTES // (2 * padded(x.shape[2], config.features)))
+    return max(config.rows, most // config.rows * config.rows)
+
+
+def pieces(groups: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and rows of each pass, at most so many rows: several whole groups, or a part of one.
+
+    Either is one matrix of rows where all groups together are one.
+    """
+    together = max(1, most // n)
+    for group in range(0, groups, together):
+        for start in range(0, n, most):
+            yield slice(group, min(group + together, groups)), slice(start, min(start + most, n))
 
 
 def processors(device: torch.device) -> int:

@@ -52,7 +52,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool, return_distance: bo
     check_finite_rows("x", x)
     ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
     distances = x.new_empty(x.shape[:-1] if return_distance else (0,), dtype=dtype)
-    again = torch.zeros(2, dtype=torch.int64)
+    again = torch.zeros(2, dtype=torch.int64, device="cpu")
     if ids.numel() == 0:
         return ids, distances, again.to(x.device)
     with full_fp32(x.device.type) if exact else torch.autocast(x.device.type, enabled=False):
@@ -69,7 +69,7 @@ def _nearest(x: Tensor, centroids: Tensor, dtype: torch.dtype, exact: bool, out:
 
     Returns how many rows were decided again: (2,) int64 on the CPU, among a few centroids and among all.
     """
-    again = torch.zeros(2, dtype=torch.int64)
+    again = torch.zeros(2, dtype=torch.int64, device="cpu")
     scale = _power_of_two(x, centroids, dtype)
     centred = centroids.to(dtype) * scale
     mean = centred.mean(0)
@@ -122,15 +122,15 @@ def _decide_near_ties(
     threshold = best_two[:, 0] + margin
     tied = (best_two[:, 1] <= threshold).nonzero().squeeze(1)
     if len(tied) == 0:
-        return torch.tensor([0, 0])
+        return torch.tensor([0, 0], device="cpu")
     rows, candidates = x[tied], scores[tied] <= threshold[tied, None]
     if scores.dtype == torch.float32 and candidates.sum() * PRODUCTS_PER_PAIR > candidates.numel():
         decided = torch.empty_like(tied)
         _nearest(rows, centroids, torch.float64, exact=True, out=decided)
         ids[tied] = decided
-        return torch.tensor([0, len(tied)])
+        return torch.tensor([0, len(tied)], device="cpu")
     ids[tied] = nearest_of_pairs(rows, centroids, *candidates.nonzero().unbind(1), scale)
-    return torch.tensor([len(tied), 0])
+    return torch.tensor([len(tied), 0], device="cpu")
 
 
 def _two_smallest(scores: Tensor, ids: Tensor) -> Tensor:

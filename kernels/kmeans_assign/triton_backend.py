@@ -27,6 +27,10 @@ MERGED_ROWS = 256
 """Rows of one program that merges the shares."""
 
 
+DECIDING_FEATURES = 512
+"""Features that are compared at a time, of a row that has a few candidates; twice as many spilled on sm_80."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What the score kernel writes: S shares of the centroids, G n rows; see `kernel.scores_kernel`."""
@@ -204,6 +208,7 @@ def decide_launch(
     x: Tensor, centroids: Tensor, flagged: Tensor, status: Tensor, found: Found, nearest: Tensor, config: AssignConfig
 ) -> Launch:
     """Overwrites the ids of flagged rows that have a few candidates, by float64 distances."""
+    block = min(DECIDING_FEATURES, _feature_blocks(x.shape[2])[0])
     return Launch(
         kernel.decide_kernel,
         len(flagged),
@@ -211,7 +216,7 @@ def decide_launch(
             *(x, centroids, flagged, status, found.best, found.ids, found.held, found.reach, nearest),
             *(*x.stride(), *centroids.stride(), x.shape[1], len(nearest), x.shape[2], len(found.best)),
         ),
-        {"CAPACITY": config.capacity, "BLOCK": _feature_blocks(x.shape[2])[0], "num_warps": 4},
+        {"CAPACITY": config.capacity, "BLOCK": block, "num_warps": 4},
     )
 
 

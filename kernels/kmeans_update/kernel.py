@@ -5,7 +5,7 @@ starts in it. A cluster is cut into pieces of PIECE rows. Piece 0 is summed by t
 sum; the others, of long clusters only, by programs of their own into `partial`. A cluster from position a on has its
 piece j >= 1 in slot a // PIECE + j - 1, which no other piece has, as pieces before the last are full.
 
-Names: D features; BD features of a program; R rows of a step. i_ index, m_ mask, b_ block in registers.
+Names: K clusters; D features; BD features of a program; R rows of a step. i_ index, m_ mask, b_ block in registers.
 """
 
 import triton
@@ -25,16 +25,16 @@ def _sum_of_rows(x, order, start, stop, d, m_d, s_xn, s_xd, R: tl.constexpr, BD:
     return tl.sum(b_sum, 0)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks", "K"])
 def partial_sums_kernel(
-    x, order, ordered_ids, first, partial, s_xn, s_xd, D, blocks,
+    x, order, ordered_ids, first, partial, s_xn, s_xd, D, blocks, K,
     PIECE: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One program a slot and BD features: the piece after the first of whatever cluster owns the slot, if one does."""
     i_slot = tl.program_id(0) // blocks
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    # A slot's owner, if there is one, holds this position.
-    i_cluster = tl.load(ordered_ids + (i_slot + 1) * PIECE - 1)
+    # A slot's owner, if there is one, holds this position. Ids that nobody checked stay within `first` all the same.
+    i_cluster = tl.minimum(tl.maximum(tl.load(ordered_ids + (i_slot + 1) * PIECE - 1), 0), K - 1)
     begin = tl.load(first + i_cluster).to(tl.int32)
     end = tl.load(first + i_cluster + 1).to(tl.int32)
     start = begin + (i_slot - begin // PIECE + 1) * PIECE

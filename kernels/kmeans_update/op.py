@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mapet_kernels.backends import choose_listed_backend
-from mapet_kernels.checks import check_floating
+from mapet_kernels.checks import check_floating, check_is_tensor
 
 BACKENDS = ("reference", "triton")
 
@@ -22,7 +22,13 @@ def _backend(name: str) -> ModuleType:
 
 
 def kmeans_update(
-    x: Tensor, ids: Tensor, clusters: int, *, out: tuple[Tensor, Tensor] | None = None, backend: str = "auto"
+    x: Tensor,
+    ids: Tensor,
+    clusters: int,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    check_ids: bool = True,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sum and number of the rows of every cluster; the same bits on every call, on the GPU too.
 
@@ -33,6 +39,8 @@ def kmeans_update(
         out: contiguous sums (K, D), fp32 or float64 (float64 for float64 x), and counts (K,) int64 of earlier chunks of
             rows; those of x are added to both in place. float64 sums over chunks are those over all rows at once, but
             for float64 rounding.
+        check_ids: False for ids that are known to be in range, as those of kmeans_assign are: a GPU need not be waited
+            for. Others then give wrong sums.
         backend: "auto" (triton on a GPU that runs it, for all but float64), "triton" or "reference": plain torch on any
             device, what V100 and T4 get, where a pass over the rows costs little beside the assignment.
 
@@ -44,6 +52,7 @@ def kmeans_update(
         ValueError: shapes that do not fit, an id outside [0, clusters), a backend that is unknown or cannot run here.
         TypeError: x not floating point, ids not int64, or out in a dtype that is not allowed.
     """
+    check_is_tensor(x=x, ids=ids)
     check_floating("x", x)
     if ids.dtype != torch.int64:
         raise TypeError(f"ids must be int64, got {ids.dtype}")
@@ -55,9 +64,9 @@ def kmeans_update(
         raise ValueError(f"x is on {x.device} and ids on {ids.device}; put both on one device")
     name = choose_listed_backend(backend, BACKENDS, x.device, x.dtype)
     if out is None:
-        return _kmeans_update(x.detach(), ids, clusters, name)
+        return _kmeans_update(x.detach(), ids, clusters, check_ids, name)
     _check_out(x, clusters, *out)
-    _kmeans_update_add(x.detach(), ids, *out, name)
+    _kmeans_update_add(x.detach(), ids, *out, check_ids, name)
     return out
 
 
@@ -86,24 +95,26 @@ def _empty_result(x: Tensor, ids: Tensor, clusters: int) -> tuple[Tensor, Tensor
 
 
 @torch.library.custom_op("mapet_kernels::kmeans_update", mutates_args=())
-def _kmeans_update(x: Tensor, ids: Tensor, clusters: int, backend: str) -> tuple[Tensor, Tensor]:
-    _check_ids(ids, clusters)
+def _kmeans_update(x: Tensor, ids: Tensor, clusters: int, check_ids: bool, backend: str) -> tuple[Tensor, Tensor]:
+    if check_ids:
+        _check_ids(ids, clusters)
     sums, counts = _empty_result(x, ids, clusters)
     _backend(backend).kmeans_update(x, ids, sums, counts, add=False)
     return sums, counts
 
 
 @_kmeans_update.register_fake
-def _(x: Tensor, ids: Tensor, clusters: int, backend: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, ids: Tensor, clusters: int, check_ids: bool, backend: str) -> tuple[Tensor, Tensor]:
     return _empty_result(x, ids, clusters)
 
 
 @torch.library.custom_op("mapet_kernels::kmeans_update_add", mutates_args=("sums", "counts"))
-def _kmeans_update_add(x: Tensor, ids: Tensor, sums: Tensor, counts: Tensor, backend: str) -> None:
-    _check_ids(ids, len(counts))
+def _kmeans_update_add(x: Tensor, ids: Tensor, sums: Tensor, counts: Tensor, check_ids: bool, backend: str) -> None:
+    if check_ids:
+        _check_ids(ids, len(counts))
     _backend(backend).kmeans_update(x, ids, sums, counts, add=True)
 
 
 @_kmeans_update_add.register_fake
-def _(x: Tensor, ids: Tensor, sums: Tensor, counts: Tensor, backend: str) -> None:
+def _(x: Tensor, ids: Tensor, sums: Tensor, counts: Tensor, check_ids: bool, backend: str) -> None:
     return None

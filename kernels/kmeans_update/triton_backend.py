@@ -50,7 +50,10 @@ def sums_launches(
     constants = {"PIECE": PIECE, "R": STEP, "BD": block, "num_warps": 4}
     sizes = (*x.stride(), features, blocks)
     later = Launch(
-        kernel.partial_sums_kernel, slots * blocks, (x, order, ordered_ids, first, partial, *sizes), constants
+        kernel.partial_sums_kernel,
+        slots * blocks,
+        (x, order, ordered_ids, first, partial, *sizes, len(sums)),
+        constants,
     )
     all_sums = Launch(
         kernel.sums_kernel, len(sums) * blocks, (x, order, first, partial, sums, *sizes), constants | {"ADD": add}

@@ -59,7 +59,9 @@ def all_gradients(
     d_position = d_rows.new_empty(buffer.tokens, width)
     d_masked = d_rows.new_empty(buffer.tokens, width, dtype=work)
     order = torch.arange(buffer.tokens, device=perm.device).expand_as(perm)
-    rank_of = torch.empty_like(perm, memory_format=torch.contiguous_format).scatter_(1, perm, order)
+    # A perm out of range would end the process on a GPU, where it was not checked.
+    rank_of = torch.empty_like(perm, memory_format=torch.contiguous_format)
+    rank_of.scatter_(1, perm.clamp(0, buffer.tokens - 1), order)
     position_gradient(rank_of, d_position, d_masked)
     d_content = d_rows[: buffer.images * buffer.content_rows].view(buffer.images, buffer.content_rows, width)
     # A custom op must return no view of its inputs. Token 0 is the class token where there is one, and never a target.

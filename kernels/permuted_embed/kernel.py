@@ -1,10 +1,20 @@
-"""Triton kernels of the permuted embedding. Sizes: B images, N tokens, P patches, R rows kept, D width."""
+"""Triton kernels of the permuted embedding. Sizes: B images, N tokens, P patches, R rows kept, D width.
+
+Indices that are read (patches, perm, rank_of) are brought into range: wrong ones give wrong numbers, and no access out
+of bounds. Sizes that may change from step to step do not specialise the kernels.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+def _load_index(p, count):
+    """The index at p, in [0, count) whatever is stored there."""
+    return tl.minimum(tl.maximum(tl.load(p), 0), count - 1)
+
+
+@triton.jit(do_not_specialize=["R", "GRID"])
 def permuted_patches_kernel(
     p_images, p_patches, p_out, p_mean, p_std,
     stride_image, stride_channel, stride_y, stride_x,
@@ -15,7 +25,7 @@ def permuted_patches_kernel(
     """One row of (B, R, 3 * p * p): the patch of one image at one rank, colour-normalised."""
     i_row = tl.program_id(0).to(tl.int64)
     i_image = i_row // R
-    patch = tl.load(p_patches + i_row)
+    patch = _load_index(p_patches + i_row, GRID * GRID)
     column = tl.arange(0, BLOCK)
     m_column = column < COLUMNS
     channel = column // (PATCH * PATCH)
@@ -33,7 +43,7 @@ def permuted_patches_kernel(
     tl.store(p_out + i_row * COLUMNS + column, value.to(p_out.dtype.element_ty), mask=m_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "RANKS", "CUT", "CONTENT_ROWS"])
 def assemble_kernel(
     p_content, p_position, p_mask_token, p_class_token, p_perm, p_out,
     B, N, RANKS, CUT, CONTENT_ROWS, D,
@@ -46,7 +56,7 @@ def assemble_kernel(
     column = tl.arange(0, BD)
     m_column = column < D
     if i < RANKS:
-        token = tl.load(p_perm + i_image * N + i)
+        token = _load_index(p_perm + i_image * N + i, N)
         if HAS_CLASS and i == 0:
             value = tl.load(p_class_token + column, mask=m_column, other=0.0)
         else:
@@ -56,7 +66,7 @@ def assemble_kernel(
         tl.store(p_out + (i_image * CONTENT_ROWS + i) * D + column, value, mask=m_column)
     else:
         i_target = i - RANKS
-        token = tl.load(p_perm + i_image * N + CUT + i_target)
+        token = _load_index(p_perm + i_image * N + CUT + i_target, N)
         value = tl.load(p_mask_token + column, mask=m_column, other=0.0)
         value = value + tl.load(p_position + token * D + column, mask=m_column, other=0.0)
         if MASK_TOKENS:
@@ -66,7 +76,7 @@ def assemble_kernel(
             tl.store(p_out + i_query * D + column, value, mask=m_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "RANKS", "CUT", "CONTENT_ROWS"])
 def assemble_position_gradient_kernel(
     p_d_rows, p_rank_of, p_d_position, p_d_masked,
     B, N, RANKS, CUT, CONTENT_ROWS, D,
@@ -80,7 +90,7 @@ def assemble_position_gradient_kernel(
     b_masked = tl.zeros((BD,), dtype=WORK)
     for i_image in range(0, B):
         o_image = i_image * tl.full((), 1, tl.int64)
-        rank = tl.load(p_rank_of + o_image * N + i_token)
+        rank = _load_index(p_rank_of + o_image * N + i_token, N)
         if rank < RANKS:
             o_row = (o_image * CONTENT_ROWS + rank) * D
             b_position += tl.load(p_d_rows + o_row + column, mask=m_column, other=0.0).to(WORK)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mapet_kernels.backends import choose_listed_backend
-from mapet_kernels.checks import is_integer
+from mapet_kernels.checks import check_is_tensor
+from mapet_kernels.permuted_embed.checks import check, per_channel, without_leading_ones
+from mapet_kernels.registration import autocast_dtype
 
 BACKENDS = ("reference", "triton", "cuda")
 
@@ -32,8 +35,8 @@ def permuted_embed(
     cut: int,
     *,
     class_token: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
     target_content: bool = True,
     mask_tokens: bool = True,
     query_stream: bool = True,
@@ -49,58 +52,41 @@ def permuted_embed(
         images: (B, 3, S, S), uint8 in [0, 255], which is divided by 255, or floating point, taken as it is.
         weight: patch projection (D, 3, p, p); p divides S and N = (S / p) ** 2, plus 1 with a class token.
         bias: (D,) or None.
-        pos_embed: (N, D), in image order, the class token first.
-        mask_token: (D,).
-        perm: integers (B, N); the token at rank r is perm[b, r]. With a class token, token 0, perm[:, 0] must be 0.
+        pos_embed: (N, D), in image order, the class token first; or (1, N, D), as timm keeps it.
+        mask_token: (D,), or (1, 1, D).
+        perm: integers (B, N), each row a permutation of 0 to N - 1; the token at rank r is perm[b, r]. With a class
+            token, token 0, perm[:, 0] must be 0. Checked on the CPU. On a GPU and under torch.compile it is not: what
+            is no permutation gives wrong numbers.
         cut: c in [1, N - 1].
-        class_token: (D,) or None.
-        mean, std: per channel (3,), subtracted and divided by after the division by 255; None leaves images be.
+        class_token: (D,), or (1, 1, D), or None.
+        mean, std: per channel (3,), subtracted and divided by after the division by 255; None leaves images be. As
+            tensors, or as three numbers each, which every call then copies to the device.
         backend: "auto" (on a GPU triton where it runs, else cuda where it does), "triton", "cuda" (where csrc/ is
             built) or "reference".
 
     Returns:
-        (B * content rows + B * query rows, D) in the weights' dtype: all content streams, then all query streams.
+        (B * content rows + B * query rows, D) in the dtype of pos_embed: all content streams, then all query streams.
+        Under autocast patches are made, and projected, in its dtype.
 
     Raises:
-        ValueError: shapes, cut, permutation or backend do not fit.
+        ValueError: shapes, devices, cut, permutation or backend do not fit.
+        TypeError: dtypes do not fit, or what should be a tensor is none.
     """
-    _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std)
-    name = choose_listed_backend(backend, BACKENDS, images.device, weight.dtype, products=False)
+    given = {"images": images, "weight": weight, "pos_embed": pos_embed, "mask_token": mask_token, "perm": perm}
+    optional = {"bias": bias, "class_token": class_token}
+    check_is_tensor(**given, **{key: value for key, value in optional.items() if value is not None})
+    pos_embed = without_leading_ones(pos_embed, 2)
+    mask_token, class_token = without_leading_ones(mask_token, 1), without_leading_ones(class_token, 1)
+    mean, std = per_channel("mean", mean, weight), per_channel("std", std, weight)
+    check(images, weight, bias, pos_embed, mask_token, class_token, perm, cut, mean, std)
+    dtype = autocast_dtype(weight)
+    name = choose_listed_backend(backend, BACKENDS, images.device, dtype, products=False)
     first = int(class_token is not None)
     perm = perm.to(torch.int64)
     patches = perm[:, first:] - first if target_content else perm[:, first:cut] - first
-    columns = permuted_patches_op(images, patches.contiguous(), weight.shape[-1], mean, std, weight.dtype, name)
+    columns = permuted_patches_op(images, patches.contiguous(), weight.shape[-1], mean, std, dtype, name)
     content = torch.nn.functional.linear(columns, weight.flatten(1), bias)
     return assemble_op(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream, name)
-
-
-def _check(images, weight, pos_embed, mask_token, perm, cut, class_token, mean, std) -> None:
-    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"images must be (B, 3, S, S), got {tuple(images.shape)}")
-    if not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-    if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight must be (D, 3, p, p), got {tuple(weight.shape)}")
-    size, patch, width = images.shape[2], weight.shape[2], weight.shape[0]
-    if size % patch:
-        raise ValueError(f"image size {size} is not divisible by the patch size {patch}")
-    tokens = (size // patch) ** 2 + int(class_token is not None)
-    for name, tensor, shape in (
-        ("pos_embed", pos_embed, (tokens, width)),
-        ("mask_token", mask_token, (width,)),
-        ("class_token", class_token, (width,)),
-        ("perm", perm, (images.shape[0], tokens)),
-        ("mean", mean, (3,)),
-        ("std", std, (3,)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for these images and weights, got {tuple(tensor.shape)}")
-    if not is_integer(perm):
-        raise ValueError(f"perm must be integers, got {perm.dtype}")
-    if (mean is None) != (std is None):
-        raise ValueError("give both mean and std, or neither")
-    if not 1 <= cut <= tokens - 1:
-        raise ValueError(f"cut must be in [1, N - 1] = [1, {tokens - 1}], got {cut}")
 
 
 @torch.library.custom_op("mapet_kernels::permuted_patches", mutates_args=())

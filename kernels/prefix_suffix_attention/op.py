@@ -58,8 +58,9 @@ def prefix_suffix_attention(
     Args:
         q: (B, R, H, D).
         k, v: (B, C + S, H, D), content keys, then suffix keys. Any strides with the last dimension contiguous.
-        shift: integers (R,), or (B, R) with one set per image; any values in any order. On the device of q.
-        cut: int, or integers (B,) on the device of q; any values.
+        shift: integers (R,), or (B, R) with one set per image; any values in any order. On the device of q, or on the
+            CPU, from where they are moved.
+        cut: int, or integers (B,); any values.
         suffix_keys: S, the number of trailing keys that follow the suffix rule.
         scale: factor of the scores, a number > 0; D ** -0.5 when not given.
         backend: "auto", "triton" (head sizes up to 128), "sdpa" or "reference".
@@ -73,9 +74,9 @@ def prefix_suffix_attention(
             they need not).
     """
     cut, suffix_keys, scale = _check(q, k, v, shift, cut, suffix_keys, scale)
-    one_cut, cuts = (0, cut.to(torch.int64)) if isinstance(cut, Tensor) else (cut, None)
+    one_cut, cuts = (0, cut.to(q.device, torch.int64)) if isinstance(cut, Tensor) else (cut, None)
     name = choose_backend(backend, q.device, autocast_dtype(q), PREFIX_SUFFIX_BACKENDS, q.shape[-1])
-    shift = shift.to(torch.int64)
+    shift = shift.to(q.device, torch.int64)
     return prefix_suffix_attention_op(q, k, v, shift, one_cut, cuts, suffix_keys, scale, name)[0]
 
 

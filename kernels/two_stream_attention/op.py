@@ -50,11 +50,11 @@ def two_stream_attention(
         k, v: (B, N + T, H, D), rows A, B, M. Any strides with the last dimension contiguous.
         cut: c in [0, N - 1], with T = N - c; or integers (B,), one per image. Then T is at least N - min(cut), and rows
             M_i and G_i with i >= N - cut[b] are padding: they see nothing, nothing sees them, their output is 0.
-            On the device of q_query.
         perm: integers (B, N). Content rows are then in image order, row perm[b, r] having rank r in the permutation;
-            M and query rows stay in target order. Without it content rows are in permuted order. On the device of
-            q_query. The values of cuts and permutations are checked on a CPU. They are not on a GPU, which would wait
-            for it, nor while a graph is traced: wrong ones give wrong numbers there, or torch's own error.
+            M and query rows stay in target order. Without it content rows are in permuted order. The values
+            of cuts and permutations are checked where they are on a CPU, from where they are moved. They are not on a
+            GPU, which would wait for it, nor while a graph is traced: wrong ones give wrong numbers there, or torch's
+            own error.
         scale: factor of the scores, a number > 0; D ** -0.5 when not given.
         mask_tokens: False is permuted image modelling (PIM, XLNet): no rows and keys M, content tensors (B, N, H, D).
         backend: "auto", "triton" (head sizes up to 128), "flash" (fp16 and bf16, head sizes up to 256), "cuda" (fp16
@@ -71,8 +71,10 @@ def two_stream_attention(
             they need not).
     """
     problem = check(q_content, q_query, k, v, cut, perm, mask_tokens, scale)
-    one_cut, cuts = (-1, problem.cut.to(torch.int64)) if isinstance(problem.cut, Tensor) else (problem.cut, None)
-    perm = None if perm is None else perm.to(torch.int64)
+    one_cut, cuts = (
+        (-1, problem.cut.to(q_query.device, torch.int64)) if isinstance(problem.cut, Tensor) else (problem.cut, None)
+    )
+    perm = None if perm is None else perm.to(q_query.device, torch.int64)
     name = choose_backend(backend, q_query.device, autocast_dtype(q_query), TWO_STREAM_BACKENDS, q_query.shape[-1])
     out_content, out_query, _, _ = two_stream_attention_op(
         q_content, q_query, k, v, one_cut, cuts, perm, mask_tokens, problem.scale, name

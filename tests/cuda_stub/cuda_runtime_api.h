@@ -1,7 +1,9 @@
 // Stands in for the CUDA runtime where csrc/bindings.cpp runs on CPU tensors: an A100 without errors.
 #pragma once
 
-enum cudaError_t { cudaSuccess };
+#include <string>
+
+enum cudaError_t : int { cudaSuccess };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
@@ -14,5 +16,4 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   *value = a100[which];
   return cudaSuccess;
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline std::string cudaGetErrorString(cudaError_t error) { return "error " + std::to_string(static_cast<int>(error)); }
