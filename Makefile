@@ -25,11 +25,11 @@ GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 RESULTS ?= bench/results
 
 # Only files with GPU tests are read, which need few packages. Most of the time goes into compiling kernels, so that it
-# is spread over processes where pytest-xdist is installed. It ends within 470 s: after 390 s no test is started, and what
-# runs at 450 s is interrupted. Failures are in $(GPU_LOG)/failures.txt as soon as they are known, all output in
-# gpu_tests.log there.
+# is spread over processes where pytest-xdist is installed. It ends within 470 s: after 370 s no test is started, 45 s later
+# workers that still run one are ended, at 450 s the whole is interrupted. Failures are in $(GPU_LOG)/failures.txt as
+# soon as they are known, all output in gpu_tests.log there.
 GPU_LOG ?= build/test-gpu
-GPU_LIMITS = --stop-after 390 -o faulthandler_timeout=110 --keep-failures $(GPU_LOG)/failures.txt
+GPU_LIMITS = --stop-after 370 -o faulthandler_timeout=110 --keep-failures $(GPU_LOG)/failures.txt
 test-gpu:
 	mkdir -p $(GPU_LOG); rm -f $(GPU_LOG)/failures.txt; \
 	spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6 --dist worksteal")' 2>/dev/null); \

@@ -1,7 +1,8 @@
 """A pytest plugin: what a run on a GPU keeps on disk, and how one broken test costs only itself.
 
     --keep-failures FILE    every failure, whole, as soon as it is known; after a crash Python's stacks
-    --stop-after SECONDS    tests that have not started by then are skipped by name
+    --stop-after SECONDS    tests that have not started by then are skipped by name; a worker of pytest-xdist whose test
+                            still runs GRACE seconds later ends, with its stacks in the file
 
 After each GPU test the device is waited for, so that an error is charged to the test that caused it. Such an error ends
 the CUDA context of the process. Under pytest-xdist the process ends and a fresh one takes its remaining tests; the test
@@ -14,6 +15,7 @@ import contextlib
 import faulthandler
 import os
 import sys
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -22,9 +24,11 @@ from typing import Any
 import pytest
 
 PHASES = ("setup", "call", "teardown")
-ENDED_BY_DEVICE_ERROR = 86
-"""Exit code of a worker whose CUDA context is dead."""
+ENDED_BY_DEVICE_ERROR, ENDED_BY_CLOCK = 86, 87
+"""Exit codes of a worker whose CUDA context is dead, and of one whose test did not end."""
 STOP_AT = "stop_tests_at"
+GRACE = 45.0
+"""Seconds. Workers ignore Ctrl-C, so that a run would wait for one that hangs."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,6 +64,7 @@ class Session:
         if self.is_worker:  # one that replaces another has no more time than the first
             self.stop_at = config.workerinput[STOP_AT]
         self.context_died_in: str | None = None
+        self.running: str | None = None
         self.stacks: Any = None
 
     @pytest.hookimpl(optionalhook=True)
@@ -74,6 +79,19 @@ class Session:
             self.failures.parent.mkdir(parents=True, exist_ok=True)
             self.stacks = self.failures.open("a")
             faulthandler.enable(file=self.stacks)
+        if self.is_worker and self.stop_at is not None:
+            watch = threading.Timer(self.stop_at + GRACE - time.time(), self.end_what_hangs)
+            watch.daemon = True
+            watch.start()
+
+    def end_what_hangs(self) -> None:
+        """Runs beside the test; this works as long as what hangs has released the interpreter, as CUDA's calls do."""
+        if self.running is not None:
+            if self.stacks is not None:
+                self.stacks.write(f"===== {self.running} still ran {GRACE:.0f} s after the end of the run\n")
+                self.stacks.flush()
+                faulthandler.dump_traceback(file=self.stacks)
+            os._exit(ENDED_BY_CLOCK)
 
     def pytest_unconfigure(self) -> None:
         if self.stacks is not None:
@@ -99,8 +117,10 @@ class Session:
         return report
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        self.running = item.nodeid
         result = yield
+        self.running = None
         if self.context_died_in is not None and self.is_worker:
             os._exit(ENDED_BY_DEVICE_ERROR)  # without CUDA's own clean-up, which may hang now
         return result

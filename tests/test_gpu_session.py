@@ -134,10 +134,34 @@ def test_a_run_killed_at_its_limit_keeps_what_failed_until_then(tmp_path: Path) 
 
 
 def test_no_test_starts_when_the_time_is_over(tmp_path: Path) -> None:
-    source = "\ndef test_1_is_slow():\n    time.sleep(3)\n\ndef test_2_is_late():\n    pass\n"
-    output, kept = run_pytest(tmp_path, source, "--stop-after", "2.5")
+    source = """
+def test_1_takes_long(request):
+    request.config.pluginmanager.get_plugin("gpu-session").stop_at = time.time() - 1
+
+def test_2_is_late():
+    pass
+"""
+    output, kept = run_pytest(tmp_path, source, "--stop-after", "1000")
     assert "1 passed, 1 skipped" in output and "not started: the time of the run was over" in output
     assert not kept
+
+
+def test_a_worker_that_hangs_ends_and_the_run_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text("import gpu_session\ngpu_session.GRACE = 2.0\n")
+    source = """
+def test_1_fails():
+    assert False, "early"
+
+def test_2_hangs():
+    time.sleep(600)
+
+def test_3_is_late():
+    pass
+"""
+    output, kept = run_pytest(tmp_path, source, "-n", "1", "--stop-after", "20")
+    assert "2 failed, 1 skipped" in output and "early" in output
+    assert "test_2_hangs still ran 2 s after the end of the run" in kept and "in test_2_hangs" in kept
 
 
 def gpu_files() -> list[str]:
