@@ -217,7 +217,7 @@ def page(harvest: Harvest, floors: Find, written: Sequence[str]) -> list[str]:
     sections: Sequence[tuple[str, Callable[[], Iterable[str]]]] = (
         ("What failed", lambda: failed(harvest)),
         ("What to change first", lambda: first(harvest)),
-        ("Kernels", lambda: targets(harvest_targets.KERNELS, harvest)),
+        ("Kernels", lambda: [*targets(harvest_targets.KERNELS, harvest), "", *peers(harvest)]),
         ("Training step", lambda: training(harvest)),
         ("Memory", lambda: targets(harvest_targets.MEMORY, harvest)),
         ("Every attention kernel beside its floors", lambda: beside_floors(harvest, floors)),
@@ -308,6 +308,26 @@ def first(harvest: Harvest) -> list[str]:
 def targets(wanted: Sequence[harvest_targets.Target], harvest: Harvest) -> list[str]:
     """Figures beside what is wanted of them."""
     return table(harvest_targets.HEAD, harvest_targets.rows(wanted, harvest))
+
+
+def peers(harvest: Harvest) -> list[str]:
+    """Every way of attention in the parts that timed peers, ours in today's configuration."""
+    parts = {time.part for time in harvest.times if time.way != "ours"}
+    times = [time for time in harvest.times if time.part in parts and time.default]
+    if not times:
+        return [f"Peers: {NOT_MEASURED}."]
+    ours = {(time.part, time.shape, time.dtype, time.op): time.p50 for time in times if time.way == "ours"}
+    rows = []
+    for time in sorted(times, key=lambda x: (not x.shape.is_target, x.shape.tokens, x.dtype, x.op)):
+        base = ours.get((time.part, time.shape, time.dtype, time.op))
+        rows.append((
+            time.shape, time.dtype, time.op, time.way, f"{time.p50:.4g}", f"{time.noise:.0%}", time.repeats,
+            f"{time.p50 / base:.3g}" if base else "",
+            f"{time.flop_per_s / 1e12:.3g}" if time.op in ("forward", "backward") else "",
+        ))  # fmt: skip
+    head = ("shape", "dtype", "op", "way", "ms", "noise", "repeats", "times ours", "TFLOP/s on visible pairs")
+    note = "`sdpa` sees every pair, which is another task; all rates count the pairs that two-stream attention sees."
+    return [note, "", *table(head, rows)]
 
 
 def training(harvest: Harvest) -> list[str]:

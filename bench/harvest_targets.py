@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ class Target:
             return self.name, self.known, wanted, f"{NOT_MEASURED}{f': {found}' if found else ''}", ""
         value, words = found
         measured = f"{number(value)} {self.unit}".rstrip() + (f" ({words})" if words else "")
+        if math.isinf(value):
+            measured = words
         return self.name, self.known, wanted, measured, self.verdict(value)
 
     def verdict(self, value: float) -> str:
@@ -322,7 +325,7 @@ def memory_targets() -> Iterator[Target]:
         def peak(harvest: Harvest, images: int = images, recompute: str = recompute) -> Found:
             row = memory_row(harvest, images, recompute)
             if row is not None and row.get("fits") is False:
-                return float("inf"), "out of memory"
+                return math.inf, "out of memory"
             return (row["peak_bytes"] / 2**30, "") if row and row.get("peak_bytes") else None
 
         def plan(harvest: Harvest, images: int = images, recompute: str = recompute) -> Found:
