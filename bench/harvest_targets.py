@@ -39,7 +39,7 @@ class Target:
         sign = "<=" if self.at_most else ">="
         steps = ", then ".join(number(step) for step in self.wanted)
         wanted = f"{sign} {steps} {self.unit}".rstrip()
-        found = self.measure(harvest)
+        found = None if harvest.summary.get("dry_run") else self.measure(harvest)
         if found is None or isinstance(found, str):
             return self.name, self.known, wanted, f"{NOT_MEASURED}{f': {found}' if found else ''}", ""
         value, words = found

@@ -468,11 +468,13 @@ def test_records_are_never_changed(whole: Path, tmp_path: Path) -> None:
 def test_a_dry_run_measures_nothing(tmp_path: Path) -> None:
     small = Shape(1, 2, 9, 2, 16)
     rows = {"attention": [time_row("forward", "ours", 50.0, small, Config(32, 32, 4, 1), dtype="fp16")]}
+    rows["check"] = other_rows()["check"]
     folder = keep(tmp_path / "harvest", rows, device="Some CPU", dry_run=True)
     path = report(folder, floors=floors)
     assert path.parent == folder and path.name == "harvest_dry_run_20261201T102030.md"
     text = path.read_text()
     assert "no figure here means anything" in text and line(text, "attention forward")[3] == "not measured"
+    assert line(text, "k-means ids equal to the float64 argmin")[3:] == ["not measured", ""]
 
 
 def test_no_harvest_is_an_error(tmp_path: Path) -> None:
