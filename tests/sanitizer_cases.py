@@ -1,6 +1,6 @@
 """Every kernel of the registry, forward and backward, at small awkward shapes: what compute-sanitizer watches.
 
-    python tests/sanitizer_cases.py cuda [--op NAME] [--part 1/2] [--most-flop 2e7]
+    python tests/sanitizer_cases.py cuda [MOST_FLOP] [--op NAME] [--part 1/2]
 
 Kernels are Triton's and, where they are built, those in CUDA C++. With cpu for cuda and TRITON_INTERPRET=1 the former
 run in Triton's interpreter. Inputs are made on the host and copied.
@@ -51,10 +51,13 @@ class Recorded:
         return self.kernel[grid]
 
 
-def cases(device: str, most_flop: float, op: str | None = None) -> list[tuple[OpSpec, str, str]]:
-    """Ops with kernels or one of them, their backends, and the names of their shapes of at most so many operations."""
+def cases(device: str, most_flop: float, op: str | None = None, part: str = "1/1") -> list[tuple[OpSpec, str, str]]:
+    """Ops with kernels or one of them, their backends, and the names of their shapes of at most so many operations.
+
+    part: "1/2" is every other case, "2/2" the others.
+    """
     built = available_backends(device, DTYPE)["cuda"] is None
-    return [
+    found = [
         (spec, backend, name)
         for spec in REGISTRY.values()
         if op in (None, spec.name)
@@ -63,6 +66,8 @@ def cases(device: str, most_flop: float, op: str | None = None) -> list[tuple[Op
         for name, shape in spec.shapes.items()
         if spec.cost(shape, DTYPE)[0] <= most_flop
     ]
+    number, parts = map(int, part.split("/"))
+    return found[number - 1 :: parts]
 
 
 def copied(case: Case, device: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -73,15 +78,15 @@ def copied(case: Case, device: str) -> tuple[dict[str, torch.Tensor], dict[str, 
     return inputs, {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
 
 
-def main(device: str, most_flop: float, op: str | None, part: int, parts: int) -> int:
-    """Run all cases, or every so manieth of them; returns the exit code."""
+def main(device: str, most_flop: float, op: str | None, part: str) -> int:
+    """Run the cases; returns the exit code."""
     launched: set[str] = set()
     kernels = [(module, name) for module in kernel_modules(op) for name in kernel_names([module])]
     for module, name in kernels:
         # Two ops have kernels of the same name.
         setattr(module, name, Recorded(getattr(module, name), f"{module.__name__.split('.')[1]}.{name}", launched))
     names = [getattr(module, name).name for module, name in kernels]
-    for spec, backend, shape in cases(device, most_flop, op)[part - 1 :: parts]:
+    for spec, backend, shape in cases(device, most_flop, op, part):
         print(f"case: {spec.name}, shape {shape}, backend {backend}", flush=True)
         inputs, options = copied(spec.make_case(spec.shapes[shape], DTYPE), device)
         out, gradients = outputs_and_gradients(spec.function, inputs, options, backend=backend)
@@ -97,12 +102,12 @@ def main(device: str, most_flop: float, op: str | None, part: int, parts: int) -
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", choices=["cuda", "cpu"])
+    parser.add_argument("most_flop", nargs="?", type=float, default=MOST_FLOP, help="of a case, at most")
     parser.add_argument("--op", choices=list(REGISTRY), help="cases of this op alone")
     parser.add_argument("--part", default="1/1", help="the first of two parts is 1/2")
-    parser.add_argument("--most-flop", type=float, default=MOST_FLOP)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     given = arguments()
-    sys.exit(main(given.device, given.most_flop, given.op, *map(int, given.part.split("/"))))
+    sys.exit(main(given.device, given.most_flop, given.op, given.part))
