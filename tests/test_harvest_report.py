@@ -518,6 +518,17 @@ def test_floors_come_from_records_of_the_same_triton(tmp_path: Path) -> None:
     assert harvest_floors.finder(tmp_path, "NVIDIA A100", "3.6.0")("dq", TODAY, TARGET, "bf16") is None
 
 
+@pytest.mark.slow
+def test_floors_that_no_record_holds_are_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    find = harvest_floors.finder(tmp_path, "NVIDIA H200", "3.6.0")
+    found = find("forward", OTHER, TARGET, "bf16")
+    assert set(found.by_unit) == set(harvest_floors.UNITS) and "compiled for this page" in found.source
+    # The visible pairs alone take the tensor cores 4 x 64 x 297.1 M / (132 x 1.75 GHz x 4096) = 80.4 us.
+    assert 80.4 < found.by_unit["tensor cores"] < 160.8
+    assert find("forward", Config(64, 64, 3, 3), TARGET, "bf16") is None, "no power of two warps: cannot be compiled"
+
+
 def test_the_page_needs_the_standard_library_alone(whole: Path, tmp_path: Path) -> None:
     script = f"""
 import sys
