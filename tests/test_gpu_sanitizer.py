@@ -55,7 +55,7 @@ def run_cases(command: list[str], environment: dict[str, str], log: Path, second
             stderr=subprocess.STDOUT,
             env=os.environ | environment | {"PYTHONUNBUFFERED": "1"},
             cwd=CASES.parent.parent,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             process.wait(seconds)
