@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -99,7 +100,14 @@ class Harvest:
     @property
     def device(self) -> str:
         """Its name, or "unknown device"."""
-        return self.summary.get("device") or "unknown device"
+        names = [self.summary.get("device"), *(row.get("device") for row in self.of("machine"))]
+        return next((name for name in names if isinstance(name, str) and name), "unknown device")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of Python and the packages that matter."""
+        found = self.summary.get("versions")
+        return found if isinstance(found, dict) else {}
 
     @property
     def outcomes(self) -> dict[str, dict[str, Any]]:
@@ -161,7 +169,7 @@ def read_files(folder: Path) -> Harvest:
     """summary.json and parts/*.jsonl."""
     harvest = Harvest()
     try:
-        harvest.summary = as_summary(json.loads((folder / "summary.json").read_text()))
+        harvest.summary = as_summary(json.loads((folder / "summary.json").read_text()), harvest.damage)
     except FileNotFoundError:
         harvest.damage.append("summary.json is missing: what failed is not known")
     except ValueError as error:
@@ -189,62 +197,81 @@ def keep_better(times: dict[tuple[Any, ...], Timing], time: Timing) -> None:
         times[key] = time
 
 
-def as_summary(value: Any) -> dict[str, Any]:
-    """ValueError for what is no summary."""
-    if not isinstance(value, dict) or not isinstance(value.get("parts", {}), dict):
+def as_summary(value: Any, damage: list[str]) -> dict[str, Any]:
+    """The summary without parts of which it does not say what became of them; those are added to the damage.
+
+    Raises:
+        ValueError: it is no summary.
+    """
+    parts = value.get("parts", {}) if isinstance(value, dict) else None
+    if not isinstance(parts, dict):
         raise ValueError("not an object with parts")
-    return value
+    told = {name: x for name, x in parts.items() if isinstance(x, dict) and isinstance(x.get("status"), str)}
+    damage += [f"summary.json: the entry of part {name} has no status" for name in parts.keys() - told.keys()]
+    return value | {"parts": told}
 
 
-NUMBERS: Mapping[str, Iterable[str]] = {
-    "ceiling": ("value",),
-    "step": ("images_per_s", "p20_ms", "p50_ms", "p80_ms"),
-    "kmeans": ("flops_per_s", "p20_ms", "p50_ms", "p80_ms"),
-    "memory": ("planned_bytes", "micro_batch"),
-}
-"""Of a row of a kind."""
-WORDS: Mapping[str, Iterable[str]] = {
-    "ceiling": ("name",),
-    "step": ("model", "mode", "way"),
-    "kmeans": ("way", "shape"),
-    "memory": ("model", "recompute"),
-    "check": ("what", "ok"),
-    "counters": ("kernel", "metrics"),
-}
+FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "ceiling": {"name": str, "value": float},
+    "check": {"what": str, "ok": bool},
+    "counters": {"kernel": str, "metrics": dict},
+    "bandwidth": {"op": str, "bytes_per_s": float},
+    "step": {"model": str, "mode": str, "way": str, "images_per_s": float, "p20_ms": float, "p50_ms": float,
+             "p80_ms": float},
+    "kmeans": {"way": str, "shape": dict, "flops_per_s": float, "p20_ms": float, "p50_ms": float, "p80_ms": float},
+    "memory": {"model": str, "recompute": str, "micro_batch": float, "planned_bytes": float},
+}  # fmt: skip
+"""What the page reads of a row of a kind; a float is a number above 0."""
+OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
+    "part": str, "dtype": str, "batch": int, "backend": str, "reason": str, "peak_bytes": float, "noise": float,
+    "extra_bytes": (int, float), "error": (int, float), "allowed": (int, float), "device": str,
+}  # fmt: skip
+"""What may be there and may be null, of rows of those kinds."""
 
 
 def as_row(value: Any) -> dict[str, Any]:
     """ValueError, KeyError or TypeError for what is no row, or lacks what its kind has."""
     if not isinstance(value, dict) or not isinstance(value["kind"], str):
         raise ValueError("not an object with a kind")
-    for name in NUMBERS.get(value["kind"], ()):
-        positive(value, name)
-    for name in WORDS.get(value["kind"], ()):
-        _ = value[name]
+    for name, kind in FIELDS.get(value["kind"], {}).items():
+        check(value, name, kind)
+    for name, kind in OPTIONAL.items():
+        if value["kind"] != "time" and value.get(name) is not None and value[name] != 0:
+            check(value, name, kind)
     return value
+
+
+def check(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> None:
+    """ValueError where a field is of another kind."""
+    if kind is float:
+        positive(row, name)
+    elif not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
+        raise ValueError(f"{name} is {row[name]!r}")
 
 
 def as_timing(row: Mapping[str, Any]) -> Timing:
     """A row "time"."""
+    for name in ("part", "op", "way", "dtype"):
+        check(row, name, str)
     config = row.get("config")
     return Timing(
         part=row["part"],
         op=row["op"],
         way=row["way"],
-        shape=Shape(**{name: int(row["shape"][name]) for name in Shape._fields}),
+        shape=Shape(**{name: int(positive(row["shape"], name)) for name in Shape._fields}),
         dtype=row["dtype"],
-        config=None if config is None else Config(**{name: int(config[name]) for name in Config._fields}),
+        config=None if config is None else Config(**{name: int(positive(config, name)) for name in Config._fields}),
         default=bool(row.get("default", True)),
         p20=positive(row, "p20_ms"),
         p50=positive(row, "p50_ms"),
         p80=positive(row, "p80_ms"),
-        repeats=int(row["repeats"]),
+        repeats=int(positive(row, "repeats")),
     )
 
 
 def positive(row: Mapping[str, Any], name: str) -> float:
     """A number above 0; ValueError for anything else."""
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, not a number above 0")
     return float(value)

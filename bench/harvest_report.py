@@ -44,7 +44,7 @@ def report(folder: Path, results: Path | None = None, floors: Find | None = None
     harvest = read(folder)
     results = results or (folder if harvest.summary.get("dry_run") else RESULTS)
     results.mkdir(parents=True, exist_ok=True)
-    floors = floors or finder(RESULTS, harvest.device, (harvest.summary.get("versions") or {}).get("triton"))
+    floors = floors or finder(RESULTS, harvest.device, harvest.versions.get("triton"))
     written = [keep(record, suite, harvest, results) for suite, record in records(harvest).items()]
     path = results / f"harvest_{label(harvest)}_{stamp(harvest)}.md"
     path.write_text("\n".join(page(harvest, floors, written)) + "\n")
@@ -98,7 +98,7 @@ def head(harvest: Harvest) -> dict[str, Any]:
         "dry_run": bool(summary.get("dry_run")),
         "cores": machine.get("cores"),
         "threads": machine.get("threads"),
-        "versions": summary.get("versions") or {},
+        "versions": harvest.versions,
     }
 
 
@@ -242,7 +242,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 def introduction(harvest: Harvest, written: Sequence[str]) -> list[str]:
     """What was measured, where and with what; what could not be read."""
     summary = harvest.summary
-    versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in harvest.versions.items())
     counts = {}
     for outcome in harvest.outcomes.values():
         counts[outcome.get("status")] = counts.get(outcome.get("status"), 0) + 1
@@ -271,7 +271,7 @@ def failed(harvest: Harvest) -> list[str]:
         lines += table(
             ("part", "status", "seconds of its limit", "why"),
             [
-                (name, x.get("status"), f"{x.get('seconds', 0):.0f} of {x.get('limit', 0):.0f}", x.get("reason") or "")
+                (name, x.get("status"), f"{seconds(x, 'seconds')} of {seconds(x, 'limit')}", x.get("reason") or "")
                 for name, x in bad.items()
             ],
         )
@@ -292,10 +292,15 @@ def failed(harvest: Harvest) -> list[str]:
     return lines
 
 
+def seconds(outcome: Mapping[str, Any], name: str) -> str:
+    """A time of an outcome, or a question mark."""
+    return f"{outcome[name]:.0f}" if isinstance(outcome.get(name), int | float) else "?"
+
+
 def last_words(outcome: Mapping[str, Any]) -> list[str]:
     """The last lines of a traceback, or of what a part that was killed had printed; of files their place in here."""
     text = outcome.get("traceback") or (outcome.get("log_tail") if outcome.get("status") != "skipped" else "") or ""
-    lines = text.rstrip().splitlines()[-TRACEBACK_LINES:]
+    lines = str(text).rstrip().splitlines()[-TRACEBACK_LINES:]
     return [re.sub(r'"/[^"]*?/(?=(?:bench|kernels|mapet|site-packages|tests)/)', '"', line) for line in lines]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from bench import harvest_data, harvest_floors, report_data
 from bench.harvest_advice import advice, counted, winners
 from bench.harvest_data import Config, Shape, read
 from bench.harvest_floors import Floors
-from bench.harvest_report import report
+from bench.harvest_report import label, page, records, report, stamp
 
 ROOT = Path(__file__).parent.parent
 TARGET = Shape(256, 12, 197, 50, 64)
@@ -379,6 +381,34 @@ def test_a_damaged_or_missing_summary_leaves_the_figures(whole: Path, tmp_path: 
     assert "summary.json is missing" in page_of(whole, tmp_path / "again")
 
 
+def spoilt(row: dict) -> Iterator[dict]:
+    """The row with each of its values replaced by other things, or left out."""
+    for name in row:
+        for value in (None, "x", [], -1, math.inf):
+            yield {**row, name: value}
+        yield {key: value for key, value in row.items() if key != name}
+
+
+def test_no_value_in_a_row_or_the_summary_breaks_the_page(whole: Path) -> None:
+    """Whatever stands in the place of a value, the line or the summary is used or left out."""
+    outcomes = {"step": outcome("failed", reason="ValueError", traceback="Traceback"), "attention": outcome()}
+    harvest = read(whole)
+    for rows in all_rows().values():
+        for row in {(x["kind"], x.get("op"), x.get("fits")): x for x in rows}.values():
+            for other in [*spoilt(row), {**row, "shape": {"tokens": None}}]:
+                (whole / "parts" / "spoilt.jsonl").write_text(json.dumps(other) + "\n")
+                found = read(whole)
+                assert len(found.damage) <= 1
+                page(found, floors, [])
+                records(found)
+    summary = harvest.summary | {"parts": outcomes}
+    for other in [*spoilt(summary), *({**summary, "parts": {"step": x}} for x in spoilt(outcomes["step"]))]:
+        (whole / "summary.json").write_text(json.dumps(other))
+        found = read(whole)
+        page(found, floors, [])
+        assert stamp(found) and label(found)
+
+
 def archive(folder: Path, source: Path) -> Path:
     """The harvest as it comes back."""
     folder.mkdir()
@@ -541,7 +571,7 @@ class Nothing:
 
 sys.meta_path.insert(0, Nothing())
 sys.path.insert(0, {str(ROOT)!r})
-from bench.harvest_report import report
+from bench.harvest_report import label, page, records, report, stamp
 print(report(Path({str(whole)!r}), Path({str(tmp_path / "out")!r})).read_text())
 """
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
