@@ -551,6 +551,7 @@ def test_floors_come_from_records_of_the_same_triton(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_floors_that_no_record_holds_are_compiled(tmp_path: Path) -> None:
     pytest.importorskip("triton")
+    pytest.importorskip("bench.aot_cases")
     find = harvest_floors.finder(tmp_path, "NVIDIA H200", "3.6.0")
     found = find("forward", OTHER, TARGET, "bf16")
     assert set(found.by_unit) == set(harvest_floors.UNITS) and "compiled for this page" in found.source
