@@ -44,7 +44,9 @@ def report(folder: Path, results: Path | None = None, floors: Find | None = None
     harvest = read(folder)
     results = results or (folder if harvest.summary.get("dry_run") else RESULTS)
     results.mkdir(parents=True, exist_ok=True)
-    floors = floors or finder(RESULTS, harvest.device, harvest.versions.get("triton"))
+    floors = floors or finder(
+        RESULTS, harvest.device, harvest.versions.get("triton"), str(harvest.summary.get("commit") or "")
+    )
     written = [keep(record, suite, harvest, results) for suite, record in records(harvest).items()]
     path = results / f"harvest_{label(harvest)}_{stamp(harvest)}.md"
     path.write_text("\n".join(page(harvest, floors, written)) + "\n")

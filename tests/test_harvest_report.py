@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -525,27 +526,57 @@ def test_only_configurations_timed_at_the_same_shapes_are_compared(tmp_path: Pat
     assert found.shapes == 1 and found.best == lucky and found.at_target == pytest.approx(2.75)
 
 
-def test_floors_come_from_records_of_the_same_triton(tmp_path: Path) -> None:
-    def record(name: str, triton: str, time: str, issue: float) -> None:
+def test_floors_come_from_records_of_the_same_kernels_and_triton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(name: str, commit: str, triton: str, time: str, issue: float) -> None:
         kernel = {
             "shape": "target", "floors": {"issue slots": issue, "HBM": 154.0},
             "compiled": {"kernel": "query_gradient_kernel", **TODAY._asdict()},
         }  # fmt: skip
         case = {**TARGET._asdict(), "dtype": "bf16", "variant": "plain"}
         content = {"gpu": {"name": "H200"}, "triton": triton, "time": time, "shapes": {"target": case}}
-        (tmp_path / name).write_text(json.dumps({"suite": "aot", **content, "kernels": [kernel]}))
+        content |= {"commit": commit, "kernels": [kernel]}
+        (tmp_path / name).write_text(json.dumps({"suite": "aot", **content}))
 
-    record("aot_a.json", "3.6.0", "2026-11-01", 350.0)
-    record("aot_b.json", "3.6.0", "2026-11-02", 320.0)
-    record("aot_c.json", "3.8.0", "2026-11-03", 300.0)
+    same = {"this": True, "unknown": None, "before": False}
+    monkeypatch.setattr(harvest_floors, "same_kernels", lambda commit, other=None: same[other or commit])
+    monkeypatch.setattr(harvest_floors, "compiled", lambda *_: None)
+    record("aot_a.json", "this", "3.6.0", "2026-11-01", 350.0)
+    record("aot_b.json", "this", "3.6.0", "2026-11-02", 320.0)
+    record("aot_c.json", "this", "3.8.0", "2026-11-03", 300.0)
+    record("aot_d.json", "unknown", "3.6.0", "2026-11-04", 200.0)
+    record("aot_e.json", "before", "3.6.0", "2026-11-05", 100.0)
     (tmp_path / "aot_early.json").write_text(json.dumps({"suite": "aot", "kernels": [{"kernel": "x"}]}))
     (tmp_path / "aot_broken.json").write_text("{")
-    find = harvest_floors.finder(tmp_path, "NVIDIA H200", "3.6.0")
-    found = find("dq", TODAY, TARGET, "bf16")
-    assert found == Floors({"issue slots": 320.0, "HBM": 154.0}, "`aot_b.json`")
-    assert found.binding == "issue slots" and found.largest == 320.0
-    assert harvest_floors.finder(tmp_path, "NVIDIA H200", "3.8.0")("dq", TODAY, TARGET, "bf16").largest == 300.0
-    assert harvest_floors.finder(tmp_path, "NVIDIA A100", "3.6.0")("dq", TODAY, TARGET, "bf16") is None
+
+    def found(device: str, triton: str) -> Floors | None:
+        return harvest_floors.finder(tmp_path, device, triton, "this")("dq", TODAY, TARGET, "bf16")
+
+    assert found("NVIDIA H200", "3.6.0") == Floors({"issue slots": 320.0, "HBM": 154.0}, "`aot_b.json`")
+    assert found("NVIDIA H200", "3.6.0").binding == "issue slots"
+    assert found("NVIDIA H200", "3.8.0").largest == 300.0
+    assert found("NVIDIA A100", "3.6.0") is None
+    for name in "abc":
+        (tmp_path / f"aot_{name}.json").unlink()
+    doubted = found("NVIDIA H200", "3.6.0")
+    assert doubted.largest == 200.0 and doubted.source == "`aot_d.json` (its kernels may be others than the harvest's)"
+    (tmp_path / "aot_d.json").unlink()
+    assert found("NVIDIA H200", "3.6.0") is None, "those of other kernels are no floors of these"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commits_are_compared_by_their_kernels() -> None:
+    def commit(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or pytest.skip("no history of git here")
+
+    kernel = commit("log", "-1", "--format=%H", "--", *harvest_floors.SOURCES)
+    before = commit("rev-parse", "--verify", "--quiet", f"{kernel}^")
+    assert harvest_floors.same_kernels(kernel, kernel) is True
+    assert harvest_floors.same_kernels(before, kernel) is False
+    assert harvest_floors.same_kernels("c0ffee" * 6 + "0000", kernel) is None
+    assert harvest_floors.same_kernels("", kernel) is None and harvest_floors.same_kernels(kernel, "") is None
 
 
 @pytest.mark.slow
