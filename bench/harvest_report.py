@@ -379,7 +379,8 @@ def beside_floors(harvest: Harvest, floors: Find) -> list[str]:
             f"{found.largest / measured:.0%}",
         ])  # fmt: skip
     head = ("kernel", "shape", "dtype", "configuration", "measured", "noise", *UNITS, "binding", "floor / measured")
-    text = "Microseconds. A floor is what one unit of an H200 would need if it never waited; the largest binds."
+    text = "Microseconds. A floor is what one unit of an H200 would need if it never waited; the largest binds. Above "
+    text += "100 % either the time or the floor is wrong."
     origin = f" Floors are of {', '.join(sources)}." if sources else ""
     return [text + origin, "", *table(head, rows)]
 
