@@ -24,11 +24,19 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 RESULTS ?= bench/results
 
-# Only files with GPU tests are read, which need few packages. Most of the time goes into compiling kernels, so that it
-# is spread over processes where pytest-xdist is installed.
+# Only files with GPU tests are read, which need few packages, and this one need not be installed. Most of the time goes
+# into compiling kernels, so that it is spread over processes where pytest-xdist is installed. It ends within 470 s: after
+# 370 s no test is started, 45 s later workers that still run one are ended, at 450 s the whole is interrupted. Failures
+# are in $(GPU_LOG)/failures.txt as soon as they are known, all output in gpu_tests.log there.
+GPU_LOG ?= build/test-gpu
+GPU_LIMITS = --stop-after 370 -o faulthandler_timeout=110 --keep-failures $(GPU_LOG)/failures.txt
 test-gpu:
-	spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null); \
-	OMP_NUM_THREADS=2 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m gpu -rs $$spread
+	mkdir -p $(GPU_LOG)/path; rm -f $(GPU_LOG)/failures.txt; ln -sfn $(CURDIR)/kernels $(GPU_LOG)/path/mapet_kernels; \
+	spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6 --dist worksteal")' 2>/dev/null); \
+	export PYTHONPATH=$(abspath $(GPU_LOG))/path:$(CURDIR):$$PYTHONPATH OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1; \
+	{ timeout -s INT -k 20 450 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m gpu -rfEs --durations=15 $(GPU_LIMITS) $$spread; \
+		echo $$? > $(GPU_LOG)/status; } 2>&1 | tee $(GPU_LOG)/gpu_tests.log; \
+	exit $$(cat $(GPU_LOG)/status)
 
 # Four parts in 590 s at most. Each stops by itself at its own limit, and what it has by then is its record; `timeout`
 # sends SIGTERM, which keeps the record too, to a part that hangs. One that fails does not stop the next.

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")  # a run ends with a picture
+
 from bench import attention
 from bench.attention import AttentionBenchmark, Configuration
 from mapet_kernels.registry import TwoStreamShape

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("safetensors")  # the learner brings the checkpoints with it
+
 from test_learner import batches
 from tiny_run import make_cache, make_config
 

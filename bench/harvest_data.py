@@ -1,0 +1,277 @@
+"""What a harvest (bench/harvest.py) brought home, read so that damage costs only itself. Standard library alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+ARCHIVE = "harvest.tar.gz"
+LARGEST_MEMBER, LARGEST_TOTAL = 64 << 20, 256 << 20
+"""Bytes that an archive may unpack to; what comes back is a few MiB."""
+HEAD_SIZE_FLOP = {"forward": 4, "backward": 10}
+"""FLOP of a visible pair and head size: two products forward, five backward."""
+
+
+class Config(NamedTuple):
+    """Launch configuration of an attention kernel."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.keys}, {self.warps} warps, {self.stages} stages"
+
+
+class Shape(NamedTuple):
+    """Sizes of two-stream attention."""
+
+    batch: int
+    heads: int
+    tokens: int
+    cut: int
+    size: int
+
+    @property
+    def is_target(self) -> bool:
+        """Whether it is the shape that targets are for."""
+        return (self.batch * self.heads, self.tokens, self.cut, self.size) == (3072, 197, 50, 64)
+
+    @property
+    def visible_pairs(self) -> int:
+        """Pairs of a row and a key it sees, over images and heads: each of the N + 2 T rows sees N keys."""
+        return self.batch * self.heads * self.tokens * (3 * self.tokens - 2 * self.cut)
+
+    def __str__(self) -> str:
+        return f"N {self.tokens} c {self.cut} B {self.batch} H {self.heads} D {self.size}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of an op of attention. default: in the configuration of the launch table (peers have none)."""
+
+    part: str
+    op: str
+    way: str
+    shape: Shape
+    dtype: str
+    config: Config | None
+    default: bool
+    p20: float
+    p50: float
+    p80: float
+    repeats: int
+
+    @property
+    def noise(self) -> float:
+        """(p80 - p20) / p50."""
+        return (self.p80 - self.p20) / self.p50
+
+    @property
+    def flop_per_s(self) -> float:
+        """Of a whole pass, on visible pairs."""
+        return HEAD_SIZE_FLOP[self.op] * self.shape.size * self.shape.visible_pairs / (self.p50 / 1e3)
+
+
+@dataclass
+class Harvest:
+    """Rows by kind, what became of the parts, and what could not be read.
+
+    Attributes:
+        summary: summary.json; empty where it is missing or damaged.
+        rows: of each kind but "time", in the order they were written.
+        times: the newest with the most repeats of what was timed several times.
+        damage: a line for everything that could not be read.
+    """
+
+    summary: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    times: list[Timing] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        """Its name, or "unknown device"."""
+        names = [self.summary.get("device"), *(row.get("device") for row in self.of("machine"))]
+        return next((name for name in names if isinstance(name, str) and name), "unknown device")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of Python and the packages that matter."""
+        found = self.summary.get("versions")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def outcomes(self) -> dict[str, dict[str, Any]]:
+        """What became of each part."""
+        return self.summary.get("parts") or {}
+
+    def of(self, kind: str, **wanted: Any) -> list[dict[str, Any]]:
+        """Rows of a kind with these values."""
+        return [row for row in self.rows.get(kind, []) if all(row.get(name) == value for name, value in wanted.items())]
+
+    def timings(self, **wanted: Any) -> list[Timing]:
+        """Timings with these values of their fields."""
+        return [time for time in self.times if all(getattr(time, name) == value for name, value in wanted.items())]
+
+    def ceiling(self, name: str) -> float | None:
+        """The best of a ceiling's values."""
+        values = [row["value"] for row in self.of("ceiling", name=name)]
+        return max(values) if values else None
+
+
+def read(folder: Path) -> Harvest:
+    """The harvest in a folder: parts/ and summary.json, or the archive that holds them.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if (folder / "summary.json").exists() or (folder / "parts").is_dir():
+        return read_files(folder)
+    if not (folder / ARCHIVE).exists():
+        raise ValueError(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
+    with tempfile.TemporaryDirectory() as inside:
+        damage = unpack(folder / ARCHIVE, Path(inside))
+        harvest = read_files(Path(inside))
+    harvest.damage = damage + harvest.damage
+    return harvest
+
+
+def unpack(archive: Path, folder: Path) -> list[str]:
+    """Unpack what belongs to a harvest, as far as the archive is whole; returns what was left out."""
+    left_out, total = [], 0
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                known = str(path) == "summary.json" or (path.parent.name, path.suffix) == ("parts", ".jsonl")
+                total += member.size if known else 0
+                if not member.isfile() or not known:
+                    left_out += [] if member.isdir() else [f"{ARCHIVE}: {member.name} is no file of a harvest"]
+                elif member.size > LARGEST_MEMBER or total > LARGEST_TOTAL:
+                    left_out.append(f"{ARCHIVE}: {member.name} is too large ({member.size} bytes)")
+                else:
+                    tar.extract(member, folder, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        left_out.append(f"{ARCHIVE} cannot be read to its end: {type(error).__name__}: {error}")
+    return left_out
+
+
+def read_files(folder: Path) -> Harvest:
+    """summary.json and parts/*.jsonl."""
+    harvest = Harvest()
+    try:
+        harvest.summary = as_summary(json.loads((folder / "summary.json").read_text()), harvest.damage)
+    except FileNotFoundError:
+        harvest.damage.append("summary.json is missing: what failed is not known")
+    except ValueError as error:
+        harvest.damage.append(f"summary.json is damaged: {error}")
+    times: dict[tuple[Any, ...], Timing] = {}
+    for path in sorted((folder / "parts").glob("*.jsonl")):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                row = as_row(json.loads(line))
+                if row["kind"] == "time":
+                    time = as_timing(row)
+                    keep_better(times, time)
+                else:
+                    harvest.rows.setdefault(row["kind"], []).append(row)
+            except (ValueError, KeyError, TypeError) as error:
+                harvest.damage.append(f"{path.name}, line {number}: {type(error).__name__}: {error}")
+    harvest.times = list(times.values())
+    return harvest
+
+
+def keep_better(times: dict[tuple[Any, ...], Timing], time: Timing) -> None:
+    """A later round of the same has more repeats and replaces the first, unless it was cut short."""
+    key = (time.part, time.op, time.way, time.shape, time.dtype, time.config, time.default)
+    if key not in times or time.repeats >= times[key].repeats:
+        times[key] = time
+
+
+def as_summary(value: Any, damage: list[str]) -> dict[str, Any]:
+    """The summary without parts of which it does not say what became of them; those are added to the damage.
+
+    Raises:
+        ValueError: it is no summary.
+    """
+    parts = value.get("parts", {}) if isinstance(value, dict) else None
+    if not isinstance(parts, dict):
+        raise ValueError("not an object with parts")
+    told = {name: x for name, x in parts.items() if isinstance(x, dict) and isinstance(x.get("status"), str)}
+    damage += [f"summary.json: the entry of part {name} has no status" for name in parts.keys() - told.keys()]
+    return value | {"parts": told}
+
+
+FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "ceiling": {"name": str, "value": float},
+    "check": {"what": str, "ok": bool},
+    "counters": {"kernel": str, "metrics": dict},
+    "bandwidth": {"op": str, "bytes_per_s": float},
+    "step": {"model": str, "mode": str, "way": str, "images_per_s": float, "p20_ms": float, "p50_ms": float,
+             "p80_ms": float},
+    "kmeans": {"way": str, "shape": dict, "flops_per_s": float, "p20_ms": float, "p50_ms": float, "p80_ms": float},
+    "memory": {"model": str, "recompute": str, "micro_batch": float, "planned_bytes": float},
+}  # fmt: skip
+"""What the page reads of a row of a kind; a float is a number above 0."""
+OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
+    "part": str, "dtype": str, "batch": int, "backend": str, "reason": str, "peak_bytes": float, "noise": float,
+    "extra_bytes": (int, float), "error": (int, float), "allowed": (int, float), "device": str,
+}  # fmt: skip
+"""What may be there and may be null, of rows of those kinds."""
+
+
+def as_row(value: Any) -> dict[str, Any]:
+    """ValueError, KeyError or TypeError for what is no row, or lacks what its kind has."""
+    if not isinstance(value, dict) or not isinstance(value["kind"], str):
+        raise ValueError("not an object with a kind")
+    for name, kind in FIELDS.get(value["kind"], {}).items():
+        check(value, name, kind)
+    for name, kind in OPTIONAL.items():
+        if value["kind"] != "time" and value.get(name) is not None and value[name] != 0:
+            check(value, name, kind)
+    return value
+
+
+def check(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> None:
+    """ValueError where a field is of another kind."""
+    if kind is float:
+        positive(row, name)
+    elif not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
+        raise ValueError(f"{name} is {row[name]!r}")
+
+
+def as_timing(row: Mapping[str, Any]) -> Timing:
+    """A row "time"."""
+    for name in ("part", "op", "way", "dtype"):
+        check(row, name, str)
+    config = row.get("config")
+    return Timing(
+        part=row["part"],
+        op=row["op"],
+        way=row["way"],
+        shape=Shape(**{name: int(positive(row["shape"], name)) for name in Shape._fields}),
+        dtype=row["dtype"],
+        config=None if config is None else Config(**{name: int(positive(config, name)) for name in Config._fields}),
+        default=bool(row.get("default", True)),
+        p20=positive(row, "p20_ms"),
+        p50=positive(row, "p50_ms"),
+        p80=positive(row, "p80_ms"),
+        repeats=int(positive(row, "repeats")),
+    )
+
+
+def positive(row: Mapping[str, Any], name: str) -> float:
+    """A number above 0; ValueError for anything else."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}, not a number above 0")
+    return float(value)
