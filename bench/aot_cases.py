@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -17,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench import tile_count
 from bench.sass import Code, Loop
 from bench.static_cost import H200, Work, attention_loops, distinct, product_loops, tensor_floor
-from bench.tile_count import Tiles
+from bench.tile_count import Tiles, TwoStream
 from mapet_kernels import launch, visibility
 from mapet_kernels.kmeans_assign import triton_backend as assign
 from mapet_kernels.kmeans_assign.passes import is_direct
@@ -122,13 +121,11 @@ class Attention:
             count = tile_count.prefix_suffix_by_key if by_key else tile_count.prefix_suffix_by_row
             return count(seen, rows, keys)
         count = tile_count.two_stream_by_key if by_key else tile_count.two_stream_by_row
-        return count(*self._two_stream_rows(), rows, keys)
+        return count(self._two_stream_rows(), rows, keys)
 
-    def _two_stream_rows(self) -> tuple[np.ndarray, np.ndarray]:
+    def _two_stream_rows(self) -> TwoStream:
         with_content = self.variant != "last_block"
-        return tile_count.two_stream_rows(
-            self.tokens, self.cut, mask_tokens=self.mask_tokens, with_content=with_content
-        )
+        return tile_count.two_stream(self.tokens, self.cut, mask_tokens=self.mask_tokens, with_content=with_content)
 
     def visible(self) -> int:
         """Pairs of a row and a key that it sees, of all images and heads."""
@@ -136,7 +133,7 @@ class Attention:
             shift = visibility.two_stream_shifts(self.tokens, self.cut)[0].numpy()
             pairs = tile_count.prefix_suffix_rows(shift, self.cut, self.tokens, self.targets).sum()
         else:
-            pairs = sum(x.sum() for x in self._two_stream_rows())
+            pairs = self._two_stream_rows().pairs
         return int(pairs) * self.batch * self.heads
 
     def work(self, part: Launch) -> Work | None:

@@ -15,10 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import triton
-
-NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:(@!?\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+|[$\w.]+):\s*$")
 TARGET = re.compile(r"`\(([^)]+)\)")
@@ -219,8 +215,11 @@ def disassemble(cubin: bytes) -> str:
     Raises:
         subprocess.CalledProcessError: the disassembler does not take it.
     """
+    import triton  # here, so that listings are read without it
+
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [os.fspath(NVDISASM), "-c", file.name]
+        command = [os.fspath(nvdisasm), "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -35,50 +35,81 @@ class Tiles:
         return self.plain + self.masked
 
 
-def two_stream_rows(tokens: int, cut: int, *, mask_tokens: bool, with_content: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Who sees whom, keys in the order M, A, B: bool (rows with shift 0: A and M, keys) and (2, T, keys) of B and G.
+@dataclass(frozen=True)
+class TwoStream:
+    """Who sees whom in two-stream attention, keys in the order M, A, B.
 
-    Without content rows the first has no rows and the second is (1, T, keys), of G.
+    first: bool (rows A and M, keys); no rows without content queries (last block).
+    targets: bool (2, T, keys), of B and G. Without content queries there are no rows B, but the kernels go by what both
+        would see: a key or row more at an edge.
     """
+
+    first: np.ndarray
+    targets: np.ndarray
+    with_content: bool
+
+    @property
+    def streams(self) -> int:
+        """Rows of one target."""
+        return 2 if self.with_content else 1
+
+    @property
+    def rows(self) -> int:
+        return len(self.first) + self.streams * self.targets.shape[1]
+
+    @property
+    def pairs(self) -> int:
+        """Of a row and a key that it sees."""
+        return int(self.first.sum() + self.targets[-self.streams :].sum())
+
+
+def two_stream(tokens: int, cut: int, *, mask_tokens: bool = True, with_content: bool = True) -> TwoStream:
+    """Two-stream attention at these sizes."""
     content, query = (x.numpy() for x in two_stream_visibility(tokens, cut, mask_tokens=mask_tokens))
     content, query = (np.concatenate([x[:, tokens:], x[:, :tokens]], 1) for x in (content, query))
-    if not with_content:
-        return content[:0], query[None]
-    return np.concatenate([content[:cut], content[tokens:]]), np.stack([content[cut:tokens], query])
+    first = np.concatenate([content[:cut], content[tokens:]]) if with_content else content[:0]
+    return TwoStream(first, np.stack([content[cut:tokens], query]), with_content)
 
 
-def two_stream_by_row(first: np.ndarray, targets: np.ndarray, rows: int, keys: int) -> Tiles:
-    """Of the forward and dQ kernels: a program has `rows` first rows, or B and G of as many targets as fit."""
-    together = rows // len(targets)
-    tiles = [first[i : i + rows] for i in range(0, len(first), rows)]
-    tiles += [targets[:, i : i + together].reshape(-1, targets.shape[2]) for i in range(0, targets.shape[1], together)]
-    return _over_keys(tiles, keys)
+def two_stream_by_row(x: TwoStream, rows: int, keys: int) -> Tiles:
+    """Of the forward and dQ kernels: a program has `rows` first rows, or as many rows of targets, B and G together."""
+    tiles = [x.first[i : i + rows] for i in range(0, len(x.first), rows)]
+    return _over_keys(
+        [*tiles, *(tile.reshape(-1, tile.shape[2]) for tile in _target_tiles(x, x.targets, rows))], keys, x.rows
+    )
 
 
-def _over_keys(tiles: list[np.ndarray], keys: int) -> Tiles:
+def _target_tiles(x: TwoStream, targets: np.ndarray, rows: int) -> list[np.ndarray]:
+    """Targets (2, T, keys) cut into tiles of `rows` rows."""
+    together = rows // x.streams
+    return [targets[:, i : i + together] for i in range(0, targets.shape[1], together)]
+
+
+def _over_keys(tiles: list[np.ndarray], keys: int, rows: int) -> Tiles:
     """Programs that each go over the keys that any of their rows sees, without gaps, in blocks from the first on."""
     plain = masked = passing = 0
     for seen in tiles:
         whole = seen[seen.any(1)].all(0)[seen.any(0)]
         full = sum(whole[i : i + keys].all() for i in range(0, len(whole) - keys + 1, keys))
         plain, masked, passing = plain + full, masked + -(-len(whole) // keys) - full, passing + len(whole)
-    return Tiles(len(tiles), int(plain), int(masked), passing, sum(map(len, tiles)))
+    return Tiles(len(tiles), int(plain), int(masked), passing, rows)
 
 
-def two_stream_by_key(first: np.ndarray, targets: np.ndarray, rows: int, keys: int) -> Tiles:
+def two_stream_by_key(x: TwoStream, rows: int, keys: int) -> Tiles:
     """Of the dK and dV kernel: a program has `keys` keys and goes over the first rows, then over targets."""
-    together = rows // len(targets)
-    count = first.shape[1]
+    count = x.targets.shape[2]
     plain = masked = passing = 0
     for p in range(0, count, keys):
-        seen_first, seen_targets = first[:, p : p + keys], targets[:, :, p : p + keys]
-        blocks = [seen_first[i : i + rows] for i in range(0, len(first), rows)] if seen_first.any() else []
-        some = np.flatnonzero(seen_targets.any((0, 2)))
-        if len(some):
-            seen = seen_targets[:, some[0] : some[-1] + 1]
-            blocks += [seen[:, i : i + together].reshape(-1, seen.shape[2]) for i in range(0, seen.shape[1], together)]
-        full = sum(block.all() and block.shape == (rows, keys) for block in blocks)
-        plain, masked, passing = plain + full, masked + len(blocks) - full, passing + sum(map(len, blocks))
+        first, targets = x.first[:, p : p + keys], x.targets[:, :, p : p + keys]
+        whole_keys = first.shape[1] == keys
+        blocks = [first[i : i + rows] for i in range(0, len(first), rows)] if first.any() else []
+        some = np.flatnonzero(targets.any((0, 2)))
+        pairs = _target_tiles(x, targets[:, some[0] : some[-1] + 1], rows) if len(some) else []
+        full = sum(block.all() and len(block) == rows for block in blocks)
+        full += sum(block.all() and block.shape[1] == rows // x.streams for block in pairs)
+        full *= whole_keys
+        plain, masked = plain + full, masked + len(blocks) + len(pairs) - full
+        passing += sum(map(len, blocks)) + x.streams * sum(block.shape[1] for block in pairs)
     return Tiles(-(-count // keys), int(plain), int(masked), passing, count)
 
 
@@ -89,7 +120,7 @@ def prefix_suffix_rows(shift: np.ndarray, cut: int, content: int, suffix: int) -
 
 def prefix_suffix_by_row(seen: np.ndarray, rows: int, keys: int) -> Tiles:
     """Of the forward and dQ kernels of prefix-suffix attention, given who sees whom in the order of its rows."""
-    return _over_keys([seen[i : i + rows] for i in range(0, len(seen), rows)], keys)
+    return _over_keys([seen[i : i + rows] for i in range(0, len(seen), rows)], keys, len(seen))
 
 
 def prefix_suffix_by_key(seen: np.ndarray, rows: int, keys: int) -> Tiles:
