@@ -66,7 +66,8 @@ class Cost:
         programs: of the launch.
         resident: programs that one processor holds at a time (CTAs an SM).
         hgmma: whether its products use the tensor cores of Hopper.
-        loops: by name ("masked", "plain"; of k-means "tile", "product"), see `static_cost.loop_record`.
+        loops: by name ("tile"; of k-means also "product"), see `static_cost.loop_record`.
+        masks: how often each branch of the loop over tiles is taken, which applies a mask.
         outside: instructions in no loop.
         visible, executed: pairs of a row and a key, of all images and heads.
         tensor_visible: microseconds that the tensor cores need for the visible pairs.
@@ -82,6 +83,7 @@ class Cost:
     hgmma: bool
     loops: dict[str, dict[str, Any]] = field(default_factory=dict)
     outside: int | None = None
+    masks: tuple[int, ...] = ()
     visible: int | None = None
     executed: int | None = None
     tensor_visible: float | None = None
@@ -205,12 +207,13 @@ def cost_of(name: str, case: Attention | KMeans, part: Launch, target: Target) -
         for name, loop in loops.items()
         if loop.tensor and (times := static_cost.unrolled(loop, compiled.warps, work.trip_flop)) != 1
     )
-    instructions = static_cost.executed(code, loops, work.trips, part.programs, compiled.warps)
+    instructions = static_cost.executed(code, loops, work, part.programs, compiled.warps)
     floors = static_cost.floors(work, instructions)
     return Cost(
         *common,
         loops={name: static_cost.loop_record(loop, work.trips[name]) for name, loop in loops.items()},
         outside=len(code.outside),
+        masks=work.branches,
         visible=work.visible,
         executed=work.executed,
         tensor_visible=static_cost.tensor_floor(work.visible, work.flop),
@@ -222,7 +225,8 @@ def cost_of(name: str, case: Attention | KMeans, part: Launch, target: Target) -
 
 COLUMNS = (
     "shape", "kernel", "tile", "warps", "stages", "registers", "shared KiB", "CTAs/SM", "spills", "HGMMA", "in flight",
-    "instructions", "outside", "trips a program", "useful", "tensor (visible)", "exp2", "issue", "L2", "HBM", "binding",
+    "instructions", "outside", "trips a program", "masks a program", "useful", "tensor (visible)", "exp2", "issue", "L2",
+    "HBM", "binding",
 )  # fmt: skip
 
 
@@ -251,14 +255,20 @@ def row_of(cost: Cost) -> tuple[str, ...]:
         f"{x.spill_stores}/{x.spill_loads}",
         "yes" if cost.hgmma else "no",
         " / ".join(f"{loop['copies_in_flight']} of {loop['copies']}" for loop in loops),
-        " / ".join(f"{name} {loop['instructions']}" for name, loop in cost.loops.items()),
+        " / ".join(instructions_of(name, loop) for name, loop in cost.loops.items()),
         str(cost.outside),
         " / ".join(f"{loop['trips'] / cost.programs:.1f}" for loop in loops),
+        " + ".join(f"{count / cost.programs:.1f}" for count in cost.masks),
         f"{cost.useful:.0%}" if cost.useful else "",
         tensor,
         *(f"{floors[name]:.0f}" if floors else "" for name in ("exp2", "issue slots", "L2", "HBM")),
         cost.binding or "",
     )
+
+
+def instructions_of(name: str, loop: dict[str, Any]) -> str:
+    """Instructions of each trip, and those of its branches."""
+    return " + ".join([f"{name} {loop['instructions']}", *map(str, loop["branches"])])
 
 
 def remarks(costs: Sequence[Cost]) -> list[str]:

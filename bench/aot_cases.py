@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import tile_count
 from bench.sass import Code, Loop
-from bench.static_cost import H200, Work, attention_loops, distinct, product_loops, tensor_floor
-from bench.tile_count import Tiles, TwoStream
+from bench.static_cost import H200, Work, distinct, product_loops, tensor_floor
+from bench.tile_count import Tiles
 from mapet_kernels import launch, visibility
 from mapet_kernels.kmeans_assign import triton_backend as assign
 from mapet_kernels.kmeans_assign.passes import is_direct
@@ -27,6 +28,7 @@ from mapet_kernels.prefix_suffix_attention import triton_backend as prefix_suffi
 from mapet_kernels.triton_launch import Launch
 from mapet_kernels.two_stream_attention import triton_backend as two_stream
 from mapet_kernels.two_stream_attention.problem import Problem, Streams
+from mapet_kernels.two_stream_attention.tiles import Shape
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 """By name; "tf32" is fp32 whose products are rounded to TF32."""
@@ -116,24 +118,28 @@ class Attention:
         """What the programs of a launch do for one image and head."""
         rows, keys, by_key = part.constants["BM"], part.constants["BN"], part.kernel.__name__.startswith("key")
         if self.variant in PREFIX_SUFFIX_VARIANTS:
-            shift = visibility.two_stream_shifts(self.tokens, self.cut)[0].numpy()
-            seen = tile_count.prefix_suffix_rows(shift, self.cut, self.tokens, self.targets)
-            count = tile_count.prefix_suffix_by_key if by_key else tile_count.prefix_suffix_by_row
-            return count(seen, rows, keys)
-        count = tile_count.two_stream_by_key if by_key else tile_count.two_stream_by_row
-        return count(self._two_stream_rows(), rows, keys)
+            seen = self._prefix_suffix_pairs()
+            if by_key:
+                return tile_count.prefix_suffix_by_key(seen, rows, keys)
+            return tile_count.prefix_suffix_by_row(seen, self.tokens, rows, keys)
+        if by_key:
+            return tile_count.two_stream_by_key(self._shape(), rows, keys, argument(part, "skipped"))
+        return tile_count.two_stream_by_row(self._shape(), rows, keys)
 
-    def _two_stream_rows(self) -> TwoStream:
-        with_content = self.variant != "last_block"
-        return tile_count.two_stream(self.tokens, self.cut, mask_tokens=self.mask_tokens, with_content=with_content)
+    def _prefix_suffix_pairs(self) -> np.ndarray:
+        shift = visibility.two_stream_shifts(self.tokens, self.cut)[0].numpy()
+        return tile_count.prefix_suffix(shift, self.cut, self.tokens, self.targets)
+
+    def _shape(self) -> Shape:
+        return Shape(self.tokens, self.cut, self.variant != "last_block", self.mask_tokens)
 
     def visible(self) -> int:
         """Pairs of a row and a key that it sees, of all images and heads."""
         if self.variant in PREFIX_SUFFIX_VARIANTS:
-            shift = visibility.two_stream_shifts(self.tokens, self.cut)[0].numpy()
-            pairs = tile_count.prefix_suffix_rows(shift, self.cut, self.tokens, self.targets).sum()
+            pairs = self._prefix_suffix_pairs().sum()
         else:
-            pairs = self._two_stream_rows().pairs
+            content, query = visibility.two_stream_visibility(self.tokens, self.cut, mask_tokens=self.mask_tokens)
+            pairs = query.sum() + (0 if self.variant == "last_block" else content.sum())
         return int(pairs) * self.batch * self.heads
 
     def work(self, part: Launch) -> Work | None:
@@ -147,10 +153,11 @@ class Attention:
         moved += tiles.staying * (traffic.staying * bytes_of_row + traffic.staying_statistics * 4)
         return Work(
             visible=self.visible(),
-            executed=tiles.count * part.constants["BM"] * part.constants["BN"] * sets,
+            executed=tiles.tiles * part.constants["BM"] * part.constants["BN"] * sets,
             flop=2 * traffic.products * row,
             exp2=1,
-            trips={"masked": tiles.masked * sets, "plain": tiles.plain * sets, "all": tiles.count * sets},
+            trips={"tile": tiles.tiles * sets},
+            branches=tuple(count * sets for count in tiles.masks),
             trip_flop=2 * traffic.products * row * part.constants["BM"] * part.constants["BN"],
             l2=moved * sets,
             hbm=tensor_bytes(part),
@@ -158,7 +165,7 @@ class Attention:
 
     def loops(self, code: Code) -> dict[str, Loop]:
         """The kernel's loops by the names that `Work.trips` has for them."""
-        return attention_loops(code)
+        return product_loops(code)
 
     def one_pass(self) -> dict[str, float]:
         """Floors of a backward pass in one kernel that computes visible pairs alone, in microseconds.
@@ -252,6 +259,7 @@ class KMeans:
             flop=2 * products * features,
             exp2=0,
             trips={"tile": tiles, "product": tiles * products},
+            branches=(),
             trip_flop=2 * rows * clusters * features,
             l2=2 * tiles * products * features * (clusters + (0 if products == 1 else rows)),
             hbm=tensor_bytes(part),
@@ -281,6 +289,11 @@ def tensor_bytes(part: Launch) -> int:
     """Bytes of a launch's operands and results, each once."""
     tensors = [_base(value) for value in part.arguments]
     return sum(x.numel() * x.element_size() for x in distinct([x for x in tensors if x is not None]))
+
+
+def argument(part: Launch, name: str) -> Any:
+    """The value of a launch's argument."""
+    return part.arguments[[parameter.name for parameter in part.kernel.params].index(name)]
 
 
 def _base(value: Any) -> Tensor | None:

@@ -127,6 +127,9 @@ def source(part: Launch) -> ASTSource:
             block = ", ".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype][1:]}[{block}]>"
             continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         signature[name] = TYPE_NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
         number = value.data_ptr() if isinstance(value, Tensor) else value
         if specialised and number % 16 == 0:

@@ -64,11 +64,13 @@ class Loop:
     Attributes:
         places: of all its instructions, those of inner loops included.
         own: its instructions outside inner loops.
+        branches: numbers of own instructions that only some trips execute, as they mask scores; in the code's order.
         begun: bulk copies (TMA) begun for the first trips: between the last wait above the head and the head.
     """
 
     places: frozenset[int]
     own: tuple[Instruction, ...]
+    branches: tuple[int, ...]
     begun: int
 
     def count(self, *names: str) -> int:
@@ -183,7 +185,22 @@ class Code:
         begun = 0
         for x in self.instructions[:head]:
             begun = 0 if x.opcode.startswith("SYNCS.PHASECHK") else begun + (x.name == "UTMALDG")
-        return Loop(frozenset(body), tuple(self.instructions[place] for place in own), begun)
+        return Loop(frozenset(body), tuple(self.instructions[place] for place in own), self._branches(own), begun)
+
+    def _branches(self, own: list[int]) -> tuple[int, ...]:
+        """Sizes of the runs of a loop's instructions around which there is a way, if they select values (FSEL).
+
+        Others are copies for some threads: some warp executes them in every trip.
+        """
+        inside = set(own)
+        jumps = [place for place in own if self.instructions[place].name == "BRA"]
+        runs = []
+        for place in jumps:
+            stop = self.labels.get(self.instructions[place].target or "", 0)
+            run = inside.intersection(range(place + 1, stop)) if stop in inside else set()
+            if any(self.instructions[i].name == "FSEL" for i in run):
+                runs.append(len(run))
+        return tuple(runs)
 
     @property
     def peeled(self) -> int:

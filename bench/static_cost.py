@@ -57,6 +57,7 @@ class Work:
         flop: of the tensor cores for a pair.
         exp2: exponentials for a pair.
         trips: how often each kind of loop is gone through, by its name in the record.
+        branches: how often each branch of the loop over tiles is taken, in the order of the source.
         trip_flop: of the tensor cores in one trip of the loop with the products, as the source has it.
         l2: bytes that programs load and store.
         hbm: bytes of all operands and results, each once.
@@ -67,6 +68,7 @@ class Work:
     flop: int
     exp2: int
     trips: dict[str, int]
+    branches: tuple[int, ...]
     trip_flop: int
     l2: int
     hbm: int
@@ -90,32 +92,25 @@ def tensor_floor(pairs: int, flop: int, gpu: Gpu = H200) -> float:
     return round(1e6 * pairs * flop / (gpu.tensor_flop * gpu.processors * gpu.clock), 2)
 
 
-def executed(code: Code, loops: dict[str, Loop], trips: dict[str, int], programs: int, warps: int) -> int:
+def executed(code: Code, loops: dict[str, Loop], work: Work, programs: int, warps: int) -> int:
     """Instructions that all warps execute together: once what is in no loop, and the named loops as often as given.
 
-    Loops without a name are those that may be left out: not one trip of them is counted.
+    Loops without a name are those that may be left out: not one trip of them is counted. The branches of the loop over
+    tiles are taken as often as the work says; where the compiler made other branches of them, all cost the same.
     """
-    counted = sum(len(loop.own) * trips[name] for name, loop in loops.items())
-    return warps * (programs * len(code.outside) + counted)
-
-
-def attention_loops(code: Code) -> dict[str, Loop]:
-    """The loops over tiles: "masked", the longer, and "plain"; "all" where there is one for both.
-
-    Raises:
-        ValueError: there are none, or more.
-    """
-    loops = sorted((loop for loop in code.loops if loop.tensor), key=lambda loop: len(loop.own), reverse=True)
-    if len(loops) not in (1, 2):
-        found = ", ".join(str(len(loop.own)) for loop in loops) or "none"
-        raise ValueError(f"expected a loop with a mask and one without, found loops over tiles of {found} instructions")
-    return dict(zip(("masked", "plain") if len(loops) == 2 else ("all",), loops, strict=True))
+    total = programs * len(code.outside)
+    for name, loop in loops.items():
+        total += work.trips[name] * (len(loop.own) - sum(loop.branches))
+    branches = loops["tile"].branches
+    if len(branches) == len(work.branches):
+        total += sum(size * taken for size, taken in zip(branches, work.branches, strict=True))
+    elif work.branches:
+        total += sum(branches) * sum(work.branches) // len(work.branches)
+    return warps * total
 
 
 def product_loops(code: Code) -> dict[str, Loop]:
-    """Of a kernel that goes over tiles and, inside, over products of one tile: "product" and, around it, "tile".
-
-    Where a tile is one product, there is "tile" alone.
+    """Of a kernel that goes over tiles: "tile"; and, where a tile takes many products, "product", the loop inside.
 
     Raises:
         ValueError: not one loop uses the tensor cores, or several.
@@ -142,7 +137,8 @@ def binding(floor: dict[str, float]) -> str:
 def loop_record(loop: Loop, trips: int) -> dict[str, int | list[int]]:
     """What the record says of a loop: a trip begins `copies`, and at its head `copies_in_flight` are on their way."""
     return {
-        "instructions": len(loop.own),
+        "instructions": len(loop.own) - sum(loop.branches),
+        "branches": list(loop.branches),
         "tensor": loop.tensor,
         "copies": loop.groups,
         "copies_in_flight": loop.in_flight,
