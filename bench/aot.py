@@ -225,8 +225,8 @@ def cost_of(name: str, case: Attention | KMeans, part: Launch, target: Target) -
 
 COLUMNS = (
     "shape", "kernel", "tile", "warps", "stages", "registers", "shared KiB", "CTAs/SM", "spills", "HGMMA", "in flight",
-    "instructions", "outside", "trips a program", "masks a program", "useful", "tensor (visible)", "exp2", "issue", "L2",
-    "HBM", "binding",
+    "instructions", "outside", "trips a program", "masks a program", "useful", "tensor (visible)", "exp2", "issue",
+    "L2", "HBM", "binding",
 )  # fmt: skip
 
 

@@ -293,7 +293,7 @@ def tensor_bytes(part: Launch) -> int:
 
 def argument(part: Launch, name: str) -> Any:
     """The value of a launch's argument."""
-    return part.arguments[[parameter.name for parameter in part.kernel.params].index(name)]
+    return part.arguments[part.kernel.arg_names.index(name)]
 
 
 def _base(value: Any) -> Tensor | None:

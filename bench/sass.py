@@ -198,7 +198,8 @@ class Code:
         for place in jumps:
             stop = self.labels.get(self.instructions[place].target or "", 0)
             run = inside.intersection(range(place + 1, stop)) if stop in inside else set()
-            if any(self.instructions[i].name == "FSEL" for i in run):
+            left_out = run.isdisjoint(_reachable(stop, self.successors, stop=own[0]))
+            if left_out and any(self.instructions[i].name == "FSEL" for i in run):
                 runs.append(len(run))
         return tuple(runs)
 

@@ -48,7 +48,7 @@ def two_stream_by_row(shape: Shape, rows: int, keys: int) -> Tiles:
 
 
 def two_stream_by_key(shape: Shape, rows: int, keys: int, skipped: int) -> Tiles:
-    """Of the dK and dV kernel: a program has `keys` keys, the first `skipped` fewer, and goes over rows that see one."""
+    """Of the dK and dV kernel: a program has `keys` keys, the first `skipped` fewer, and takes rows that see any."""
     tiles = before = after = passing = 0
     starts = range(-skipped, shape.keys, keys)
     for p in starts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -15,31 +14,46 @@ from mapet_kernels import launch, visibility
 from mapet_kernels.prefix_suffix_attention import kernel as prefix_suffix
 from mapet_kernels.two_stream_attention import kernel as two_stream
 
-STEPS = {
-    two_stream: {"_forward_step": 3, "_query_gradient_step": 1, "_key_gradient_step": 2},
-    prefix_suffix: {"softmax_step": 3, "query_gradient_step": 1, "_take_rows": 2},
-}
-"""What a kernel calls once a tile, with MASKED among its arguments, and how many of the first ones it gives back."""
+STEPS = {"softmax_step": 3, "query_gradient_step": 1, "key_gradient_step": 2}
+"""What every kernel calls once a tile, and how many of the first arguments it gives back."""
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each step that the kernels take has a mask; the steps themselves are left out."""
-    taken: list[bool] = []
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many tiles the kernels take, and masks they apply: "before" and "after", or "mask" for both in one."""
+    counts: Counter[str] = Counter()
 
-    def counting(step: Any, accumulators: int):
-        place = step.arg_names.index("MASKED")
-
+    def step(accumulators: int):
         def count(*arguments):
-            taken.append(bool(arguments[place]))
+            counts["tiles"] += 1
             return arguments[0] if accumulators == 1 else arguments[:accumulators]
 
         return count
 
-    for module, steps in STEPS.items():
-        for name, accumulators in steps.items():
-            monkeypatch.setattr(module, name, counting(getattr(module, name), accumulators))
-    return taken
+    for module in (two_stream, prefix_suffix):
+        for name, accumulators in STEPS.items():
+            monkeypatch.setattr(module, name, step(accumulators))
+
+    def mask_scores(b_s, key, first, last, m_before, m_after):
+        counts["before"] += bool(m_before)
+        counts["after"] += bool(m_after)
+        return b_s
+
+    mask, visible_range = prefix_suffix._mask, prefix_suffix._visible_range
+
+    def count_mask(b_s, *arguments):
+        masked = mask(b_s, *arguments)
+        counts["mask"] += masked is not b_s
+        return masked
+
+    def count_range(*arguments):
+        counts["ranges"] += 1  # the kernel of dK and dV reads shifts where it masks, and nowhere else
+        return visible_range(*arguments)
+
+    monkeypatch.setattr(two_stream, "mask_scores", mask_scores)
+    monkeypatch.setattr(prefix_suffix, "_mask", count_mask)
+    monkeypatch.setattr(prefix_suffix, "_visible_range", count_range)
+    return counts
 
 
 def put_values(monkeypatch: pytest.MonkeyPatch, case: Attention) -> None:
@@ -57,32 +71,33 @@ def put_values(monkeypatch: pytest.MonkeyPatch, case: Attention) -> None:
     monkeypatch.setattr(aot_cases, "_empty", full)
 
 
-def check(monkeypatch: pytest.MonkeyPatch, steps: list[bool], case: Attention) -> None:
+def check(monkeypatch: pytest.MonkeyPatch, counted: Counter[str], case: Attention) -> None:
     put_values(monkeypatch, case)
     sets = case.batch * case.heads
     for part in case.launches(launch.OLDEST):
-        steps.clear()
+        counted.clear()
         part.run(torch.device("cpu"))
-        if part.kernel.__name__ == "row_tile_list_kernel":
+        name = part.kernel.__name__
+        if name == "row_tile_list_kernel":
             continue
-        counted = case.tiles(part)
-        expected = Counter({True: counted.masked * sets, False: counted.plain * sets})
-        assert Counter(steps) == +expected, (part.kernel.__name__, case)
-        assert part.programs == counted.programs * sets, (part.kernel.__name__, case)
+        masks = ("before", "after")
+        if case.variant in PREFIX_SUFFIX_VARIANTS:
+            masks = ("ranges",) if name == "key_gradient_kernel" else ("mask",)
+        expected = case.tiles(part)
+        found = (part.programs, counted["tiles"], *(counted[mask] for mask in masks))
+        assert found == tuple(sets * n for n in (expected.programs, expected.tiles, *expected.masks)), (name, case)
 
 
 @pytest.mark.parametrize("variant", [*TWO_STREAM_VARIANTS, *PREFIX_SUFFIX_VARIANTS])
 @pytest.mark.parametrize(("tokens", "cut"), [(2, 0), (19, 6), (33, 0), (40, 39)])
-def test_counts_are_those_of_the_kernels(monkeypatch, steps, variant: str, tokens: int, cut: int) -> None:
+def test_counts_are_those_of_the_kernels(monkeypatch, counted, variant: str, tokens: int, cut: int) -> None:
     for tiles in (((16, 16), (16, 32), (32, 16)), ((32, 32), (32, 16), (16, 32))):
         set_tiles(monkeypatch, *tiles)
-        check(monkeypatch, steps, Attention(2, 1, tokens, cut, size=16, dtype="fp32", variant=variant))
+        check(monkeypatch, counted, Attention(2, 1, tokens, cut, size=16, dtype="fp32", variant=variant))
 
 
 @pytest.mark.parametrize("variant", ["plain", "pim", "single"])
-def test_counts_at_the_target(monkeypatch, steps, variant: str) -> None:
-    """The tokens of the target, with the tiles of the launch table of Hopper and with smaller ones."""
-    case = Attention(1, 1, size=16, dtype="fp16", variant=variant)
-    for tiles in (((128, 64), (128, 64), (32, 128)), ((64, 64), (64, 64), (32, 64))):
-        set_tiles(monkeypatch, *tiles)
-        check(monkeypatch, steps, case)
+def test_counts_at_the_target(monkeypatch, counted, variant: str) -> None:
+    """The tokens of the target."""
+    set_tiles(monkeypatch, (64, 64), (128, 64), (32, 128))
+    check(monkeypatch, counted, Attention(1, 1, size=16, dtype="fp16", variant=variant))
