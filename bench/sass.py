@@ -166,7 +166,7 @@ class Code:
                 before.setdefault(after, []).append(place)
         bodies: dict[int, set[int]] = {}
         for head, tails in before.items():
-            if len(tails) == 1:  # a loop's head is come to from inside and outside
+            if len(tails) == 1 and head:  # a loop's head is come to from inside and outside
                 continue
             around = _reachable(0, self.successors, stop=head) if head else set()
             for tail in tails:

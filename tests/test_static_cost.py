@@ -21,7 +21,7 @@ def work(**options) -> Work:
 
 
 def test_floors() -> None:
-    """553,648,128 pairs: at 16 a clock on 132 processors of 1.75 GHz 149.8 us, by exp2 and, at 4096 FLOP, by products."""
+    """553,648,128 pairs, 16 a clock on 132 processors of 1.75 GHz, by exp2 and, at 4096 FLOP a clock, by products."""
     floors = static_cost.floors(work(), instructions=924_000_000 * 1_000 // 4_000)
     assert floors == {"tensor cores": 149.8, "exp2": 149.8, "issue slots": 250.0, "L2": 200.0, "HBM": 153.95}
     assert static_cost.binding(floors) == "issue slots"
