@@ -101,11 +101,13 @@ def executed(code: Code, loops: dict[str, Loop], work: Work, programs: int, warp
     total = programs * len(code.outside)
     for name, loop in loops.items():
         total += work.trips[name] * (len(loop.own) - sum(loop.branches))
-    branches = loops["tile"].branches
-    if len(branches) == len(work.branches):
-        total += sum(size * taken for size, taken in zip(branches, work.branches, strict=True))
-    elif work.branches:
-        total += sum(branches) * sum(work.branches) // len(work.branches)
+    branches, taken = loops["tile"].branches, work.branches
+    if len(branches) != len(taken):
+        taken = tuple(count for count in taken if count)  # there is no code for a mask that is never applied
+    if len(branches) == len(taken):
+        total += sum(size * count for size, count in zip(branches, taken, strict=True))
+    else:
+        total += sum(branches) * sum(taken) // len(taken) if taken else 0
     return warps * total
 
 

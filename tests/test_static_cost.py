@@ -65,6 +65,8 @@ def test_executed_instructions() -> None:
     assert static_cost.executed(code, loops, work(branches=(7,)), 5, 8) == 8 * (2 * 5 + 3 * 22 + 7)
     # The compiler merged two masks into one branch: it costs what both cost.
     assert static_cost.executed(code, loops, work(branches=(3, 5)), 5, 8) == 8 * (2 * 5 + 3 * 22 + 4)
+    # Without mask tokens no key stands before a window, so that there is one mask, and code for one.
+    assert static_cost.executed(code, loops, work(branches=(0, 5)), 5, 8) == 8 * (2 * 5 + 3 * 22 + 5)
     assert static_cost.unrolled(loops["tile"], 8, 2 * 128 * 64 * 16) == 1
     assert static_cost.unrolled(loops["tile"], 8, 128 * 64 * 16) == 2
 

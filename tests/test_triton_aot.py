@@ -86,6 +86,8 @@ def test_what_hopper_executes(folder: Path | None) -> None:
         assert cost["hgmma"] and cost["notes"] == [], cost
         assert cost["loops"]["tile"]["tensor"] > 0 and cost["floors"][cost["binding"]] == max(cost["floors"].values())
         assert cost["loops"]["tile"]["trips"] >= cost["programs"] / 2 > 0
+        # While a tile is computed, the next one is on its way.
+        assert cost["loops"]["tile"]["copies_in_flight"] >= cost["loops"]["tile"]["copies"] > 0, cost
         assert 0 < cost["visible"] <= cost["executed"]
         assert cost["floors"]["tensor cores"] >= cost["tensor_visible"] > 0
         assert cost["resident"] >= 1
