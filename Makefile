@@ -11,11 +11,16 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(BIN)/pip install --quiet --editable '.[test,demo]'
 	touch $@
 
+# Another Triton beside the installed one, of which tests see what it makes of the kernels; 190 MB.
+$(VENV)/triton36/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==3.6.0
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/mapet demo --output runs/demo
 
 # A process for each core, and one thread in it: the tests' sizes gain nothing from more threads.
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/triton36/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3

@@ -1,225 +1,334 @@
-"""python -m bench aot: compile the Triton kernels for GPUs that are not here, and tell what the compiler made of them.
+"""python -m bench aot: compile the Triton kernels for GPUs that are not here, and tell what they cost at least.
 
-Every launch goes through the code that launches on a GPU: same configuration table, arguments and specialisation.
+For every kernel at named shapes: what the assembler says, what the loops look like in machine code, and the time below
+which an H200 cannot go. Needs torch, triton and numpy only.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench import records, static_cost
+from bench.aot_cases import CASES, DTYPES, PREFIX_SUFFIX_VARIANTS, TWO_STREAM_VARIANTS, Attention, KMeans
+from bench.aot_compile import Compiled, compile_launch, compile_with_code
+from bench.sass import Code, disassemble
 from mapet_kernels import launch
-from mapet_kernels.prefix_suffix_attention import problem as prefix_suffix_problem
-from mapet_kernels.prefix_suffix_attention import triton_backend as prefix_suffix
+from mapet_kernels.launch import Target
 from mapet_kernels.triton_launch import Launch
-from mapet_kernels.two_stream_attention import triton_backend as two_stream
-from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-"""By name; "tf32" is fp32 whose products are rounded to TF32."""
-
-TYPE_NAMES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-"""The compiler options among a launch's constants."""
-
-TWO_STREAM_VARIANTS = ("plain", "gather", "last_block", "pim")
-PREFIX_SUFFIX_VARIANTS = ("single", "single_per_image")
-BATCH, HEADS, TOKENS, TARGETS = 2, 12, 197, 147
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+BATCH = 2
+"""Images of the matrix, where no time follows from their number."""
 
 
 @dataclass(frozen=True)
 class AotReport:
-    """What to compile: every combination of these.
+    """What to compile.
 
     Attributes:
-        variants: of two-stream attention "plain"; "gather" (image order and one cut per image); "last_block" (query
-            stream only); "pim". Of prefix-suffix attention "single"; "single_per_image" (shifts and cut of each image).
-        record: whether to keep the result in bench/results/.
+        shapes: names of `bench.aot_cases.CASES`.
+        triton: a version that `make test` installs beside the installed one, such as 3.6, or a folder with another
+            Triton (pip install --no-deps --target FOLDER triton==3.6.0), to be taken in place of the installed one.
+        matrix: compile every combination of the options below instead, and report resources alone.
+        variants: of attention, see `bench.aot_cases.Attention`.
+        features: of k-means.
+        record: whether to keep the result.
+        output: folder for the record.
     """
 
+    shapes: tuple[str, ...] = tuple(CASES)
+    triton: str | None = None
+    matrix: bool = False
     sizes: tuple[int, ...] = (16, 32, 64, 80, 128)
     dtypes: tuple[str, ...] = tuple(DTYPES)
     architectures: tuple[int, ...] = (80, 90)
     variants: tuple[str, ...] = (*TWO_STREAM_VARIANTS, *PREFIX_SUFFIX_VARIANTS)
+    features: tuple[int, ...] = (64, 512, 4096)
     record: bool = True
+    output: Path = records.RESULTS
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel on one architecture. Spills and shared memory in bytes; `mma` counts tensor-core instructions."""
+class Cost:
+    """One kernel at a named shape on sm_90: what was compiled, and what follows for an H200.
 
-    kernel: str
-    variant: str
-    size: int
-    dtype: str
-    architecture: int
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    shared: int
-    mma: int
+    Attributes:
+        shape: its name.
+        programs: of the launch.
+        resident: programs that one processor holds at a time (CTAs an SM).
+        hgmma: whether its products use the tensor cores of Hopper.
+        loops: by name ("tile"; of k-means also "product"), see `static_cost.loop_record`.
+        masks: how often each branch of the loop over tiles is taken, which applies a mask.
+        outside: instructions in no loop.
+        visible, executed: pairs of a row and a key, of all images and heads.
+        tensor_visible: microseconds that the tensor cores need for the visible pairs.
+        floors: microseconds by unit, see `static_cost.floors`; empty for kernels without tiles.
+        binding: the largest.
+        notes: what stands in the way of these figures, or changes them.
+    """
 
+    shape: str
+    compiled: Compiled
+    programs: int
+    resident: int
+    hgmma: bool
+    loops: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outside: int | None = None
+    masks: tuple[int, ...] = ()
+    visible: int | None = None
+    executed: int | None = None
+    tensor_visible: float | None = None
+    floors: dict[str, float] = field(default_factory=dict)
+    binding: str | None = None
+    notes: tuple[str, ...] = ()
 
-def run(options: AotReport) -> dict[str, Any]:
-    """Compile all, print a table line each, and return the record's results."""
-    rows = []
-    for row in compile_all(options):
-        rows.append(asdict(row))
-        print(
-            f"{row.kernel:22} {row.variant:16} D {row.size:3} {row.dtype} sm_{row.architecture} tiles {row.rows:3} x "
-            f"{row.keys:3} warps {row.warps} stages {row.stages} registers {row.registers:3} "
-            f"spills {row.spill_stores:4}/{row.spill_loads:4} shared {row.shared / 1024:5.1f} KiB mma {row.mma:3}",
-            flush=True,
-        )
-    return {"triton": triton.__version__, "tokens": TOKENS, "targets": TARGETS, "kernels": rows}
-
-
-def compile_all(options: AotReport) -> Iterator[Compiled]:
-    """Compile the forward and all backward kernels for each combination."""
-    for size in options.sizes:
-        for dtype in options.dtypes:
-            for variant in options.variants:
-                for architecture in options.architectures:
-                    target = launch.TARGETS[architecture]
-                    for part in launches(size, dtype, variant, target):
-                        yield compile_launch(part, size, dtype, variant, target)
+    @property
+    def useful(self) -> float | None:
+        """Visible pairs by executed ones."""
+        return self.visible / self.executed if self.executed else None
 
 
-def launches(size: int, dtype: str, variant: str, target: launch.Target) -> list[Launch]:
-    """The launches of one forward and backward pass at MaPeT's size, on CPU tensors that are never read."""
-    of_op = two_stream_launches if variant in TWO_STREAM_VARIANTS else prefix_suffix_launches
-    parts = of_op(size, DTYPES[dtype], variant, target)
-    if dtype == "tf32":  # what torch's setting on a GPU would ask for
-        parts = [replace(part, constants=part.constants | {"PRECISION": "tf32"}) for part in parts]
-    return parts
+def run(options: AotReport) -> list[str]:
+    """Compile, print tables, keep a record if wanted, and return what is wrong with the kernels, a line each."""
+    if options.triton is not None and not is_loaded(folder := overlay(options.triton)):
+        return run_with(folder, options)
+    results, problems = of_matrix(options) if options.matrix else of_shapes(options)
+    for line in problems:
+        print(f"ERROR {line}")
+    if options.record:
+        label = f"{'matrix' if options.matrix else 'static'}_triton{triton.__version__}"
+        path = records.write("aot", label, results | {"problems": problems}, options.output)
+        print(f"record: {path}")
+    return problems
 
 
-def two_stream_launches(size: int, dtype: torch.dtype, variant: str, target: launch.Target) -> list[Launch]:
-    cut = TOKENS - TARGETS
-    problem = Problem(TOKENS, TARGETS, cut, variant != "pim", size**-0.5)
-    perm = None
-    if variant == "gather":
-        problem = Problem(TOKENS, TARGETS, torch.full((BATCH,), cut), True, size**-0.5)
-        perm = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
-
-    def streams() -> Streams:
-        content = None if variant == "last_block" else rows(problem.content_rows, size, dtype)
-        return Streams(content, rows(TARGETS, size, dtype))
-
-    q, out, d_out, dq = (streams() for _ in range(4))
-    lse = Streams(*(None if x is None else torch.empty(x.shape[:3]) for x in (out.content, out.query)))
-    (k, v), (dk, dv) = (key_halves(problem.content_rows, size, dtype) for _ in range(2))
-    return [
-        two_stream.forward_launch(q, k, v, out, lse, problem, perm, target),
-        *two_stream.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm, target),
-    ]
+def overlay(name: str) -> Path:
+    """The folder that `AotReport.triton` names."""
+    version = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)?", name)
+    return Path(sys.prefix, f"triton{version[1]}{version[2]}") if version else Path(name)
 
 
-def prefix_suffix_launches(size: int, dtype: torch.dtype, variant: str, target: launch.Target) -> list[Launch]:
-    shift, cut = torch.zeros(TOKENS, dtype=torch.int64), TOKENS - TARGETS
-    if variant == "single_per_image":
-        shift, cut = shift.repeat(BATCH, 1), torch.full((BATCH,), cut)
-    problem = prefix_suffix_problem.Problem(shift, cut, TARGETS, size**-0.5)
-    q, out, d_out, dq = (rows(TOKENS, size, dtype) for _ in range(4))
-    k, v = key_halves(TOKENS + TARGETS, size, dtype)
-    dk, dv = (rows(TOKENS + TARGETS, size, dtype) for _ in range(2))
-    lse = torch.empty(out.shape[:3])
-    return [
-        prefix_suffix.forward_launch(q, k, v, out, lse, problem, target),
-        *prefix_suffix.backward_launches(d_out, q, k, v, out, lse, dq, dk, dv, problem, target),
-    ]
+def is_loaded(folder: Path) -> bool:
+    """Whether the Triton in use is the one in `folder`."""
+    return Path(triton.__file__).resolve().is_relative_to(folder.resolve())
 
 
-def rows(count: int, size: int, dtype: torch.dtype) -> Tensor:
-    """(B, count, H, D)."""
-    return torch.empty(BATCH, count, HEADS, size, dtype=dtype)
+def run_with(folder: Path, options: AotReport) -> list[str]:
+    """`run` in a process that has `folder` first on its path.
+
+    Raises:
+        ValueError: there is no Triton in that folder, or the process fails.
+    """
+    if not (folder / "triton/__init__.py").exists():
+        raise ValueError(f"no Triton in {folder}: pip install --no-deps --target {folder} triton==VERSION")
+    # sys.argv is passed on, so that the record holds the command that was given.
+    command = [sys.executable, "-c", "from bench import aot; aot.run_as_child()", *sys.argv[1:]]
+    result = subprocess.run(
+        command,
+        input=json.dumps(asdict(options) | {"triton": os.fspath(folder)}, default=os.fspath),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment_with(folder),
+        check=False,
+    )
+    *shown, last = result.stdout.splitlines() or [""]
+    print("\n".join(shown))
+    if result.returncode or not last.startswith("["):
+        raise ValueError(f"compiling with the Triton in {folder} failed (exit status {result.returncode})")
+    return json.loads(last)
 
 
-def key_halves(count: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Keys and values as one projection writes them: two (B, count, H, D) in one tensor."""
-    return torch.empty(BATCH, count, 2, HEADS, size, dtype=dtype).unbind(2)
+def environment_with(folder: Path) -> dict[str, str]:
+    """Environment of a Python that finds `folder` first, and what this one finds."""
+    path = os.pathsep.join(
+        [os.fspath(folder.resolve()), os.fspath(records.RESULTS.parent.parent), *filter(None, sys.path)]
+    )
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
 
 
-def compile_launch(part: Launch, size: int, dtype: str, variant: str, target: launch.Target) -> Compiled:
-    """Compile one launch and read what ptxas reports."""
-    options = {name: part.constants[name] for name in OPTIONS if name in part.constants}
-    compiled = triton.compile(source(part), target=GPUTarget("cuda", target.architecture, 32), options=options)
-    report = ptxas_report(compiled.asm["ptx"], target.architecture)
-    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())
-    return Compiled(
-        kernel=part.kernel.__name__,
-        variant=variant,
-        size=size,
-        dtype=dtype,
-        architecture=target.architecture,
-        rows=part.constants["BM"],
-        keys=part.constants["BN"],
-        warps=part.constants["num_warps"],
-        stages=part.constants["num_stages"],
-        registers=int(re.search(r"Used (\d+) registers", report)[1]),
-        spill_stores=stores,
-        spill_loads=loads,
-        shared=compiled.metadata.shared,
-        mma=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
+def run_as_child() -> None:
+    """What `run_with` starts: options as JSON on stdin; the last line on stdout is the list of problems."""
+    given = json.load(sys.stdin)
+    print(json.dumps(run(AotReport(**given | {"output": Path(given["output"])}))))
+
+
+def of_shapes(options: AotReport) -> tuple[dict[str, Any], list[str]]:
+    """The record's results for the named shapes, and what is wrong."""
+    if unknown := set(options.shapes) - set(CASES):
+        raise ValueError(f"unknown shapes {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    costs = [cost for name in options.shapes for cost in costs_of(name)]
+    print(table(costs))
+    for line in (*backward_passes(costs), *remarks(costs)):
+        print(line)
+    results = {
+        "triton": triton.__version__,
+        "gpu": asdict(static_cost.H200),
+        "shapes": {name: asdict(CASES[name]) for name in options.shapes},
+        "kernels": [asdict(cost) for cost in costs],
+        "backward_in_one_pass": {
+            name: case.one_pass() for name in options.shapes if isinstance(case := CASES[name], Attention)
+        },
+    }
+    return results, [problem for cost in costs for problem in cost.compiled.problems()]
+
+
+def costs_of(name: str, target: Target = launch.TARGETS[90]) -> Iterator[Cost]:
+    """The cost of every kernel at a named shape."""
+    case = CASES[name]
+    for part in case.launches(target):
+        yield cost_of(name, case, part, target)
+
+
+def cost_of(name: str, case: Attention | KMeans, part: Launch, target: Target) -> Cost:
+    """Compile one launch, take its machine code apart, and work out its floors."""
+    compiled, cubin = compile_with_code(part, case.size, case.dtype, case.variant, target)
+    resident = static_cost.resident_programs(compiled.registers, compiled.shared, compiled.warps)
+    code, work = Code(disassemble(cubin)), case.work(part)
+    hgmma = any(x.name == "HGMMA" for x in code.instructions)
+    common = (name, compiled, part.programs, resident, hgmma)
+    if work is None:
+        return Cost(*common, outside=len(code.outside))
+    notes = (f"{code.peeled} tensor-core instructions in no loop",) if code.peeled else ()
+    try:
+        loops = case.loops(code)
+    except ValueError as error:  # the compiler made something else of the loops: the rest still counts
+        return Cost(*common, outside=len(code.outside), notes=(*notes, str(error)))
+    notes += tuple(
+        f"one trip of the {name} loop does {times:.3g} of the source"
+        for name, loop in loops.items()
+        if loop.tensor and (times := static_cost.unrolled(loop, compiled.warps, work.trip_flop)) != 1
+    )
+    instructions = static_cost.executed(code, loops, work, part.programs, compiled.warps)
+    floors = static_cost.floors(work, instructions)
+    return Cost(
+        *common,
+        loops={name: static_cost.loop_record(loop, work.trips[name]) for name, loop in loops.items()},
+        outside=len(code.outside),
+        masks=work.branches,
+        visible=work.visible,
+        executed=work.executed,
+        tensor_visible=static_cost.tensor_floor(work.visible, work.flop),
+        floors=floors,
+        binding=static_cost.binding(floors),
+        notes=notes,
     )
 
 
-def source(part: Launch) -> ASTSource:
-    """The kernel with the types, constants and alignments that launching with these arguments gives it."""
-    signature, constants, attributes = {}, {}, {}
-    names = [parameter.name for parameter in part.kernel.params]
-    values = dict(zip(names, part.arguments, strict=False)) | part.constants
-    for index, parameter in enumerate(part.kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialised):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, TensorDescriptor):
-            block = ", ".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype][1:]}[{block}]>"
-            continue
-        if isinstance(value, float):
-            signature[name] = "fp32"
-            continue
-        signature[name] = TYPE_NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
-        number = value.data_ptr() if isinstance(value, Tensor) else value
-        if specialised and number % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(part.kernel, signature, constants, attributes)
+COLUMNS = (
+    "shape", "kernel", "tile", "warps", "stages", "registers", "shared KiB", "CTAs/SM", "spills", "HGMMA", "in flight",
+    "instructions", "outside", "trips a program", "masks a program", "useful", "tensor (visible)", "exp2", "issue",
+    "L2", "HBM", "binding",
+)  # fmt: skip
 
 
-def ptxas_report(ptx: str, architecture: int) -> str:
-    """What `ptxas -v` says, with the assembler that comes with Triton."""
-    name = f"sm_{architecture}a" if architecture == 90 else f"sm_{architecture}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [os.fspath(PTXAS), "-v", f"--gpu-name={name}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def table(costs: Sequence[Cost]) -> str:
+    """A line a kernel; floors in microseconds."""
+    lines = [COLUMNS, *(row_of(cost) for cost in costs)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    head = f"triton {triton.__version__}, sm_90; floors in us for an {static_cost.H200.name}"
+    padded = ("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join([head, *(line.rstrip() for line in padded)])
+
+
+def row_of(cost: Cost) -> tuple[str, ...]:
+    """One line of the table. Several loops are separated by slashes, in the order of their names."""
+    x, loops, floors = cost.compiled, cost.loops.values(), cost.floors
+    tensor = f"{floors['tensor cores']:.0f} ({cost.tensor_visible:.0f})" if floors else ""
+    return (
+        cost.shape,
+        x.kernel.removesuffix("_kernel"),
+        f"{x.rows}x{x.keys}" if x.rows else "",
+        str(x.warps),
+        str(x.stages),
+        str(x.registers),
+        f"{x.shared / 1024:.1f}",
+        str(cost.resident),
+        f"{x.spill_stores}/{x.spill_loads}",
+        "yes" if cost.hgmma else "no",
+        " / ".join(f"{loop['copies_in_flight']} of {loop['copies']}" for loop in loops),
+        " / ".join(instructions_of(name, loop) for name, loop in cost.loops.items()),
+        str(cost.outside),
+        " / ".join(f"{loop['trips'] / cost.programs:.1f}" for loop in loops),
+        " + ".join(f"{count / cost.programs:.1f}" for count in cost.masks),
+        f"{cost.useful:.0%}" if cost.useful else "",
+        tensor,
+        *(f"{floors[name]:.0f}" if floors else "" for name in ("exp2", "issue slots", "L2", "HBM")),
+        cost.binding or "",
+    )
+
+
+def instructions_of(name: str, loop: dict[str, Any]) -> str:
+    """Instructions of each trip, and those of its branches."""
+    return " + ".join([f"{name} {loop['instructions']}", *map(str, loop["branches"])])
+
+
+def remarks(costs: Sequence[Cost]) -> list[str]:
+    """What the assembler says, and notes, by kernel."""
+    return [f"{x.shape} {x.compiled.kernel}: {line}" for x in costs for line in (*x.compiled.warnings, *x.notes)]
+
+
+def backward_passes(costs: Sequence[Cost]) -> list[str]:
+    """By shape: the issue slots of the backward kernels together, and the floors of a single kernel in their place."""
+    lines = []
+    for name in dict.fromkeys(x.shape for x in costs):
+        issue = [
+            x.floors["issue slots"] for x in costs if x.shape == name and "gradient" in x.compiled.kernel and x.floors
+        ]
+        if issue:
+            once = ", ".join(f"{unit} {value:.0f}" for unit, value in CASES[name].one_pass().items())
+            parts = " + ".join(f"{value:.0f}" for value in issue)
+            lines.append(f"{name}: backward, issue {parts} = {sum(issue):.0f}; in one pass: {once}")
+    return lines
+
+
+def of_matrix(options: AotReport) -> tuple[dict[str, Any], list[str]]:
+    """The record's results for the matrix, printed as they come, and what is wrong."""
+    compiled = []
+    for x in compile_all(options):
+        compiled.append(x)
+        tile = f"{x.rows} x {x.keys}" if x.rows else "-"
+        print(
+            f"{x.kernel:22} {x.variant:16} D {x.size:4} {x.dtype} sm_{x.architecture} tile {tile:9} warps {x.warps} "
+            f"stages {x.stages} registers {x.registers:3} spills {x.spill_stores:4}/{x.spill_loads:4} "
+            f"shared {x.shared / 1024:5.1f} KiB mma {x.mma:3} async {x.asynchronous_copies:3}",
+            *x.warnings,
+            flush=True,
+        )
+    results = {"triton": triton.__version__, "kernels": [asdict(x) for x in compiled]}
+    return results, [problem for x in compiled for problem in x.problems()]
+
+
+def compile_all(options: AotReport) -> Iterator[Compiled]:
+    """Compile the kernels for each combination of the matrix."""
+    cases: list[Attention | KMeans] = [
+        Attention(batch=BATCH, size=size, dtype=dtype, variant=variant)
+        for size in options.sizes
+        for dtype in options.dtypes
+        for variant in options.variants
+    ]
+    cases += [
+        KMeans(features=features, dtype=dtype, exact=exact)
+        for features in options.features
+        for dtype in options.dtypes
+        if dtype != "tf32"
+        for exact in (True, False)
+    ]
+    for case in cases:
+        for architecture in options.architectures:
+            target = launch.TARGETS[architecture]
+            for part in case.launches(target):
+                yield compile_launch(part, case.size, case.dtype, case.variant, target)
+
+
+def launches(size: int, dtype: str, variant: str, target: Target) -> list[Launch]:
+    """The launches of one forward and backward pass of attention at MaPeT's size."""
+    return Attention(batch=BATCH, size=size, dtype=dtype, variant=variant).launches(target)

@@ -1,6 +1,7 @@
 """Every Triton kernel compiled for GPUs that are not here: tensor cores used, nothing spilled, shared memory fits.
 
-Compiled in a process of its own, without TRITON_INTERPRET. `python -m bench aot` compiles the whole matrix.
+Compiled in a process of its own, without TRITON_INTERPRET; what is expected of Hopper also with Triton 3.6, which
+`make test` puts beside the installed one. `python -m bench aot --matrix` compiles all combinations.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mapet_kernels import launch
 
 ROOT = Path(__file__).parent.parent
+OLDER = Path(sys.prefix, "triton36")
 
 # Sizes, dtypes and variants that between them meet every branch of the kernels and every entry of the launch table.
 MATRIX = (
@@ -32,6 +36,23 @@ from bench import aot
 options = json.loads(sys.argv[1])
 print(json.dumps([dataclasses.asdict(row) for row in aot.compile_all(aot.AotReport(**options))]))
 """
+COSTS = """
+import dataclasses, json, sys
+from bench import aot
+costs = [cost for name in json.loads(sys.argv[1]) for cost in aot.costs_of(name)]
+print(json.dumps([dataclasses.asdict(cost) | {"problems": cost.compiled.problems()} for cost in costs]))
+"""
+
+
+def in_process(script: str, argument: Any, folder: Path | None = None) -> Any:
+    """What the script prints as JSON; with the Triton in `folder`, if one is given."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if folder is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    command = [sys.executable, "-c", script, json.dumps(argument)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(("sizes", "dtypes", "variants"), MATRIX)
@@ -39,12 +60,7 @@ def test_kernels_compile_without_spills(
     sizes: tuple[int, ...], dtypes: tuple[str, ...], variants: tuple[str, ...]
 ) -> None:
     pytest.importorskip("triton")
-    options = {"sizes": sizes, "dtypes": dtypes, "variants": variants}
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(options)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    rows = json.loads(result.stdout)
+    rows = in_process(COMPILE, {"sizes": sizes, "dtypes": dtypes, "variants": variants, "features": ()})
     kernels = sum(4 if variant.startswith("single") else 3 for variant in variants)
     assert len(rows) == kernels * 2 * len(sizes) * len(dtypes)
     for row in rows:
@@ -52,6 +68,78 @@ def test_kernels_compile_without_spills(
         assert row["shared"] <= launch.TARGETS[row["architecture"]].shared_memory, row
         # fp32 products are IEEE unless TF32 is asked for: no tensor cores. The lists of tiles have no products.
         assert (row["mma"] > 0) == (row["dtype"] != "fp32" and row["kernel"] != "row_tile_list_kernel"), row
+
+
+@pytest.mark.parametrize("folder", [None, OLDER], ids=["installed", "3.6"])
+def test_what_hopper_executes(folder: Path | None) -> None:
+    """At the target: tensor cores of Hopper that do not wait for each other, loops that are understood, floors."""
+    triton = pytest.importorskip("triton")
+    if folder is not None and triton.__version__.startswith("3.6"):
+        pytest.skip("Triton 3.6 is the installed one")
+    if folder is not None and not (folder / "triton/__init__.py").exists():
+        pytest.skip(f"no Triton 3.6 in {folder}: make test puts it there")
+    names = ("target", "target_fp16", "gather", "last_block", "pim")
+    costs = in_process(COSTS, names, folder)
+    assert len(costs) == 3 * len(names)
+    for cost in costs:
+        assert cost["problems"] == [], cost
+        assert cost["hgmma"] and cost["notes"] == [], cost
+        assert cost["loops"]["tile"]["tensor"] > 0 and cost["floors"][cost["binding"]] == max(cost["floors"].values())
+        assert cost["loops"]["tile"]["trips"] >= cost["programs"] / 2 > 0
+        # While a tile is computed, the next one is on its way.
+        assert cost["loops"]["tile"]["copies_in_flight"] >= cost["loops"]["tile"]["copies"] > 0, cost
+        assert 0 < cost["visible"] <= cost["executed"]
+        assert cost["floors"]["tensor cores"] >= cost["tensor_visible"] > 0
+        assert cost["resident"] >= 1
+
+
+def test_serialized_products_and_spills_are_errors() -> None:
+    """What ptxas of Triton 3.6 said of a kernel whose products waited for each other."""
+    pytest.importorskip("triton")
+    from bench import aot_compile
+
+    report = (ROOT / "tests/data/key_gradient_kernel_triton3.6_sm90.ptxas").read_text()
+    warnings = aot_compile.assembler_warnings(report)
+    assert len(warnings) == 1 and "C7515" in warnings[0]
+    compiled = partial(
+        aot_compile.Compiled, "key_gradient_kernel", "plain", 64, architecture=90, rows=32, keys=128, warps=8, stages=2,
+        registers=176, shared=49408, mma=12, asynchronous_copies=6,
+    )  # fmt: skip
+    clean = {"spill_stores": 0, "spill_loads": 0, "warnings": ()}
+    assert compiled("bf16", **clean).problems() == []
+    assert "serialized" in compiled("bf16", **clean | {"warnings": warnings}).problems()[0]
+    assert "spills 8 + 0 bytes" in compiled("fp16", **clean | {"spill_stores": 8}).problems()[0]
+    assert compiled("fp32", **clean | {"spill_stores": 8}).problems() == []
+    other = aot_compile.assembler_warnings("ptxas warning : Value of threads per SM is out of range\n" + report)
+    assert other[0].startswith("warning") and len(other) == 2
+
+
+def test_problems_end_the_command_with_status_1(monkeypatch, capsys, tmp_path: Path) -> None:
+    """After the record is written."""
+    pytest.importorskip("triton")
+    pytest.importorskip("tyro")
+    from bench import __main__ as command
+    from bench import aot
+
+    monkeypatch.setattr(aot, "of_shapes", lambda options: ({"kernels": []}, ["key_gradient_kernel: serialized"]))
+    with pytest.raises(SystemExit) as end:
+        command.main(["aot", "--shapes", "target", "--output", str(tmp_path)])
+    assert end.value.code == 1
+    (record,) = tmp_path.glob("aot_static_*.json")
+    assert json.loads(record.read_text())["problems"] == ["key_gradient_kernel: serialized"]
+    assert "ERROR key_gradient_kernel: serialized" in capsys.readouterr().out
+
+
+def test_another_triton_is_a_folder_or_a_version(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from bench import aot
+
+    assert aot.overlay("3.6") == aot.overlay("3.6.0") == OLDER
+    assert aot.overlay(str(tmp_path)) == tmp_path and not aot.is_loaded(tmp_path)
+    with pytest.raises(ValueError, match=r"no Triton in .*: pip install --no-deps --target"):
+        aot.run(aot.AotReport(triton=str(tmp_path), record=False))
+    with pytest.raises(ValueError, match="unknown shapes nowhere; there are target, "):
+        aot.of_shapes(aot.AotReport(shapes=("nowhere",)))
 
 
 def test_launch_table_is_a_pure_function() -> None:

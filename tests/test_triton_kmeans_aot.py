@@ -1,6 +1,6 @@
 """The k-means kernels compiled for GPUs that are not here: tensor cores used, nothing spilled, shared memory fits.
 
-Compiled in a process of its own, without TRITON_INTERPRET. `python -m bench aot-kmeans` compiles more sizes.
+Compiled in a process of its own, without TRITON_INTERPRET. `python -m bench aot --matrix` compiles more sizes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MATRIX = (((4096,), ("fp16", "bf16")), ((64,), ("fp32",)))
 
 COMPILE = """
 import dataclasses, json, sys
-from bench import aot_kmeans
-options = aot_kmeans.KMeansAotReport(**json.loads(sys.argv[1]))
-print(json.dumps([dataclasses.asdict(row) for row in aot_kmeans.compile_all(options)]))
+from bench import aot
+options = aot.AotReport(**json.loads(sys.argv[1]))
+print(json.dumps([dataclasses.asdict(row) for row in aot.compile_all(options)]))
 """
 
 
 @pytest.mark.parametrize(("features", "dtypes"), MATRIX)
 def test_kernels_compile_without_spills(features: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     pytest.importorskip("triton")
-    options = {"features": features, "clusters": 8192, "rows": 2048, "dtypes": dtypes}
+    options = {"sizes": (), "features": features, "dtypes": dtypes}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, json.dumps(options)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
@@ -49,5 +49,5 @@ def test_kernels_compile_without_spills(features: tuple[int, ...], dtypes: tuple
         assert row["shared"] <= launch.TARGETS[row["architecture"]].shared_memory, row
         assert (row["mma"] > 0) == (row["kernel"] == "scores_kernel"), row
     for row in scores:
-        if row["features"] > 64:
+        if row["size"] > 64:
             assert row["asynchronous_copies"] > 0, row  # operands are on their way while others are multiplied
