@@ -1,0 +1,78 @@
+"""compute-sanitizer over all Triton kernels of the registry, at small awkward shapes: memcheck, racecheck, initcheck."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.harvesting.common import device_of
+from bench.harvesting.part import Run, Skipped
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ROOT / "tests" / "sanitizer_cases.py"
+TOOLS = ("memcheck", "racecheck", "initcheck")
+ERRORS_FOUND = 9
+FEW_FLOP = "3e5"
+"""Of the cases of a dry run."""
+
+
+def command(sanitizer: str, tool: str) -> list[str]:
+    """One tool over the cases."""
+    return [
+        sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND), sys.executable, str(CASES), "cuda",
+    ]  # fmt: skip
+
+
+def measure(run: Run) -> None:
+    """A row "check" of each tool, with its summary; the whole report is in the log.
+
+    Raises:
+        Skipped: there is no compute-sanitizer, it does not support the device, or this is a dry run.
+    """
+    device_of(run)
+    if not CASES.exists():
+        raise Skipped("the checkout has no tests/sanitizer_cases.py")
+    if run.dry:
+        subprocess.run([sys.executable, str(CASES), "cpu", FEW_FLOP], check=True)
+        raise Skipped(f"a dry run has no sanitizer; a GPU would run: {' '.join(command('compute-sanitizer', TOOLS[0]))}")
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{toolkit}/bin")
+    if sanitizer is None:
+        raise Skipped("compute-sanitizer is neither on PATH nor in the CUDA toolkit")
+    for number, tool in enumerate(TOOLS):
+        share = run.left() / (len(TOOLS) - number)
+        if share > 1:
+            check(run, sanitizer, tool, share)
+
+
+def check(run: Run, sanitizer: str, tool: str, seconds: float) -> None:
+    """One tool within its share of the time; what it said until then is told where that is over."""
+    # Without torch's caching allocator every tensor is an allocation whose ends are known.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    report = run.folder / "logs" / f"{run.name}_{tool}.log"
+    try:
+        with report.open("wb") as file:
+            done = subprocess.run(
+                command(sanitizer, tool), stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
+                timeout=seconds, check=False,
+            )  # fmt: skip
+        code: int | None = done.returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    text = report.read_text(errors="replace")
+    if "Device not supported" in text:
+        raise Skipped("compute-sanitizer does not support this device, or not in this sandbox")
+    run.record(
+        "check", what=f"compute-sanitizer {tool}", dtype="fp16", error=None, allowed=None, ok=code == 0,
+        returncode=code, summary=summary(text),
+    )  # fmt: skip
+
+
+def summary(report: str) -> str:
+    """The tool's own lines of a summary, or the last line where it did not come so far."""
+    lines = [line for line in report.splitlines() if line.strip()]
+    said = [line.lstrip("= ") for line in lines if "SUMMARY" in line]
+    return "; ".join(said) or (lines[-1] if lines else "nothing was printed")
