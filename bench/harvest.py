@@ -26,7 +26,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
@@ -39,7 +39,14 @@ if __name__ == "__main__":
 
 from bench.harvesting import parts as registry  # noqa: E402  the checkout is on the path only now
 from bench.harvesting.part import (  # noqa: E402
-    FAILED, KILLED, SKIPPED, TIMED_OUT, End, Part, read_records, records_file,
+    FAILED,
+    KILLED,
+    SKIPPED,
+    TIMED_OUT,
+    End,
+    Part,
+    read_records,
+    records_file,
 )  # fmt: skip
 
 LARGEST_FILE = 15 << 20
@@ -78,10 +85,11 @@ class Process:
         self.end_file, self.log_file = work / "ends" / f"{part.name}.json", work / "logs" / f"{part.name}.log"
         self.limit = self.seconds = 0.0
         self.started = self.stopped = False
-        task = {"name": part.name, "call": part.call, "folder": str(work), "dry": call.dry}
+        task = {"name": part.name, "call": part.call, "arguments": dict(part.arguments)}
+        task |= {"folder": str(work), "dry": call.dry}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.harvesting.child", json.dumps(task | {"arguments": dict(part.arguments)})],
+                [sys.executable, "-m", "bench.harvesting.child", json.dumps(task)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, process_group=0,
                 env=environment(part, call, work),
             )  # fmt: skip
@@ -90,11 +98,9 @@ class Process:
         """Let it begin; it knows that it is interrupted a grace before `limit` seconds, and plans to end earlier."""
         self.began, self.limit, self.started = time.monotonic(), limit, True
         self.grace = min(GRACE, limit / 5)
-        try:
+        with suppress(BrokenPipeError):  # where it has died already, its return code says how
             self.process.stdin.write(f"{0.95 * (limit - self.grace)} {limit - self.grace}\n".encode())
             self.process.stdin.close()
-        except BrokenPipeError:
-            pass  # it has died already; its return code says how
 
     def poll(self) -> bool:
         """Whether it has ended; sends the signals that are due. What it left running in its group is killed."""
@@ -112,18 +118,15 @@ class Process:
     def kill(self) -> None:
         """End it now, with all it started."""
         self.signal(signal.SIGKILL)
-        try:
+        # In the driver's hands it may not go; the next part starts all the same.
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(LAST_WAIT)
-        except subprocess.TimeoutExpired:
-            pass  # in the driver's hands, which may not let go; the next part goes on without it
         self.seconds = time.monotonic() - self.began if self.started else 0.0
 
     def signal(self, number: int) -> None:
         """To the whole process group, if anything of it is left."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def outcome(self) -> dict[str, Any]:
         """Its entry of the summary."""
@@ -169,7 +172,7 @@ def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
         for name in ("parts", "ends", "logs", "path"):
             (work / name).mkdir()
         (work / "path" / "mapet_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
-        stages = [list(group) for _, group in groupby(parts, key=lambda part: part.stage or part.name)]
+        stages = in_stages(parts, together=not call.dry)
         waiting: list[Process] = []
         with interruptible():
             try:
@@ -189,15 +192,23 @@ def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
     return summary
 
 
+def in_stages(parts: Sequence[Part], *, together: bool) -> list[list[Part]]:
+    """Parts that run side by side; a dry run, on few cores, takes one after the other."""
+    return [list(group) for _, group in groupby(parts, key=lambda part: (together and part.stage) or part.name)]
+
+
 def run_stages(
     stages: Sequence[Sequence[Part]], call: Call, work: Path, waiting: list[Process], summary: dict[str, Any]
 ) -> None:
-    """Each stage in its slice of what is left; `waiting` holds processes that have not ended, for the caller to end."""
+    """Each stage in its slice of what is left; in a dry run all slices are alike, as it shrinks all to much the same.
+
+    `waiting` holds the processes that have not ended, for the caller to end.
+    """
     for number, stage in enumerate(stages):
         present = {process.part.name for process in waiting}
         waiting += [Process(part, call, work) for part in stage if part.name not in present]
-        later = sum(max(part.seconds for part in each) for each in stages[number:])
-        limit = call.left() * max(part.seconds for part in stage) / later
+        slices = [1.0 if call.dry else max(part.seconds for part in each) for each in stages[number:]]
+        limit = call.left() * slices[0] / sum(slices)
         if limit < 1:
             return
         for process in waiting:
@@ -276,9 +287,7 @@ def pack(summary: dict[str, Any], call: Call, work: Path) -> None:
     replaced(call.output / "harvest.log", lambda draft: draft.write_bytes(logs(work)))
     for name in ("ncu.csv", "profile.txt"):
         if (work / name).exists():
-            replaced(
-                call.output / name, lambda draft, name=name: draft.write_bytes(head(work / name, LARGEST_FILE))
-            )
+            replaced(call.output / name, lambda draft, name=name: draft.write_bytes(head(work / name, LARGEST_FILE)))
 
 
 def replaced(path: Path, write: Callable[[Path], object]) -> None:

@@ -43,7 +43,7 @@ def run(task: dict, folder: Path) -> None:
     try:
         module, name = task["call"].split(":")
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # noqa: BLE001  said after the start, in the part's own time
+    except Exception as error:
         failure = error
     line = sys.stdin.readline()
     if not line:
@@ -65,7 +65,7 @@ def ending(call: Callable[[], None]) -> End:
         return End(SKIPPED, str(reason))
     except KeyboardInterrupt as error:
         return End(TIMED_OUT, "interrupted at its limit", whole(error))
-    except BaseException as error:  # noqa: BLE001  whatever a part raises, SystemExit too, is what became of it
+    except BaseException as error:
         # torch's OutOfMemoryError by its name: this process may never have imported torch.
         memory = isinstance(error, MemoryError) or "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}
         return End(OUT_OF_MEMORY if memory else FAILED, f"{type(error).__name__}: {error}"[:300], whole(error))

@@ -37,7 +37,7 @@ def dtypes_of(run: Run, *names: str) -> dict[str, torch.dtype]:
 def attention_shape(run: Run, tokens: int = TARGET_TOKENS) -> TwoStreamShape:
     """A shape with as many tokens in all as the target has, and the same share of them not predicted."""
     if run.dry:
-        return TwoStreamShape(max(5, tokens // 20), max(2, tokens // 80), 1, 2, 16)
+        return TwoStreamShape(max(5, tokens // 25), max(2, tokens // 80), 1, 1, 16)
     batch = max(1, round(BATCH * TARGET_TOKENS / tokens))
     return TwoStreamShape(tokens, round(tokens * TARGET_CUT / TARGET_TOKENS), batch, HEADS, SIZE)
 
@@ -56,8 +56,6 @@ def record_time(
     run: Run, op: str, way: str, seconds: Sequence[float], shape: TwoStreamShape, dtype: str,
     config: Mapping[str, int] | None = None, *, default: bool = True,
 ) -> None:  # fmt: skip
-    """A row "time". A later row of the same op, way, configuration, shape and dtype has more repeats and replaces it."""
+    """A row "time". A later one of the same op, way, configuration, shape and dtype has more repeats and replaces it."""
     figures: dict[str, Any] = quantiles(seconds)
-    run.record(
-        "time", op=op, way=way, config=config, shape=shape_row(shape), dtype=dtype, default=default, **figures
-    )
+    run.record("time", op=op, way=way, config=config, shape=shape_row(shape), dtype=dtype, default=default, **figures)

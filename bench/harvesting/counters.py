@@ -23,8 +23,8 @@ from bench.harvesting.kernels import OPS, entry_for
 from bench.harvesting.part import Run, Skipped
 
 SECTIONS = (
-    "SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy",
-    "LaunchStats",
+    "SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis",
+    "Occupancy", "LaunchStats",
 )  # fmt: skip
 WATCHED = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
 IDENTITY = ("ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Device", "CC")

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 
 from bench import timing, tune
 from bench.attention_ways import (
-    FLEX_SETTINGS, FlexSetting, Operands, Way, flex, official, random_operands, sdpa_mask,
+    FLEX_SETTINGS,
+    FlexSetting,
+    Operands,
+    Way,
+    flex,
+    official,
+    random_operands,
+    sdpa_mask,
 )  # fmt: skip
 from bench.guard import guarded
 from bench.harvesting.common import attention_shape, config_row, device_of, dtypes_of, record_time
@@ -50,13 +57,13 @@ CANDIDATES = {
         (64, 128, 8, 2),
     ),
 }  # fmt: skip
-"""(rows, keys, warps, stages), the most promising first by what the compiler says: 64-row tiles let three programs share
-a processor, and three stages keep a tile in flight."""
+"""(rows, keys, warps, stages), the most promising first by what the compiler says: tiles of 64 rows let three programs
+share a processor, three stages keep a tile in flight."""
 
 
 def entry_for(kernel: str, dtype: str, shape: TwoStreamShape, device: torch.device) -> tune.Entry:
     """The launch table's entry for a device."""
-    return tune.Entry(kernel, dtype, shape.size, triton_launch.architecture(device))
+    return tune.Entry(kernel, dtype, shape.size, triton_launch.target(device))
 
 
 def configs_for(entry: tune.Entry) -> list[LaunchConfig]:
@@ -79,13 +86,17 @@ class Calls:
 
 @dataclass(frozen=True)
 class Passes:
-    """A peer's forward and backward pass."""
+    """A peer's forward and backward pass, or the former alone."""
 
     way: Way
+    backward: bool = True
 
     def sample(self, clock: Clock) -> dict[str, float]:
         """Seconds by op."""
-        outputs, forward = clock.time(self.way.forward)
+        with torch.set_grad_enabled(self.backward):
+            outputs, forward = clock.time(self.way.forward)
+        if not self.backward:
+            return {"forward": forward}
         return {"forward": forward, "backward": clock.time(partial(self.way.backward, outputs))[1]}
 
 
@@ -110,7 +121,7 @@ def sdpa(operands: Operands) -> Way:
 
 
 def flex_setting(run: Run) -> FlexSetting:
-    """Both streams in one call; uncompiled in a dry run, as it has no compiled backward pass on a CPU."""
+    """Both streams in one call; uncompiled in a dry run. On a CPU it has no backward pass."""
     return FlexSetting(compiled=False) if run.dry else FLEX_SETTINGS["flex_one_call_128"]
 
 
@@ -129,9 +140,8 @@ def contest(run: Run) -> None:
     device = device_of(run)
     clock = timing.clock_for(device)
     ((dtype, _),) = dtypes_of(run, "bf16").items()
-    lengths = LENGTHS[:2] if run.dry else LENGTHS
     for slow in (False, True):
-        for tokens in lengths:
+        for tokens in LENGTHS[:1] if run.dry else LENGTHS:
             if run.left() > 0:
                 round_of(run, attention_shape(run, tokens), dtype, clock, device, slow=slow)
 
@@ -142,14 +152,14 @@ def round_of(run: Run, shape: TwoStreamShape, dtype: str, clock: Clock, device: 
     builders: dict[str, Callable[[], Any]] = {"ours": lambda: our_kernels(dtype, shape, device)}
     for is_slow in (False, True) if slow else (False,):
         for name, build in peers(run, operands, slow=is_slow).items():
-            builders[name] = lambda build=build: Passes(build())
+            builders[name] = lambda build=build, name=name: Passes(build(), not (run.dry and name == "flex"))
     ways = {}
     for name, build in builders.items():
         ways[name], failure = guarded(build)
         if failure is not None:
             run.record("failure", way=name, shape=str(shape), reason=failure.reason)
             del ways[name]
-    repeats = 2 if run.dry else REPEATS if slow else FIRST_REPEATS
+    repeats = 1 if run.dry else REPEATS if slow else FIRST_REPEATS
     found = timed(run, ways, clock, repeats, lambda way, failure: str(shape))
     for name, by_op in found.items():
         for op, seconds in by_op.items():
@@ -180,15 +190,17 @@ def timed(
 
 def configurations(run: Run) -> None:
     """Today's configuration and others of each kernel: the target first, then the other lengths, then more repeats."""
-    lengths = LENGTHS[:2] if run.dry else LENGTHS
+    wanted = (lambda entry: configs_for(entry)[:2]) if run.dry else configs_for
     for repeats in (1,) if run.dry else (FIRST_REPEATS, REPEATS):
-        for tokens in lengths:
-            compare(run, attention_shape(run, tokens), configs_for, repeats)
+        for tokens in LENGTHS[:1] if run.dry else LENGTHS:
+            compare(run, attention_shape(run, tokens), wanted, repeats)
 
 
 def tuned(run: Run) -> None:
     """The best configurations of the first call, and their neighbours, beside today's, at every length."""
-    best = {kernel: LaunchConfig(**run.arguments["best"][op]) for kernel, op in OPS.items() if op in run.arguments["best"]}
+    best = {
+        kernel: LaunchConfig(**run.arguments["best"][op]) for kernel, op in OPS.items() if op in run.arguments["best"]
+    }
 
     def wanted(entry: tune.Entry) -> list[LaunchConfig]:
         found = best.get(entry.kernel, entry.present())
@@ -228,7 +240,12 @@ def compare(
             if config == today or runner.agrees(config, today):
                 ways[config] = Calls({op: runner.call(config)})
             else:
-                run.record("failure", way=str(config_row(config)), shape=str(shape), reason=f"{op}: other results than today's, or it does not run")
+                run.record(
+                    "failure",
+                    way=str(config_row(config)),
+                    shape=str(shape),
+                    reason=f"{op}: other results than today's, or it does not run",
+                )
         for config, by_op in timed(run, ways, clock, repeats, lambda *_: str(shape)).items():
             record_time(run, op, "ours", by_op[op], shape, dtype, config_row(config), default=config == today)
 
@@ -238,7 +255,7 @@ def warm(run: Run) -> None:
     device = device_of(run)
     shape = TwoStreamShape(*((9, 2, 1, 2, 16) if run.dry else (197, 50, 8, 12, 64)))
     for dtype in dtypes_of(run, "bf16"):
-        for kernel in OPS:
+        for kernel in list(OPS)[: 1 if run.dry else None]:
             entry = entry_for(kernel, dtype, shape, device)
             runner = tune.Runner(entry, shape, device)
             for config in configs_for(entry)[: 2 if run.dry else None]:
@@ -254,6 +271,6 @@ def warm_flex(run: Run) -> None:
     for tokens in LENGTHS[:1] if run.dry else LENGTHS:
         shape = attention_shape(run, tokens)
         operands = random_operands(shape, next(iter(dtypes_of(run, "bf16").values())), device)
-        way = flex(flex_setting(run), operands)
-        way.backward(way.forward())
+        way = Passes(flex(flex_setting(run), operands), backward=not run.dry)
+        way.sample(timing.CpuClock())
         run.record("warm", kernel="flex", config={"tokens": tokens}, reason=None)

@@ -6,10 +6,8 @@ import os
 import platform
 import shutil
 
-import torch
-
 from bench import records, roofline, timing
-from bench.harvesting.common import device_of, dtypes_of
+from bench.harvesting.common import DTYPES, device_of
 from bench.harvesting.part import Run
 
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi", "git")
@@ -25,9 +23,9 @@ def measure(run: Run) -> None:
         packages={name: records.version(name) for name in PACKAGES}, tools={name: shutil.which(name) for name in TOOLS},
         state=records.device_state(device),
     )  # fmt: skip
-    dtypes = dtypes_of(run, "bf16", "fp16", "fp32")
-    rates = roofline.measure(device, dtypes, timing.clock_for(device), repeats=4 if run.dry else 10)
-    run.record("ceiling", name="copy_bytes_per_s", value=rates.bytes_per_second)
-    for name, rate in rates.flop_per_second.items():
-        run.record("ceiling", name=f"matmul_{name}_flops_per_s", value=rate)
+    clock = timing.clock_for(device)
+    for name in ("fp32",) if run.dry else ("bf16", "fp16", "fp32"):
+        rates = roofline.measure(device, {name: DTYPES[name]}, clock, repeats=3 if run.dry else 10)
+        run.record("ceiling", name="copy_bytes_per_s", value=rates.bytes_per_second)
+        run.record("ceiling", name=f"matmul_{name}_flops_per_s", value=rates.flop_per_second[name])
     run.record("machine", device=here["device"], versions=here["versions"], state=records.device_state(device))

@@ -1,4 +1,4 @@
-"""What a part of the harvest is, and what it is given. No third-party import: the process that runs parts needs none."""
+"""What a part of the harvest is, and what it is given. Nothing but the standard library, as in the process above."""
 
 from __future__ import annotations
 

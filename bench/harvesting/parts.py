@@ -10,6 +10,8 @@ HERE = "bench.harvesting"
 WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}
 """An error is then raised by the launch that made it."""
 
+VARIANTS = ("plain", "last_block", "pim", "gather")
+
 
 def _checks(name: str, call: str, **arguments: Any) -> Part:
     return Part(f"check_{name}", f"{HERE}.correctness:{call}", 60, "correctness", arguments, WAITING, kernels=True)
@@ -21,12 +23,18 @@ def _step(name: str, model: str, batch: int, seconds: float, **arguments: Any) -
 
 FIRST = (
     Part("machine", f"{HERE}.machine:measure", 15),
-    *(_checks(f"attention_{variant}", "attention", variant=variant) for variant in ("plain", "last_block", "pim", "gather")),
+    *(
+        _checks(f"attention_{variant}", "attention", variant=variant)
+        for variant in ("plain", "last_block", "pim", "gather")
+    ),
     _checks("embedding_kmeans", "embedding_and_kmeans"),
     # Beside the checks, as they wait on each launch anyway: what later parts would lose their time with.
     Part("warm_kernels", f"{HERE}.kernels:warm", 60, "correctness", kernels=True),
     Part("warm_flex", f"{HERE}.kernels:warm_flex", 60, "correctness", kernels=True),
-    Part("warm_step", f"{HERE}.step:warm", 60, "correctness", {"model": "base", "batch": 128}),
+    *(
+        Part(f"warm_step_{model}", f"{HERE}.step:warm", 60, "correctness", {"model": model, "batch": batch})
+        for model, batch in (("base", 128), ("small", 256), ("tiny", 512))
+    ),
     Part("attention", f"{HERE}.kernels:contest", 60, kernels=True),
     Part("configurations", f"{HERE}.kernels:configurations", 55, kernels=True),
     Part("counters", f"{HERE}.counters:measure", 35, kernels=True),

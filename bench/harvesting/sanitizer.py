@@ -1,4 +1,4 @@
-"""compute-sanitizer over all Triton kernels of the registry, at small awkward shapes: memcheck, racecheck, initcheck."""
+"""compute-sanitizer over all Triton kernels of the registry, at small awkward shapes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def measure(run: Run) -> None:
         raise Skipped("the checkout has no tests/sanitizer_cases.py")
     if run.dry:
         subprocess.run([sys.executable, str(CASES), "cpu", FEW_FLOP], check=True)
-        raise Skipped(f"a dry run has no sanitizer; a GPU would run: {' '.join(command('compute-sanitizer', TOOLS[0]))}")
+        raise Skipped(
+            f"a dry run has no sanitizer; a GPU would run: {' '.join(command('compute-sanitizer', TOOLS[0]))}"
+        )
     toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{toolkit}/bin")
     if sanitizer is None:
