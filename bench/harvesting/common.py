@@ -56,6 +56,6 @@ def record_time(
     run: Run, op: str, way: str, seconds: Sequence[float], shape: TwoStreamShape, dtype: str,
     config: Mapping[str, int] | None = None, *, default: bool = True,
 ) -> None:  # fmt: skip
-    """A row "time". A later one of the same op, way, configuration, shape and dtype has more repeats and replaces it."""
+    """A row "time"; a later one of the same op, way, configuration, shape and dtype replaces it, with more repeats."""
     figures: dict[str, Any] = quantiles(seconds)
     run.record("time", op=op, way=way, config=config, shape=shape_row(shape), dtype=dtype, default=default, **figures)

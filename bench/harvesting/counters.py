@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -36,7 +35,7 @@ def command(ncu: str, seconds: float) -> list[str]:
     sections = [word for name in SECTIONS for word in ("--section", name)]
     return [
         ncu, "--csv", "--page", "raw", "--clock-control", "none", *sections, "--profile-from-start", "off",
-        "--target-processes", "application-only", "--kernel-name", f"regex:{'|'.join(WATCHED)}",
+        "--target-processes", "all", "--kernel-name", f"regex:{'|'.join(WATCHED)}",
         sys.executable, "-m", __name__, str(seconds),
     ]  # fmt: skip
 
@@ -53,13 +52,14 @@ def measure(run: Run) -> None:
         raise Skipped(f"a dry run has no counters; a GPU would run: {' '.join(command('ncu', run.left()))}")
     if (ncu := find_ncu()) is None:
         raise Skipped("ncu (Nsight Compute) is neither on PATH nor in the CUDA toolkit")
-    done = subprocess.run(command(ncu, run.left()), stdout=subprocess.PIPE, text=True, check=False)
-    (run.folder / "ncu.csv").write_text(done.stdout)
+    with (run.folder / "ncu.csv").open("wb") as file:
+        done = subprocess.run(command(ncu, run.left()), stdout=file, check=False)
+    report = (run.folder / "ncu.csv").read_text(errors="replace")
     try:
-        kernels = parse(done.stdout)
+        kernels = parse(report)
     except ValueError as error:
-        print(done.stdout[-4000:])
-        if "ERR_NVGPUCTRPERM" in done.stdout or "LibraryNotLoaded" in done.stdout:
+        print(report[-4000:])
+        if "ERR_NVGPUCTRPERM" in report or "LibraryNotLoaded" in report:
             raise Skipped("ncu may not read the hardware counters on this machine") from error
         raise
     for kernel in kernels:
@@ -124,4 +124,3 @@ def watched(run: Run) -> None:
 
 if __name__ == "__main__":
     watched(Run("watched", Path(), float(sys.argv[1])))
-    print(json.dumps({"watched": list(WATCHED)}))

@@ -7,7 +7,7 @@ while there is time. A row is written after each round.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -93,10 +93,10 @@ class Passes:
 
     def sample(self, clock: Clock) -> dict[str, float]:
         """Seconds by op."""
-        with torch.set_grad_enabled(self.backward):
-            outputs, forward = clock.time(self.way.forward)
         if not self.backward:
-            return {"forward": forward}
+            leaves = [leaf.detach() for leaf in self.way.leaves]
+            return {"forward": clock.time(lambda: self.way.attend(*leaves))[1]}
+        outputs, forward = clock.time(self.way.forward)
         return {"forward": forward, "backward": clock.time(partial(self.way.backward, outputs))[1]}
 
 
@@ -251,18 +251,22 @@ def compare(
 
 
 def warm(run: Run) -> None:
-    """Compile every configuration once, so that they are in the cache when they are timed."""
+    """Compile every configuration of one kernel, so that it is in the cache when it is timed.
+
+    Few images will do, but all lengths: the compiler looks at whether numbers are 1 or divisible by 16.
+    """
     device = device_of(run)
-    shape = TwoStreamShape(*((9, 2, 1, 2, 16) if run.dry else (197, 50, 8, 12, 64)))
+    kernel = next(kernel for kernel, op in OPS.items() if op == run.arguments["op"])
     for dtype in dtypes_of(run, "bf16"):
-        for kernel in list(OPS)[: 1 if run.dry else None]:
+        for tokens in LENGTHS[:1] if run.dry else LENGTHS:
+            shape = replace(attention_shape(run, tokens), batch=1)
             entry = entry_for(kernel, dtype, shape, device)
             runner = tune.Runner(entry, shape, device)
             for config in configs_for(entry)[: 2 if run.dry else None]:
                 if run.left() <= 0:
                     return
                 _, failure = guarded(runner.call(config))
-                run.record("warm", kernel=kernel, config=config_row(config), reason=failure and failure.reason)
+                run.record("warm", op=run.arguments["op"], config=config_row(config), reason=failure and failure.reason)
 
 
 def warm_flex(run: Run) -> None:
@@ -273,4 +277,4 @@ def warm_flex(run: Run) -> None:
         operands = random_operands(shape, next(iter(dtypes_of(run, "bf16").values())), device)
         way = Passes(flex(flex_setting(run), operands), backward=not run.dry)
         way.sample(timing.CpuClock())
-        run.record("warm", kernel="flex", config={"tokens": tokens}, reason=None)
+        run.record("warm", op="flex", config={"tokens": tokens}, reason=None)

@@ -19,9 +19,7 @@ STEPS = 3
 
 def measure(run: Run) -> None:
     """A row for each case; one that does not fit says so, and costs nothing but itself."""
-    if run.dry:
-        device_of(run)
-    elif (device := device_of(run)).type == "cuda":
+    if (device := device_of(run)).type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total), device)
     for images, recompute in CASES:

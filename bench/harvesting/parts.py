@@ -29,7 +29,10 @@ FIRST = (
     ),
     _checks("embedding_kmeans", "embedding_and_kmeans"),
     # Beside the checks, as they wait on each launch anyway: what later parts would lose their time with.
-    Part("warm_kernels", f"{HERE}.kernels:warm", 60, "correctness", kernels=True),
+    *(
+        Part(f"warm_{op}", f"{HERE}.kernels:warm", 60, "correctness", {"op": op}, kernels=True)
+        for op in ("forward", "dq", "dkdv")
+    ),
     Part("warm_flex", f"{HERE}.kernels:warm_flex", 60, "correctness", kernels=True),
     *(
         Part(f"warm_step_{model}", f"{HERE}.step:warm", 60, "correctness", {"model": model, "batch": batch})
@@ -51,7 +54,7 @@ AGAIN = 60.0
 
 
 def second(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[Part]:
-    """The second call, from the first one's summary and rows: slices of 240 seconds.
+    """The second call, from the first one's summary and rows: slices of 220 seconds, or AGAIN more.
 
     What was skipped for lack of time, or failed in whichever way, is run once more; compute-sanitizer comes last, as it
     is slow and has hung devices.
@@ -66,9 +69,9 @@ def second(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[Part]:
     return [
         *again,
         Part("tuned", f"{HERE}.kernels:tuned", 40, "", {"best": best}, kernels=True),
-        _step("step_tuned", "base", 128, 30, best=best),
-        _step("step_volta", "base", 32, 30, dtype="fp16", capped=True, official=True),
-        Part("volta_kernels", f"{HERE}.volta:measure", 50),
+        _step("step_tuned", "base", 128, 25, best=best),
+        _step("step_volta", "base", 32, 25, dtype="fp16", cap_gib=16),
+        Part("volta_kernels", f"{HERE}.volta:measure", 80),
         Part("sanitizer", f"{HERE}.sanitizer:measure", 50, kernels=True),
     ]
 

@@ -53,7 +53,9 @@ def steps(run: Run) -> None:
     """The step of ViT-B with backend cuda."""
     from bench.harvesting import step
 
-    step.measure(replace(run, arguments={"model": "base", "batch": 32, "dtype": "fp16", "backend": "cuda"}))
+    step.measure(
+        replace(run, arguments={"model": "base", "batch": 32, "dtype": "fp16", "backend": "cuda", "cap_gib": 16})
+    )
 
 
 if __name__ == "__main__":
