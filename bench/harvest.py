@@ -57,6 +57,8 @@ LOG_TAIL = 4000
 """Characters of a part's log that its summary holds."""
 GRACE = 5.0
 """Seconds between SIGINT and SIGKILL, or a fifth of a part's limit where that is less."""
+READY_SHARE = 0.1
+"""Of a call, that the imports of a stage may take before its slice begins."""
 LAST_WAIT = 2.0
 """Seconds to wait for a process that was killed."""
 POLL = 0.05
@@ -101,6 +103,10 @@ class Process:
         with suppress(BrokenPipeError):  # where it has died already, its return code says how
             self.process.stdin.write(f"{0.95 * (limit - self.grace)} {limit - self.grace}\n".encode())
             self.process.stdin.close()
+
+    def ready(self) -> bool:
+        """Whether it has imported what it needs, or never will."""
+        return ready_file(self.work, self.part.name).exists() or self.process.poll() is not None
 
     def poll(self) -> bool:
         """Whether it has ended; sends the signals that are due. What it left running in its group is killed."""
@@ -207,6 +213,9 @@ def run_stages(
     for number, stage in enumerate(stages):
         present = {process.part.name for process in waiting}
         waiting += [Process(part, call, work) for part in stage if part.name not in present]
+        latest = time.monotonic() + READY_SHARE * call.seconds
+        while not all(process.ready() for process in waiting) and time.monotonic() < latest:
+            time.sleep(POLL)
         slices = [1.0 if call.dry else max(part.seconds for part in each) for each in stages[number:]]
         limit = call.left() * slices[0] / sum(slices)
         if limit < 1:

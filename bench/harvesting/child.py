@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.harvesting.part import FAILED, OK, OUT_OF_MEMORY, SKIPPED, TIMED_OUT, End, Run, Skipped
+from bench.harvesting.part import FAILED, OK, OUT_OF_MEMORY, SKIPPED, TIMED_OUT, End, Run, Skipped, ready_file
 
 LARGEST_FILE = 2 << 30
 """Bytes of a file that a part may write: one that prints without end must not fill the disk."""
@@ -45,6 +45,7 @@ def run(task: dict, folder: Path) -> None:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
         failure = error
+    ready_file(folder, task["name"]).touch()
     line = sys.stdin.readline()
     if not line:
         raise Skipped("the harvest ended before this part's turn")

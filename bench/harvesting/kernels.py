@@ -28,10 +28,14 @@ from bench.attention_ways import (
 from bench.guard import guarded
 from bench.harvesting.common import attention_shape, config_row, device_of, dtypes_of, record_time
 from bench.harvesting.part import Run
+from bench.records import quantiles
 from bench.timing import Clock
 from mapet_kernels import triton_launch
 from mapet_kernels.launch import LaunchConfig
+from mapet_kernels.permuted_embed.op import permuted_patches_op
 from mapet_kernels.registry import TwoStreamShape
+from mapet_kernels.two_stream_attention import triton_backend
+from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
 OPS = {"attention_forward": "forward", "attention_query_gradient": "dq", "attention_key_gradient": "dkdv"}
 """Function of the launch table -> op, as rows tell it."""
@@ -120,6 +124,35 @@ def sdpa(operands: Operands) -> Way:
     return Way(leaves, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), (d_out,), lambda *_: ())
 
 
+def ours_gathering(operands: Operands) -> Calls:
+    """Our forward kernel on content rows in image order, which it gathers."""
+    shape = operands.shape
+    problem = Problem(shape.tokens, shape.targets, shape.cuts, True, shape.size**-0.5)
+    q = Streams(operands.q_content, operands.q_query)
+    k, v = torch.stack([operands.k, operands.v], dim=2).unbind(2)
+    out = q.empty_like()
+    lse = Streams(*(x.new_empty(x.shape[:3], dtype=torch.float32) for x in (out.content, out.query)))
+    perm = operands.permutation
+    return Calls({"forward": lambda: triton_backend.forward(q, k, v, out, lse, problem, perm)})
+
+
+def embedding(run: Run) -> None:
+    """Bytes a second of the pass that permutes, normalises and casts patches: uint8 read, 16 bits written."""
+    device, (dtype,) = device_of(run), dtypes_of(run, "bf16").values()
+    batch, side, patch = (1, 8, 4) if run.dry else (512, 224, 16)
+    images = torch.randint(0, 256, (batch, 3, side, side), device=device, dtype=torch.uint8)
+    patches = torch.rand(batch, (side // patch) ** 2, device=device).argsort(dim=1)
+    mean, std = (torch.tensor([0.5, 0.4, 0.3], device=device) for _ in range(2))
+    clock = timing.clock_for(device)
+    taken = []
+    for _ in range(2 if run.dry else REPEATS):
+        out, seconds = clock.time(lambda: permuted_patches_op(images, patches, patch, mean, std, dtype, "triton"))
+        taken.append(seconds)
+    figures = quantiles(taken[1:])
+    moved = images.numel() + out.numel() * out.element_size()
+    run.record("bandwidth", op="permuted_embed", bytes_per_s=moved / (figures["p50_ms"] / 1e3 or 1e-9), **figures)
+
+
 def flex_setting(run: Run) -> FlexSetting:
     """Both streams in one call; uncompiled in a dry run. On a CPU it has no backward pass."""
     return FlexSetting(compiled=False) if run.dry else FLEX_SETTINGS["flex_one_call_128"]
@@ -141,6 +174,10 @@ def contest(run: Run) -> None:
     clock = timing.clock_for(device)
     ((dtype, _),) = dtypes_of(run, "bf16").items()
     for slow in (False, True):
+        if slow:
+            _, failure = guarded(lambda: embedding(run))
+            if failure is not None:
+                run.record("failure", way="permuted_embed", reason=failure.reason)
         for tokens in LENGTHS[:1] if run.dry else LENGTHS:
             if run.left() > 0:
                 round_of(run, attention_shape(run, tokens), dtype, clock, device, slow=slow)
@@ -150,6 +187,8 @@ def round_of(run: Run, shape: TwoStreamShape, dtype: str, clock: Clock, device: 
     """One round at one length; a way that cannot be made or fails is told in a row."""
     operands = random_operands(shape, dtypes_of(run, dtype)[dtype], device)
     builders: dict[str, Callable[[], Any]] = {"ours": lambda: our_kernels(dtype, shape, device)}
+    if shape == attention_shape(run):
+        builders["ours_gather"] = lambda: ours_gathering(operands)
     for is_slow in (False, True) if slow else (False,):
         for name, build in peers(run, operands, slow=is_slow).items():
             builders[name] = lambda build=build, name=name: Passes(build(), not (run.dry and name == "flex"))

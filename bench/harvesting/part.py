@@ -97,6 +97,11 @@ def records_file(folder: Path, name: str) -> Path:
     return folder / "parts" / f"{name}.jsonl"
 
 
+def ready_file(folder: Path, name: str) -> Path:
+    """Is there once a part's process has imported what it needs."""
+    return folder / "ends" / f"{name}.ready"
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The rows of a records file; a line that was cut off in the middle is left out."""
     rows = []
