@@ -46,6 +46,7 @@ from bench.harvesting.part import (  # noqa: E402
     End,
     Part,
     read_records,
+    ready_file,
     records_file,
 )  # fmt: skip
 
