@@ -41,6 +41,7 @@ from bench.harvesting import parts as registry  # noqa: E402  the checkout is on
 from bench.harvesting.part import (  # noqa: E402
     FAILED,
     KILLED,
+    OK,
     SKIPPED,
     TIMED_OUT,
     End,
@@ -405,8 +406,9 @@ def main() -> int:
         parts = [part for part in parts if part.name in given.parts]
     call = Call(60 * given.minutes, given.output, given.commit, given.dry_run)
     summary = run(parts, call)
-    bad = [name for name, outcome in summary["parts"].items() if outcome["status"] not in ("ok", SKIPPED)]
-    print(f"{len(parts) - len(bad)} of {len(parts)} parts without failure; {given.output}/harvest.tar.gz holds them")
+    found = [outcome["status"] for outcome in summary["parts"].values()]
+    bad = len(found) - found.count(OK) - found.count(SKIPPED)
+    print(f"{found.count(OK)} parts ok, {found.count(SKIPPED)} skipped, {bad} failed: {given.output}/harvest.tar.gz")
     return 1 if bad else 0
 
 

@@ -61,7 +61,7 @@ def test_a_dry_run_goes_through_every_part_of_both_calls(tmp_path: Path) -> None
     assert {path.name for path in came_back} == {"harvest.tar.gz", "harvest.log", "profile.txt"}
 
     second, rows, _ = dry_run(tmp_path / "second", "--second", str(tmp_path / "first"))
-    names = ["tuned", "step_tuned", "step_volta", "volta_kernels", "sanitizer"]
+    names = ["machine", "tuned", "step_tuned", "step_volta", "volta_kernels", "sanitizer"]
     assert statuses(second) == {name: "skipped" if name in NO_CPU else "ok" for name in names}
     assert {row["tuned"] for row in rows if row["part"] == "step_tuned" and row["kind"] == "step"} == {True}
     assert list(second["parts"])[-1] == "sanitizer"
@@ -187,12 +187,13 @@ def test_the_second_call_does_again_what_failed_and_takes_the_best_configuration
     ended["kmeans"] = {"status": "timed out", "returncode": -9}
     ended["counters"] = {"status": "skipped", "returncode": 0}  # there is no ncu, nor will there be
     ended["memory"] = {"status": "skipped", "returncode": None}  # no time was left
-    del ended["machine"]
+    del ended["step_tiny"]
     parts = registry.second({"parts": ended}, rows)
-    assert [part.name for part in parts][:4] == ["machine", "kmeans", "memory", "tuned"]
-    assert parts[3].arguments == {"best": best} and parts[-1].name == "sanitizer"
+    assert [part.name for part in parts][:5] == ["machine", "step_tiny", "kmeans", "memory", "tuned"]
+    assert parts[4].arguments == {"best": best} and parts[-1].name == "sanitizer"
     everything = registry.second({"parts": {}}, rows)
-    again = everything[: len(registry.FIRST)]
+    again = everything[1 : len(registry.FIRST)]
+    assert [part.name for part in again] == [part.name for part in registry.FIRST[1:]]
     assert sum(part.seconds for part in again) == pytest.approx(registry.AGAIN)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from bench import guard
 from bench.harvesting.part import Run, Skipped
 from bench.records import quantiles
 from mapet_kernels.launch import LaunchConfig
@@ -32,6 +34,19 @@ def device_of(run: Run) -> torch.device:
 def dtypes_of(run: Run, *names: str) -> dict[str, torch.dtype]:
     """Dtypes by name; in a dry run fp16 alone, as Triton's interpreter has no bf16."""
     return {name: DTYPES[name] for name in (("fp16",) if run.dry else names)}
+
+
+def guarded(call: Callable[[], Any]) -> tuple[Any, guard.Failure | None]:
+    """`guard.guarded`, with the whole traceback in the part's log."""
+
+    def told() -> Any:
+        try:
+            return call()
+        except Exception:
+            traceback.print_exc()
+            raise
+
+    return guard.guarded(told)
 
 
 def attention_shape(run: Run, tokens: int = TARGET_TOKENS) -> TwoStreamShape:

@@ -25,8 +25,7 @@ from bench.attention_ways import (
     random_operands,
     sdpa_mask,
 )  # fmt: skip
-from bench.guard import guarded
-from bench.harvesting.common import attention_shape, config_row, device_of, dtypes_of, record_time
+from bench.harvesting.common import attention_shape, config_row, device_of, dtypes_of, guarded, record_time
 from bench.harvesting.part import Run
 from bench.records import quantiles
 from bench.timing import Clock
@@ -309,9 +308,9 @@ def warm(run: Run) -> None:
 
 
 def warm_flex(run: Run) -> None:
-    """Compile FlexAttention's forward and backward pass for every length, the target's first."""
+    """Compile FlexAttention's forward and backward pass for some lengths."""
     device = device_of(run)
-    for tokens in LENGTHS[:1] if run.dry else LENGTHS:
+    for tokens in run.arguments["lengths"][: 1 if run.dry else None]:
         shape = attention_shape(run, tokens)
         operands = random_operands(shape, next(iter(dtypes_of(run, "bf16").values())), device)
         way = Passes(flex(flex_setting(run), operands), backward=not run.dry)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench import kmeans, timing
-from bench.guard import guarded
-from bench.harvesting.common import device_of
+from bench.harvesting.common import device_of, guarded
 from bench.harvesting.kernels import Calls
 from bench.harvesting.part import Run
 from bench.records import quantiles

@@ -9,6 +9,8 @@ from bench.harvesting.part import OK, SKIPPED, Part
 HERE = "bench.harvesting"
 WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}
 """An error is then raised by the launch that made it."""
+FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+"""Of processes that compile side by side."""
 
 VARIANTS = ("plain", "last_block", "pim", "gather")
 
@@ -33,9 +35,12 @@ FIRST = (
         Part(f"warm_{op}", f"{HERE}.kernels:warm", 60, "correctness", {"op": op}, kernels=True)
         for op in ("forward", "dq", "dkdv")
     ),
-    Part("warm_flex", f"{HERE}.kernels:warm_flex", 60, "correctness", kernels=True),
     *(
-        Part(f"warm_step_{model}", f"{HERE}.step:warm", 60, "correctness", {"model": model, "batch": batch})
+        Part(f"warm_flex_{lengths[0]}", f"{HERE}.kernels:warm_flex", 60, "correctness", {"lengths": lengths}, FEW)
+        for lengths in ([197, 50], [344, 785], [1025])
+    ),
+    *(
+        Part(f"warm_step_{model}", f"{HERE}.step:warm", 60, "correctness", {"model": model, "batch": batch}, FEW)
         for model, batch in (("base", 128), ("small", 256), ("tiny", 512))
     ),
     Part("attention", f"{HERE}.kernels:contest", 60, kernels=True),
@@ -54,12 +59,12 @@ AGAIN = 60.0
 
 
 def second(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[Part]:
-    """The second call, from the first one's summary and rows: slices of 220 seconds, or AGAIN more.
+    """The second call, from the first one's summary and rows: slices of 245 seconds, or AGAIN more.
 
-    What was skipped for lack of time, or failed in whichever way, is run once more; compute-sanitizer comes last, as it
-    is slow and has hung devices.
+    The machine, which may be another; what was skipped for lack of time, or failed in whichever way, once more;
+    compute-sanitizer comes last, as it is slow and has hung devices.
     """
-    failed = [part for part in FIRST if _failed(summary["parts"].get(part.name))]
+    failed = [part for part in FIRST[1:] if _failed(summary["parts"].get(part.name))]
     scale = AGAIN / max(AGAIN, sum(part.seconds for part in failed))
     again = [
         Part(part.name, part.call, part.seconds * scale, "", part.arguments, part.environment, part.kernels)
@@ -67,12 +72,13 @@ def second(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[Part]:
     ]
     best = best_configurations(rows)
     return [
+        FIRST[0],
         *again,
         Part("tuned", f"{HERE}.kernels:tuned", 40, "", {"best": best}, kernels=True),
         _step("step_tuned", "base", 128, 25, best=best),
         _step("step_volta", "base", 32, 25, dtype="fp16", cap_gib=16),
         Part("volta_kernels", f"{HERE}.volta:measure", 80),
-        Part("sanitizer", f"{HERE}.sanitizer:measure", 50, kernels=True),
+        Part("sanitizer", f"{HERE}.sanitizer:measure", 60, kernels=True),
     ]
 
 

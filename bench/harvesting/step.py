@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from bench import timing, tune
-from bench.guard import guarded
-from bench.harvesting.common import device_of
+from bench.harvesting.common import device_of, guarded
 from bench.harvesting.kernels import OPS
 from bench.harvesting.part import Run, Skipped
 from bench.records import quantiles
@@ -125,8 +124,10 @@ def measure(run: Run) -> None:
         steppers: dict[str, Stepper] = {}
         add(run, steppers, builders)
         rounds(run, setting, steppers, 1 if run.dry else FIRST_REPEATS)
-        if run.arguments.get("profile"):
-            profile(run, steppers["eager"])
+        if run.arguments.get("profile") and "eager" in steppers:
+            _, failure = guarded(lambda: profile(run, steppers["eager"]))
+            if failure is not None:
+                run.record("failure", way="profile", reason=failure.reason)
         add(run, steppers, {mode: partial(ours, setting, mode) for mode in compiled})
         rounds(run, setting, steppers, 1 if run.dry else REPEATS)
 
@@ -189,7 +190,7 @@ def profile(run: Run, stepper: Stepper) -> None:
             stepper.step()
         if on_gpu:
             torch.cuda.synchronize()
-    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = found.key_averages().table(sort_by=by, row_limit=TABLE_ROWS, max_name_column_width=80)
     (run.folder / "profile.txt").write_text(table)
     run.record("profile", table=table)

@@ -40,7 +40,8 @@ def measure(run: Run) -> None:
     if shutil.which("nvcc") is None:
         raise Skipped("nvcc is not on PATH")
     # pip builds in the folder itself, which may be read-only, and must not be changed.
-    checkout = shutil.copytree(ROOT, run.folder / "checkout", ignore=shutil.ignore_patterns(".git", ".venv", "results"))
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", "results")
+    checkout = shutil.copytree(ROOT, run.folder / "checkout", ignore=left_out)
     build = [*build_command(target)[:-1], str(checkout)]
     environment = os.environ | {"MAPET_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURE, "MAX_JOBS": "8"}
     subprocess.run(build, env=environment, check=True)
