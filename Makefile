@@ -39,7 +39,7 @@ harvest:
 
 # Every part on a CPU, small, the kernels interpreted: about two minutes of one core.
 harvest-dry: $(VENV)/.installed
-	$(BIN)/python bench/harvest.py --dry-run --minutes 15 --output $(HARVEST)-dry
+	$(BIN)/python bench/harvest.py --dry-run --minutes 30 --output $(HARVEST)-dry
 
 # Four parts in 590 s at most. Each stops by itself at its own limit, and what it has by then is its record; `timeout`
 # sends SIGTERM, which keeps the record too, to a part that hangs. One that fails does not stop the next.

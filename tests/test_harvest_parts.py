@@ -23,7 +23,7 @@ def dry_run(output: Path, *arguments: str, path: str = "") -> tuple[dict, list[d
     """Summary, rows and what was printed, from a folder that is not the checkout, without the package on the path."""
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "bench/harvest.py"), "--dry-run", "--minutes", "14", "--output", str(output)]
+    command = [sys.executable, str(ROOT / "bench/harvest.py"), "--dry-run", "--minutes", "40", "--output", str(output)]
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=environment, cwd=output.parent, check=False
     )

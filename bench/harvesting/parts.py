@@ -25,10 +25,7 @@ def _step(name: str, model: str, batch: int, seconds: float, **arguments: Any) -
 
 FIRST = (
     Part("machine", f"{HERE}.machine:measure", 15),
-    *(
-        _checks(f"attention_{variant}", "attention", variant=variant)
-        for variant in ("plain", "last_block", "pim", "gather")
-    ),
+    *(_checks(f"attention_{variant}", "attention", variant=variant) for variant in VARIANTS),
     _checks("embedding_kmeans", "embedding_and_kmeans"),
     # Beside the checks, as they wait on each launch anyway: what later parts would lose their time with.
     *(
