@@ -217,8 +217,9 @@ def timed(
     run: Run, ways: Mapping[Any, Any], clock: Clock, repeats: int, describe: Callable[[Any, Any], str]
 ) -> dict[Any, dict[str, list[float]]]:
     """Samples by way and op, interleaved; a way that fails is told in a row."""
+    budget = 0.0 if run.dry else WAY_SECONDS
     seconds, reasons = timing.interleaved(
-        ways, clock, repeats=repeats, budget=0.0 if run.dry else WAY_SECONDS, deadline=timing.Deadline(run.left()), guard=guarded,
+        ways, clock, repeats=repeats, budget=budget, deadline=timing.Deadline(run.left()), guard=guarded,
         sample=lambda way, clock: way.sample(clock),
     )  # fmt: skip
     for way, failure in reasons.items():
