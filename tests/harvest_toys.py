@@ -37,7 +37,7 @@ def deep(level: int) -> None:
 def hangs(run: Run) -> None:
     """Deaf to SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run.record("check", what="before the end", ok=True)
+    run.record("child", pid=os.getpid())
     while True:
         time.sleep(60)
 

@@ -101,9 +101,8 @@ def test_time_that_is_left_over_goes_to_later_parts(toys, tmp_path: Path) -> Non
     assert outcomes["not_here"]["limit"] > 98 * 30 / 90 + 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_harvest_that_is_stopped_packs_what_it_has(toys, tmp_path: Path, number: int) -> None:
-    """As `timeout` or Ctrl-C do it: the part that runs is ended and told, the others are skipped."""
+def stopped(tmp_path: Path, number: int) -> tuple[dict, list[dict]]:
+    """Statuses by part, and rows of the part that hung, of a harvest that gets a signal while that part runs."""
     code = (
         "from pathlib import Path; from bench import harvest; from bench.harvesting.part import Part\n"
         "parts = [Part(n, f'harvest_toys:{n}', 100) for n in ('well', 'hangs_with_children', 'raises')]\n"
@@ -112,12 +111,28 @@ def test_a_harvest_that_is_stopped_packs_what_it_has(toys, tmp_path: Path, numbe
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     latest = time.monotonic() + 60
-    while not (begun := list(tmp_path.glob("*/parts/hangs*"))) or len(read_records(begun[0])) < 2:
+    while not (begun := list(tmp_path.glob("*/parts/hangs*"))) or len(rows := read_records(begun[0])) < 2:
         assert process.poll() is None and time.monotonic() < latest
         time.sleep(0.1)
     process.send_signal(number)
     process.wait(30)
-    summary, rows = gathered(tmp_path)
-    found = {name: outcome["status"] for name, outcome in summary["parts"].items()}
+    summary, _ = gathered(tmp_path)
+    return {name: outcome["status"] for name, outcome in summary["parts"].items()}, rows
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_harvest_that_is_stopped_packs_what_it_has(tmp_path: Path, number: int) -> None:
+    """As `timeout` or Ctrl-C do it: the part that runs is ended and told, the others are skipped."""
+    found, rows = stopped(tmp_path, number)
     assert found == {"well": "ok", "hangs_with_children": "timed out", "raises": "skipped"}
-    assert not any(alive(row["pid"]) for row in rows["hangs_with_children"] if row["kind"] == "child")
+    assert not any(alive(row["pid"]) for row in rows)
+
+
+def test_a_harvest_that_is_killed_leaves_what_it_had_and_no_part_behind(tmp_path: Path) -> None:
+    found, (grandchild, part) = stopped(tmp_path, signal.SIGKILL)
+    os.kill(grandchild["pid"], signal.SIGKILL)
+    assert found == {"well": "ok"}
+    latest = time.monotonic() + 20
+    while alive(part["pid"]):
+        assert time.monotonic() < latest
+        time.sleep(0.1)

@@ -6,6 +6,7 @@ part. So the imports of the next part, which take seconds, pass while the one be
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import json
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from bench.harvesting.part import FAILED, OK, OUT_OF_MEMORY, SKIPPED, TIMED_OUT, End, Run, Skipped, ready_file
 
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 LARGEST_FILE = 2 << 30
 """Bytes of a file that a part may write: one that prints without end must not fill the disk."""
 
@@ -26,6 +29,7 @@ LARGEST_FILE = 2 << 30
 def main(task: dict) -> int:
     """Run the part that `task` describes, and say how it ended."""
     faulthandler.enable()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     most = LARGEST_FILE if hard == resource.RLIM_INFINITY else min(LARGEST_FILE, hard)
@@ -35,6 +39,12 @@ def main(task: dict) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what happened is settled, and is written whole
     ended.write(folder / "ends" / f"{task['name']}.json")
     return 0 if ended.status in (OK, SKIPPED) else 1
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the harvest is killed, as nobody else would keep to its limits then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(task: dict, folder: Path) -> None:
