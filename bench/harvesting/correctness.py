@@ -47,7 +47,10 @@ class Attention:
 
     def results(self, images: slice, dtype: torch.dtype, backend: ModuleType) -> dict[str, Tensor]:
         """Outputs and gradients of some images, from buffers that hold NaN before each pass."""
-        cast = lambda x: None if x is None else x[images].to(dtype)  # noqa: E731
+
+        def cast(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[images].to(dtype)
+
         q, d_out = (Streams(cast(x.content), cast(x.query)) for x in (self.q, self.d_out))
         k, v = torch.stack([cast(self.k), cast(self.v)], dim=2).unbind(2)
         problem = self.problem

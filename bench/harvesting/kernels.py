@@ -198,7 +198,7 @@ def round_of(run: Run, shape: TwoStreamShape, dtype: str, clock: Clock, device: 
             run.record("failure", way=name, shape=str(shape), reason=failure.reason)
             del ways[name]
     repeats = 1 if run.dry else REPEATS if slow else FIRST_REPEATS
-    found = timed(run, ways, clock, repeats, lambda way, failure: str(shape))
+    found = timed(run, ways, clock, repeats, shape)
     for name, by_op in found.items():
         for op, seconds in by_op.items():
             config = our_config(op, dtype, shape, device) if name == "ours" else None
@@ -214,7 +214,7 @@ def our_config(op: str, dtype: str, shape: TwoStreamShape, device: torch.device)
 
 
 def timed(
-    run: Run, ways: Mapping[Any, Any], clock: Clock, repeats: int, describe: Callable[[Any, Any], str]
+    run: Run, ways: Mapping[Any, Any], clock: Clock, repeats: int, shape: TwoStreamShape
 ) -> dict[Any, dict[str, list[float]]]:
     """Samples by way and op, interleaved; a way that fails is told in a row."""
     budget = 0.0 if run.dry else WAY_SECONDS
@@ -223,7 +223,7 @@ def timed(
         sample=lambda way, clock: way.sample(clock),
     )  # fmt: skip
     for way, failure in reasons.items():
-        run.record("failure", way=str(way), shape=describe(way, failure), reason=failure.reason)
+        run.record("failure", way=str(way), shape=str(shape), reason=failure.reason)
     return seconds
 
 
@@ -285,7 +285,7 @@ def compare(
                     shape=str(shape),
                     reason=f"{op}: other results than today's, or it does not run",
                 )
-        for config, by_op in timed(run, ways, clock, repeats, lambda *_: str(shape)).items():
+        for config, by_op in timed(run, ways, clock, repeats, shape).items():
             record_time(run, op, "ours", by_op[op], shape, dtype, config_row(config), default=config == today)
 
 
