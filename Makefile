@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
+.PHONY: demo test test-gpu harvest harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
@@ -42,6 +42,17 @@ test-gpu:
 	{ timeout -s INT -k 20 450 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m gpu -rfEs --durations=15 $(GPU_LIMITS) $$spread; \
 		echo $$? > $(GPU_LOG)/status; } 2>&1 | tee $(GPU_LOG)/gpu_tests.log; \
 	exit $$(cat $(GPU_LOG)/status)
+
+# All evidence that a GPU can give in MINUTES, as four files in HARVEST: it needs torch, triton and numpy alone, and no
+# part that breaks costs another anything (bench/harvest.py, which also tells of the second call).
+HARVEST ?= build/harvest
+MINUTES ?= 6
+harvest:
+	$(GPU_PYTHON) bench/harvest.py --minutes $(MINUTES) --output $(HARVEST)
+
+# Every part on a CPU, small, the kernels interpreted: about two minutes of one core.
+harvest-dry: $(VENV)/.installed
+	$(BIN)/python bench/harvest.py --dry-run --minutes 30 --output $(HARVEST)-dry
 
 # Four parts in 590 s at most. Each stops by itself at its own limit, and what it has by then is its record; `timeout`
 # sends SIGTERM, which keeps the record too, to a part that hangs. One that fails does not stop the next.

@@ -31,9 +31,20 @@ def guarded(call: Callable[[], Any]) -> tuple[Any, Failure | None]:
     except Exception as error:
         failure = Failure("failed", f"{type(error).__name__}: {first_line(error)}")
     gc.collect()  # the traceback held tensors
-    if torch.cuda.is_available():
+    return None, emptied(failure)
+
+
+def emptied(failure: Failure) -> Failure:
+    """Give the cached memory back. After an illegal access that raises as well: then the device is lost to this
+    process, which the failure says besides its own reason, and every later call fails in its turn."""
+    if not torch.cuda.is_available():
+        return failure
+    try:
         torch.cuda.empty_cache()
-    return None, failure
+    except RuntimeError as error:
+        lost = f"{failure.reason}; the device is lost to this process: {first_line(error)}"
+        return failure._replace(reason=lost)
+    return failure
 
 
 def first_line(error: Exception) -> str:

@@ -7,11 +7,14 @@ left out; the logits of all targets exist at once. Targets are in image order.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mapet.model import Block, MaskedTokenViT
+if TYPE_CHECKING:
+    from mapet.model import Block, MaskedTokenViT
 
 BLOCKED = -1e30
 

@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "command": "python -m bench " + " ".join(sys.argv[1:]),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": version("triton"),
             "cuda": torch.version.cuda,
         },
     }
@@ -94,15 +94,26 @@ class Draft:
         return self.path
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
+def commit() -> str:
+    """Of this checkout: what a file COMMIT at its top says, where there is one, else git; empty where neither knows."""
+    told = RESULTS.parent.parent / "COMMIT"
+    return told.read_text().strip() if told.exists() else _git("rev-parse", "HEAD")
+
+
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    """What git says; nothing where it is not installed."""
+    try:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    except OSError:
+        return ""
     return result.stdout.strip()
 
 

@@ -100,10 +100,10 @@ def sample(way: TwoPasses, clock: Clock) -> dict[str, float]:
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def warmed_up(way: Any, clock: Clock, budget: float, sample: Sample = sample) -> float:
-    """Seconds of a sample, the second one unless the first took longer than the budget."""
-    taken = sum(sample(way, clock).values())
-    return taken if taken > budget else sum(sample(way, clock).values())
+def warmed_up(way: Any, clock: Clock, budget: float, sample: Sample = sample) -> dict[str, float]:
+    """A sample of a way that is warm: the second one, unless the first took longer than the budget."""
+    taken = sample(way, clock)
+    return taken if sum(taken.values()) > budget else sample(way, clock)
 
 
 def interleaved(
@@ -118,6 +118,9 @@ def interleaved(
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time the ways in turn: one sample of each, then the next repeat. Every way is warmed up first.
 
+    What was timed is returned whenever the deadline passes: where that is before the first repeat, the warm-up's last
+    sample of each way that came so far.
+
     Args:
         repeats: samples of each way; a slow one gets fewer, so that it takes about `budget` seconds.
         deadline: when it has passed, no further way is warmed up and no further repeat starts.
@@ -128,6 +131,7 @@ def interleaved(
         (seconds, reasons): by way and phase, a list of seconds; and by way, why it dropped out.
     """
     seconds: dict[str, dict[str, list[float]]] = {}
+    warm: dict[str, dict[str, list[float]]] = {}
     reasons: dict[str, str] = {}
     wanted: dict[str, int] = {}
     for name, way in ways.items():
@@ -137,8 +141,8 @@ def interleaved(
         if reason is not None:
             reasons[name] = reason
             continue
-        wanted[name] = repeats_for(taken, repeats, budget)
-        seconds[name] = {}
+        wanted[name] = repeats_for(sum(taken.values()), repeats, budget)
+        seconds[name], warm[name] = {}, {phase: [value] for phase, value in taken.items()}
     for repeat in range(max(wanted.values(), default=0)):
         if deadline.passed():
             break
@@ -149,4 +153,4 @@ def interleaved(
                 continue
             for phase, value in taken.items():
                 seconds[name].setdefault(phase, []).append(value)
-    return {name: taken for name, taken in seconds.items() if name not in reasons and taken}, reasons
+    return {name: taken or warm[name] for name, taken in seconds.items() if name not in reasons}, reasons

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from bench import records, timing
-from bench.attention import device_state, guarded
 from bench.attention_ways import random_operands
+from bench.guard import guarded
+from bench.records import device_state
 from bench.timing import Clock, Deadline
 from mapet_kernels import launch, triton_launch
 from mapet_kernels.launch import LaunchConfig

@@ -1,0 +1,416 @@
+"""One command that brings all evidence home from a GPU: python bench/harvest.py --minutes 6 --output DIR
+
+Every part (bench/harvesting/parts.py) is a process with a time limit of its own, so that none costs another anything:
+at its limit it is interrupted, then killed with all its children, and the next follows. What a part ends early goes to
+those after it. After each part DIR holds what there is by then:
+
+    harvest.tar.gz  parts/NAME.jsonl, a line as each figure is measured; summary.json, what became of each part
+    harvest.log     what the parts printed, tracebacks and stacks of those that hung included
+    ncu.csv         Nsight Compute's report
+    profile.txt     the profiler's table of a step
+
+`--second DIR` is the second call: what failed in the first, whose DIR this is, the tuned configurations, what a V100
+would run, compute-sanitizer. `--dry-run` goes through every part on a CPU. `--report DIR` makes records and a page.
+Needs a Python with torch, triton and numpy, and this checkout; this process itself needs none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from bench.harvesting import parts as registry  # noqa: E402  the checkout is on the path only now
+from bench.harvesting.part import (  # noqa: E402
+    FAILED,
+    KILLED,
+    OK,
+    SKIPPED,
+    TIMED_OUT,
+    End,
+    Part,
+    read_records,
+    ready_file,
+    records_file,
+)  # fmt: skip
+
+LARGEST_FILE = 15 << 20
+"""Bytes of a file that comes back."""
+LARGEST_RECORDS, LARGEST_LOG = 4 << 20, 256 << 10
+"""Bytes of one part's records, and of what it printed, that come back."""
+LOG_TAIL = 4000
+"""Characters of a part's log that its summary holds."""
+GRACE = 5.0
+"""Seconds between SIGINT and SIGKILL, or a fifth of a part's limit where that is less."""
+READY_SHARE = 0.1
+"""Of a call, that the imports of a stage may take before its slice begins."""
+LAST_WAIT = 2.0
+"""Seconds to wait for a process that was killed."""
+POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the command. seconds: that the whole may take, from `began`."""
+
+    seconds: float
+    output: Path
+    commit: str = ""
+    dry: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds left for parts; what packing takes is set apart."""
+        return self.began + self.seconds - max(2.0, 0.02 * self.seconds) - time.monotonic()
+
+
+class Process:
+    """A part's process, started ahead of its turn, and what became of it."""
+
+    def __init__(self, part: Part, call: Call, work: Path) -> None:
+        self.part, self.work = part, work
+        self.end_file, self.log_file = work / "ends" / f"{part.name}.json", work / "logs" / f"{part.name}.log"
+        self.limit = self.seconds = 0.0
+        self.started = self.stopped = False
+        task = {"name": part.name, "call": part.call, "arguments": dict(part.arguments)}
+        task |= {"folder": str(work), "dry": call.dry}
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "bench.harvesting.child", json.dumps(task)],
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, process_group=0,
+                env=environment(part, call, work),
+            )  # fmt: skip
+
+    def start(self, limit: float) -> None:
+        """Let it begin; it knows that it is interrupted a grace before `limit` seconds, and plans to end earlier."""
+        self.began, self.limit, self.started = time.monotonic(), limit, True
+        self.grace = min(GRACE, limit / 5)
+        with suppress(BrokenPipeError):  # where it has died already, its return code says how
+            self.process.stdin.write(f"{0.95 * (limit - self.grace)} {limit - self.grace}\n".encode())
+            self.process.stdin.close()
+
+    def ready(self) -> bool:
+        """Whether it has imported what it needs, or never will."""
+        return ready_file(self.work, self.part.name).exists() or self.process.poll() is not None
+
+    def poll(self) -> bool:
+        """Whether it has ended; sends the signals that are due. What it left running in its group is killed."""
+        if self.process.poll() is None:
+            spent = time.monotonic() - self.began
+            if spent < self.limit:
+                if spent >= self.limit - self.grace and not self.stopped:
+                    self.stopped = True
+                    self.signal(signal.SIGINT)
+                return False
+            self.stopped = True
+        self.kill()
+        return True
+
+    def kill(self) -> None:
+        """End it now, with all it started."""
+        self.signal(signal.SIGKILL)
+        # In the driver's hands it may not go; the next part starts all the same.
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(LAST_WAIT)
+        self.seconds = time.monotonic() - self.began if self.started else 0.0
+
+    def signal(self, number: int) -> None:
+        """To the whole process group, if anything of it is left."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def outcome(self) -> dict[str, Any]:
+        """Its entry of the summary."""
+        code, log = self.process.returncode, middle_out(self.log_file, LARGEST_LOG).decode(errors="replace")
+        if not self.started:
+            end = End(SKIPPED, "the harvest ended before this part's turn")
+        elif self.end_file.exists():
+            end = End(**json.loads(self.end_file.read_text()))
+        elif self.stopped:
+            end = End(TIMED_OUT, "killed at its limit")
+        elif code < 0:
+            end = End(KILLED, f"killed by {signal.Signals(-code).name}")
+        else:
+            end = End(FAILED, f"ended with exit code {code} without a word")
+        return {
+            "status": end.status, "seconds": round(self.seconds, 2), "limit": round(self.limit, 2), "returncode": code,
+            "reason": end.reason, "traceback": end.traceback, "log_tail": log[-LOG_TAIL:],
+        }  # fmt: skip
+
+
+def environment(part: Part, call: Call, work: Path) -> dict[str, str]:
+    """Variables of a part's process: the checkout on its path, kernels interpreted in a dry run."""
+    path = [str(work / "path"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    added = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1", **part.environment}
+    if call.dry:
+        added |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        added |= {"TRITON_INTERPRET": "1"} if part.kernels else {}
+    return {**os.environ, **added}
+
+
+def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
+    """Run the parts in their order, bring home what there is, and return the summary.
+
+    SIGTERM, SIGHUP or Ctrl-C stop the part that runs; those after it are skipped, and all is packed as ever.
+    """
+    summary: dict[str, Any] = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": call.commit or commit(),
+        "device": None, "versions": {}, "minutes": call.seconds / 60, "dry_run": call.dry, "parts": {},
+    }  # fmt: skip
+    call.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="harvest-", ignore_cleanup_errors=True) as folder:
+        work = Path(folder)
+        for name in ("parts", "ends", "logs", "path"):
+            (work / name).mkdir()
+        (work / "path" / "mapet_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
+        stages = in_stages(parts, together=not call.dry)
+        waiting: list[Process] = []
+        with interruptible():
+            try:
+                run_stages(stages, call, work, waiting, summary)
+            except KeyboardInterrupt:
+                print("interrupted: packing what there is", flush=True)
+                signal_handlers(signal.SIG_IGN)
+            finally:
+                stop(waiting)
+                for process in waiting:
+                    summary["parts"][process.part.name] = process.outcome() | (
+                        {"status": TIMED_OUT, "reason": "the harvest was interrupted"} if process.started else {}
+                    )
+                for part in parts:
+                    summary["parts"].setdefault(part.name, not_started(part))
+                pack(summary, call, work)
+    return summary
+
+
+def in_stages(parts: Sequence[Part], *, together: bool) -> list[list[Part]]:
+    """Parts that run side by side; a dry run, on few cores, takes one after the other."""
+    return [list(group) for _, group in groupby(parts, key=lambda part: (together and part.stage) or part.name)]
+
+
+def run_stages(
+    stages: Sequence[Sequence[Part]], call: Call, work: Path, waiting: list[Process], summary: dict[str, Any]
+) -> None:
+    """Each stage in its slice of what is left; in a dry run all slices are alike, as it shrinks all to much the same.
+
+    `waiting` holds the processes that have not ended, for the caller to end.
+    """
+    for number, stage in enumerate(stages):
+        present = {process.part.name for process in waiting}
+        waiting += [Process(part, call, work) for part in stage if part.name not in present]
+        latest = time.monotonic() + READY_SHARE * call.seconds
+        while not all(process.ready() for process in waiting) and time.monotonic() < latest:
+            time.sleep(POLL)
+        slices = [1.0 if call.dry else max(part.seconds for part in each) for each in stages[number:]]
+        limit = call.left() * slices[0] / sum(slices)
+        if limit < 1:
+            return
+        for process in waiting:
+            process.start(limit)
+        running = list(waiting)
+        if number + 1 < len(stages):
+            waiting += [Process(part, call, work) for part in stages[number + 1]]
+        while running:
+            for process in [process for process in running if process.poll()]:
+                running.remove(process)
+                waiting.remove(process)
+                summary["parts"][process.part.name] = process.outcome()
+                tell(process, summary, call)
+            time.sleep(POLL)
+        pack(summary, call, work)
+
+
+def stop(processes: Sequence[Process]) -> None:
+    """Interrupt those that run, so that they say where they were, then end all."""
+    for process in processes:
+        process.signal(signal.SIGINT)
+    latest = time.monotonic() + LAST_WAIT / 2
+    while time.monotonic() < latest and any(process.process.poll() is None for process in processes):
+        time.sleep(POLL)
+    for process in processes:
+        process.kill()
+
+
+def tell(process: Process, summary: dict[str, Any], call: Call) -> None:
+    """A line for whoever watches."""
+    name = process.part.name
+    outcome, rows = summary["parts"][name], len(read_records(records_file(process.work, name)))
+    reason = f": {outcome['reason']}" if outcome["reason"] else ""
+    print(
+        f"[{time.monotonic() - call.began:5.1f} s] {name}: {outcome['status']} after {outcome['seconds']:.1f} of "
+        f"{outcome['limit']:.1f} s, {rows} figures{reason}",
+        flush=True,
+    )
+
+
+def not_started(part: Part) -> dict[str, Any]:
+    """The entry of a part for which there was no time."""
+    return {
+        "status": SKIPPED, "seconds": 0.0, "limit": 0.0, "returncode": None, "reason": "no time was left for it",
+        "traceback": None, "log_tail": "",
+    }  # fmt: skip
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal_handlers(interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def signal_handlers(handler: Any) -> dict[int, Any]:
+    """Set the handler of the signals that end a program; returns those before."""
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
+def pack(summary: dict[str, Any], call: Call, work: Path) -> None:
+    """Write what comes back, each file whole or not at all, so that a call killed later leaves what it had."""
+    rows = read_records(records_file(work, "machine"))
+    machine = next((row for row in rows if row["kind"] == "machine"), {})
+    summary |= {"device": machine.get("device"), "versions": machine.get("versions", {})}
+    (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    replaced(call.output / "harvest.tar.gz", lambda draft: pack_records(draft, work))
+    replaced(call.output / "harvest.log", lambda draft: draft.write_bytes(logs(work)))
+    for name in ("ncu.csv", "profile.txt"):
+        if (work / name).exists():
+            replaced(call.output / name, lambda draft, name=name: draft.write_bytes(head(work / name, LARGEST_FILE)))
+
+
+def replaced(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a draft beside `path`, and put it there."""
+    draft = path.with_name(f".{path.name}")
+    write(draft)
+    draft.replace(path)
+
+
+def pack_records(archive: Path, work: Path) -> None:
+    """summary.json and the records of every part, whole lines up to LARGEST_RECORDS."""
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(work / "summary.json", "summary.json")
+        for path in sorted((work / "parts").glob("*.jsonl")):
+            if path.stat().st_size > LARGEST_RECORDS:
+                kept = head(path, LARGEST_RECORDS)
+                path = work / "parts" / f"{path.name}.head"
+                path.write_bytes(kept[: kept.rfind(b"\n") + 1])
+            tar.add(path, f"parts/{path.name.removesuffix('.head')}")
+
+
+def logs(work: Path) -> bytes:
+    """The parts' logs one after another, the middle of a long one left out."""
+    pieces = []
+    for path in sorted((work / "logs").iterdir(), key=lambda path: path.stat().st_mtime):
+        pieces += [f"==== {path.stem}\n".encode(), middle_out(path, LARGEST_LOG), b"\n"]
+    return b"".join(pieces)
+
+
+def middle_out(path: Path, most: int) -> bytes:
+    """A file's bytes, of more than `most` the first fourth and the last three fourths of them."""
+    size = path.stat().st_size
+    if size <= most:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        first = file.read(most // 4)
+        file.seek(size - 3 * most // 4)
+        return first + f"\n[{size - most} bytes left out]\n".encode() + file.read()
+
+
+def head(path: Path, most: int) -> bytes:
+    """The first `most` bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(most)
+
+
+def commit() -> str:
+    """The checkout's commit: a file COMMIT, where there is one, or what git says; empty where neither knows."""
+    if (ROOT / "COMMIT").exists():
+        return (ROOT / "COMMIT").read_text().strip()
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    except OSError:
+        return ""
+    return answer.stdout.strip()
+
+
+def read_summary(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(summary, all rows) of an earlier call, from its folder or the archive in it.
+
+    Raises:
+        FileNotFoundError: neither summary.json nor harvest.tar.gz is there.
+    """
+    if (folder / "summary.json").exists():
+        rows = [row for path in sorted((folder / "parts").glob("*.jsonl")) for row in read_records(path)]
+        return json.loads((folder / "summary.json").read_text()), rows
+    with tempfile.TemporaryDirectory() as inside, tarfile.open(folder / "harvest.tar.gz") as tar:
+        tar.extractall(inside, filter="data")
+        return read_summary(Path(inside))
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=6, help="the whole ends before, whatever happens (default 6)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for what comes back, four files")
+    parser.add_argument("--commit", default="", help="of the checkout, where git and a file COMMIT are missing")
+    parser.add_argument("--second", type=Path, metavar="DIR", help="second call, after the one whose output DIR is")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="these parts alone; an unknown name lists them")
+    parser.add_argument("--dry-run", action="store_true", help="every part on a CPU, small")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="records and a page of what came back in DIR")
+    given = parser.parse_args()
+    if given.report is None and given.output is None:
+        parser.error("give --output DIR, or --report DIR")
+    if given.minutes <= 0.1:
+        parser.error(f"--minutes must be more than 0.1, got {given.minutes:g}")
+    return given
+
+
+def main() -> int:
+    """The command; returns its exit code: 1 where a part neither ended well nor was skipped."""
+    given = arguments()
+    if given.report is not None:
+        from bench.harvest_report import report
+
+        print(report(given.report))
+        return 0
+    parts = list(registry.FIRST)
+    if given.second is not None:
+        parts = registry.second(*read_summary(given.second))
+    if given.parts:
+        if unknown := set(given.parts) - {part.name for part in parts}:
+            known = ", ".join(part.name for part in parts)
+            sys.exit(f"harvest: unknown parts {', '.join(sorted(unknown))}; there are {known}")
+        parts = [part for part in parts if part.name in given.parts]
+    call = Call(60 * given.minutes, given.output, given.commit, given.dry_run)
+    summary = run(parts, call)
+    found = [outcome["status"] for outcome in summary["parts"].values()]
+    bad = len(found) - found.count(OK) - found.count(SKIPPED)
+    print(f"{found.count(OK)} parts ok, {found.count(SKIPPED)} skipped, {bad} failed: {given.output}/harvest.tar.gz")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

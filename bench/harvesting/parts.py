@@ -1,0 +1,111 @@
+"""Which parts a call has, in which order and with which slices. Plain values: what they run is imported elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.harvesting.part import OK, SKIPPED, Part
+
+HERE = "bench.harvesting"
+WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}
+"""An error is then raised by the launch that made it."""
+FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+"""Of processes that compile side by side."""
+
+VARIANTS = ("plain", "last_block", "pim", "gather")
+
+
+def _checks(name: str, call: str, **arguments: Any) -> Part:
+    return Part(f"check_{name}", f"{HERE}.correctness:{call}", 60, "correctness", arguments, WAITING, kernels=True)
+
+
+def _step(name: str, model: str, batch: int, seconds: float, **arguments: Any) -> Part:
+    return Part(name, f"{HERE}.step:measure", seconds, "", {"model": model, "batch": batch, **arguments})
+
+
+FIRST = (
+    Part("machine", f"{HERE}.machine:measure", 15),
+    *(_checks(f"attention_{variant}", "attention", variant=variant) for variant in VARIANTS),
+    _checks("embedding_kmeans", "embedding_and_kmeans"),
+    # Beside the checks, as they wait on each launch anyway: what later parts would lose their time with.
+    *(
+        Part(f"warm_{op}", f"{HERE}.kernels:warm", 60, "correctness", {"op": op}, kernels=True)
+        for op in ("forward", "dq", "dkdv")
+    ),
+    *(
+        Part(f"warm_flex_{lengths[0]}", f"{HERE}.kernels:warm_flex", 60, "correctness", {"lengths": lengths}, FEW)
+        for lengths in ([197, 50], [344, 785], [1025])
+    ),
+    *(
+        Part(f"warm_step_{model}", f"{HERE}.step:warm", 60, "correctness", {"model": model, "batch": batch}, FEW)
+        for model, batch in (("base", 128), ("small", 256), ("tiny", 512))
+    ),
+    Part("attention", f"{HERE}.kernels:contest", 60, kernels=True),
+    Part("configurations", f"{HERE}.kernels:configurations", 55, kernels=True),
+    Part("counters", f"{HERE}.counters:measure", 35, kernels=True),
+    _step("step_base", "base", 128, 45, profile=True),
+    _step("step_small", "small", 256, 30),
+    _step("step_tiny", "tiny", 512, 30, graphs=True),
+    Part("kmeans", f"{HERE}.kmeans:measure", 20, kernels=True),
+    Part("memory", f"{HERE}.memory:measure", 30),
+)
+"""The first call: slices of 380 seconds."""
+
+AGAIN = 60.0
+"""Seconds of a second call for all that failed in the first."""
+
+
+def second(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[Part]:
+    """The second call, from the first one's summary and rows: slices of 245 seconds, or AGAIN more.
+
+    The machine, which may be another; what was skipped for lack of time, or failed in whichever way, once more;
+    compute-sanitizer comes last, as it is slow and has hung devices.
+    """
+    failed = [part for part in FIRST[1:] if _failed(summary["parts"].get(part.name))]
+    scale = AGAIN / max(AGAIN, sum(part.seconds for part in failed))
+    again = [
+        Part(part.name, part.call, part.seconds * scale, "", part.arguments, part.environment, part.kernels)
+        for part in failed
+    ]
+    best = best_configurations(rows)
+    return [
+        FIRST[0],
+        *again,
+        Part("tuned", f"{HERE}.kernels:tuned", 40, "", {"best": best}, kernels=True),
+        _step("step_tuned", "base", 128, 25, best=best),
+        _step("step_volta", "base", 32, 25, dtype="fp16", cap_gib=16),
+        Part("volta_kernels", f"{HERE}.volta:measure", 80),
+        Part("sanitizer", f"{HERE}.sanitizer:measure", 60, kernels=True),
+    ]
+
+
+def _failed(outcome: dict[str, Any] | None) -> bool:
+    """Whether a part is worth running again; one that this machine cannot run is not."""
+    if outcome is None:
+        return True
+    return outcome["status"] not in (OK, SKIPPED) or (outcome["status"] == SKIPPED and outcome["returncode"] is None)
+
+
+def best_configurations(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """By op, the launch configuration with the smallest product of times over the shapes that all were timed at."""
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    configs: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row.get("kind") == "time" and row.get("way") == "ours" and row.get("config") and row.get("p50_ms"):
+            name = str(sorted(row["config"].items()))
+            configs[name] = row["config"]
+            times.setdefault(row["op"], {}).setdefault(name, {})[str(row["shape"])] = row["p50_ms"]
+    return {op: configs[_fastest(by_config)] for op, by_config in times.items()}
+
+
+def _fastest(by_config: dict[str, dict[str, float]]) -> str:
+    most = max(len(times) for times in by_config.values())
+    whole = {name: times for name, times in by_config.items() if len(times) == most}
+
+    def product(name: str) -> float:
+        result = 1.0
+        for value in whole[name].values():
+            result *= value
+        return result
+
+    return min(whole, key=product)

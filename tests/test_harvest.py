@@ -1,0 +1,138 @@
+"""The harvest: what goes wrong in a part costs that part alone, what was measured comes back, and it ends in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import harvest
+from bench.harvesting.part import Part, read_records
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch):
+    """Makes parts of tests/harvest_toys.py by their names."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    return lambda *names, seconds=30.0: [Part(name, f"harvest_toys:{name}", seconds) for name in names]
+
+
+def gathered(output: Path) -> tuple[dict, dict[str, list[dict]]]:
+    """Summary and rows by part, as the archive holds them."""
+    with tarfile.open(output / "harvest.tar.gz") as tar:
+        tar.extractall(output / "opened", filter="data")
+    rows = {path.stem: read_records(path) for path in (output / "opened" / "parts").iterdir()}
+    return json.loads((output / "opened" / "summary.json").read_text()), rows
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+BROKEN = {
+    "raises": "failed",
+    "kills_itself": "killed",
+    "segfaults": "killed",
+    "exits": "failed",
+    "takes_all_memory": "out of memory",
+    "takes_all_of_the_gpu": "out of memory",
+    "prints_garbage": "ok",
+    "not_here": "skipped",
+}
+
+
+def test_a_broken_part_costs_itself_alone(toys, tmp_path: Path) -> None:
+    """One after the other, with a sound one at the end: what each measured before its end is there."""
+    harvest.run(toys(*BROKEN, "well"), harvest.Call(240, tmp_path, "abc123"))
+    summary, rows = gathered(tmp_path)
+    found = {name: outcome["status"] for name, outcome in summary["parts"].items()}
+    assert found == {**BROKEN, "well": "ok"}
+    assert summary["commit"] == "abc123"
+    assert all(len(rows[name]) == 1 for name in ("raises", "kills_itself", "prints_garbage"))
+    assert rows["well"] == [{"part": "well", "kind": "check", "what": "a toy", "ok": True, "error": None}]
+    traceback = summary["parts"]["raises"]["traceback"]
+    assert "in raises" in traceback and traceback.count("in deep") == 31 and traceback.endswith("told to its end\n")
+    assert summary["parts"]["segfaults"]["returncode"] == -signal.SIGSEGV
+    assert "Segmentation fault" in summary["parts"]["segfaults"]["log_tail"]  # with the stack, in harvest.log too
+    assert "string_at" in (tmp_path / "harvest.log").read_text(errors="replace")
+    assert summary["parts"]["exits"]["returncode"] == 7
+    assert summary["parts"]["not_here"]["reason"] == "no such machine"
+    assert (tmp_path / "harvest.log").stat().st_size < 1 << 20  # of 6 MiB that were printed
+
+
+def test_a_part_that_hangs_is_ended_with_its_children(toys, tmp_path: Path) -> None:
+    """Deaf to SIGINT, so killed at its limit; the log says where it hung. Children of one that ends well go as well."""
+    started = time.monotonic()
+    parts = [*toys("leaves_children"), *toys("hangs_with_children", "slow", seconds=10.0), *toys("well")]
+    harvest.run(parts, harvest.Call(40, tmp_path))
+    assert time.monotonic() - started < 40
+    summary, rows = gathered(tmp_path)
+    found = {name: outcome["status"] for name, outcome in summary["parts"].items()}
+    assert found == {"leaves_children": "ok", "hangs_with_children": "timed out", "slow": "timed out", "well": "ok"}
+    hung = summary["parts"]["hangs_with_children"]
+    assert hung["returncode"] == -signal.SIGKILL and "harvest_toys.py" in hung["log_tail"]
+    assert "KeyboardInterrupt" in summary["parts"]["slow"]["traceback"]
+    for name in ("leaves_children", "hangs_with_children"):
+        assert not alive(rows[name][0]["pid"])
+    assert len(rows["hangs_with_children"]) == 2
+
+
+def test_time_that_is_left_over_goes_to_later_parts(toys, tmp_path: Path) -> None:
+    """And parts of one stage run side by side, one failing without the other."""
+    first, broken, last = *toys("well"), *toys("raises"), *toys("not_here")
+    stage = [Part(part.name, part.call, 60, "both") for part in (first, broken)]
+    summary = harvest.run([*stage, last], harvest.Call(100, tmp_path))
+    outcomes = summary["parts"]
+    assert [outcomes[name]["status"] for name in ("well", "raises", "not_here")] == ["ok", "failed", "skipped"]
+    assert outcomes["well"]["limit"] == outcomes["raises"]["limit"] == pytest.approx(98 * 60 / 90, rel=0.05)
+    assert outcomes["not_here"]["limit"] > 98 * 30 / 90 + 20
+
+
+def stopped(tmp_path: Path, number: int) -> tuple[dict, list[dict]]:
+    """Statuses by part, and rows of the part that hung, of a harvest that gets a signal while that part runs."""
+    code = (
+        "from pathlib import Path; from bench import harvest; from bench.harvesting.part import Part\n"
+        "parts = [Part(n, f'harvest_toys:{n}', 100) for n in ('well', 'hangs_with_children', 'raises')]\n"
+        f"harvest.run(parts, harvest.Call(600, Path({str(tmp_path)!r})))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    latest = time.monotonic() + 60
+    while not (begun := list(tmp_path.glob("*/parts/hangs*"))) or len(rows := read_records(begun[0])) < 2:
+        assert process.poll() is None and time.monotonic() < latest
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.wait(30)
+    summary, _ = gathered(tmp_path)
+    return {name: outcome["status"] for name, outcome in summary["parts"].items()}, rows
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_harvest_that_is_stopped_packs_what_it_has(tmp_path: Path, number: int) -> None:
+    """As `timeout` or Ctrl-C do it: the part that runs is ended and told, the others are skipped."""
+    found, rows = stopped(tmp_path, number)
+    assert found == {"well": "ok", "hangs_with_children": "timed out", "raises": "skipped"}
+    assert not any(alive(row["pid"]) for row in rows)
+
+
+def test_a_harvest_that_is_killed_leaves_what_it_had_and_no_part_behind(tmp_path: Path) -> None:
+    found, (grandchild, part) = stopped(tmp_path, signal.SIGKILL)
+    os.kill(grandchild["pid"], signal.SIGKILL)
+    assert found == {"well": "ok"}
+    latest = time.monotonic() + 20
+    while alive(part["pid"]):
+        assert time.monotonic() < latest
+        time.sleep(0.1)

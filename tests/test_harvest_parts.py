@@ -1,0 +1,206 @@
+"""The harvest's own parts, gone through on a CPU, and what they read and choose."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import harvest
+from bench.harvesting import counters, sanitizer, volta
+from bench.harvesting import parts as registry
+from bench.harvesting.part import Part, Run, read_records
+
+ROOT = Path(__file__).parent.parent
+NO_CPU = {"counters", "volta_kernels", "sanitizer"}
+"""Parts that say in a dry run what they would run."""
+
+
+def dry_run(output: Path, *arguments: str, path: str = "") -> tuple[dict, list[dict], str]:
+    """Summary, rows and what was printed, from a folder that is not the checkout, without the package on the path."""
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "bench/harvest.py"), "--dry-run", "--minutes", "40", "--output", str(output)]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, cwd=output.parent, check=False
+    )
+    summary, rows = harvest.read_summary(output)
+    outcomes = {
+        name: outcome for name, outcome in summary["parts"].items() if outcome["status"] not in ("ok", "skipped")
+    }
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{outcomes}"
+    return summary, rows, done.stdout
+
+
+def statuses(summary: dict) -> dict[str, str]:
+    return {name: outcome["status"] for name, outcome in summary["parts"].items()}
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_through_every_part_of_both_calls(tmp_path: Path) -> None:
+    first, rows, _ = dry_run(tmp_path / "first")
+    assert statuses(first) == {part.name: "skipped" if part.name in NO_CPU else "ok" for part in registry.FIRST}
+    assert "ncu --csv" in first["parts"]["counters"]["reason"]
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
+    assert all(row["ok"] for row in kinds["check"]) and len(kinds["check"]) > 20
+    assert [row["value"] > 0 for row in kinds["ceiling"]] == [True, True]
+    times = {(row["op"], row["way"]) for row in kinds["time"]}
+    assert {(op, "ours") for op in ("forward", "dq", "dkdv", "backward")} < times
+    assert {("forward", way) for way in ("sdpa", "sdpa_mask", "official", "flex")} < times
+    assert {row["default"] for row in kinds["time"] if row["op"] == "dq" and row["way"] == "ours"} == {True, False}
+    steps = {(row["model"], row["mode"], row["way"]) for row in kinds["step"]}
+    modes = (("eager", "ours"), ("eager_skip_dropped", "ours"), ("compiled", "ours"), ("eager", "official"))
+    assert steps == {(model, *mode) for model in ("base", "small", "tiny") for mode in modes}
+    assert {row["way"] for row in kinds["kmeans"]} >= {"exact", "fast", "torch_chunked"}
+    assert [row["recompute"] for row in kinds["memory"]] == ["none", "cheap", "blocks"]
+    assert (tmp_path / "first" / "profile.txt").read_text() == kinds["profile"][0]["table"]
+    came_back = list((tmp_path / "first").iterdir())
+    assert {path.name for path in came_back} == {"harvest.tar.gz", "harvest.log", "profile.txt"}
+
+    second, rows, _ = dry_run(tmp_path / "second", "--second", str(tmp_path / "first"))
+    names = ["machine", "tuned", "step_tuned", "step_volta", "volta_kernels", "sanitizer"]
+    assert statuses(second) == {name: "skipped" if name in NO_CPU else "ok" for name in names}
+    assert {row["tuned"] for row in rows if row["part"] == "step_tuned" and row["kind"] == "step"} == {True}
+    assert list(second["parts"])[-1] == "sanitizer"
+
+
+@pytest.mark.slow
+def test_torch_triton_and_numpy_are_enough_for_the_kernels(tmp_path: Path) -> None:
+    """With no other package to be found, parts on the whole step are skipped, and say for want of what."""
+    kernels = ["machine", "check_attention_gather", "check_embedding_kmeans", "attention", "kmeans"]
+    wanted = [*kernels, "step_tiny", "memory"]
+    summary, _, _ = dry_run(tmp_path / "bare", "--parts", *wanted, path=str(ROOT / "tests/bare_python"))
+    assert statuses(summary) == {name: "ok" if name in kernels else "skipped" for name in wanted}
+    for name in ("step_tiny", "memory"):
+        assert "needs the package" in summary["parts"][name]["reason"]
+    packages = "import importlib.util as u; print([u.find_spec(n) is None for n in ('timm', 'tyro', 'torch')])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests/bare_python")}
+    seen = subprocess.run([sys.executable, "-c", packages], env=environment, capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[True, True, False]"
+
+
+def test_what_is_not_known_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench/harvest.py"), "--output", str(tmp_path)]
+    for arguments, said in (
+        (["--parts", "stpe"], "unknown parts stpe; there are machine"),
+        (["--minutes", "0"], "--minutes"),
+    ):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode and said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+NCU = """\
+==PROF== Connected to process 4242 (/usr/bin/python3)
+==PROF== Profiling "forward_kernel" - 0: 0%....50%....100% - 19 passes
+==PROF== Disconnected from process 4242
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"gpu__time_duration.sum","sm__inst_issued.avg.pct_of_peak_sustained_active","launch__registers_per_thread"
+"","","","","","","","","","","","us","%","register/thread"
+"0","4242","python3","127.0.0.1","forward_kernel","1","7","(256, 1, 1)","(15360, 1, 1)","0","9.0",\
+"1,351.20","71.5","128"
+"1","4242","python3","127.0.0.1","key_gradient_kernel(int)","1","7","(256, 1, 1)","(9216, 1, 1)","0","9.0",\
+"488","n/a","176"
+"""
+
+
+def test_ncu_is_asked_for_the_sections_and_its_report_is_read() -> None:
+    command = counters.command("/opt/ncu", 20.0)
+    assert command[0] == "/opt/ncu" and command[command.index("--clock-control") + 1] == "none"
+    sections = [command[i + 1] for i, word in enumerate(command) if word == "--section"]
+    assert {"SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy"} < set(
+        sections
+    )
+    assert command[-4:] == [sys.executable, "-m", "bench.harvesting.counters", "20.0"]
+    forward, gradient = counters.parse(NCU)
+    assert forward["kernel"] == "forward_kernel" and gradient["kernel"] == "key_gradient_kernel"
+    assert forward["metrics"] == {
+        "gpu__time_duration.sum": 1351.2,
+        "sm__inst_issued.avg.pct_of_peak_sustained_active": 71.5,
+        "launch__registers_per_thread": 128.0,
+    }
+    assert forward["units"]["gpu__time_duration.sum"] == "us"
+    assert "sm__inst_issued.avg.pct_of_peak_sustained_active" not in gradient["metrics"]
+    with pytest.raises(ValueError, match="no table"):
+        counters.parse("==ERROR== ERR_NVGPUCTRPERM\n")
+
+
+FAKE_SANITIZER = """\
+#!/bin/sh
+echo ========= COMPUTE-SANITIZER
+case $2 in
+  memcheck) echo launched: forward_kernel; echo "========= ERROR SUMMARY: 0 errors"; exit 0;;
+  racecheck) echo "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"; exit 9;;
+  *) echo "case: one"; exec sleep 60;;
+esac
+"""
+
+
+def test_a_tool_that_finds_errors_or_does_not_end_is_a_check_that_failed(tmp_path: Path) -> None:
+    """With a stand-in for compute-sanitizer; what the third said before its time was over is told."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(FAKE_SANITIZER)
+    tool.chmod(0o755)
+    for name in ("parts", "logs"):
+        (tmp_path / name).mkdir()
+    run = Run("sanitizer", tmp_path, 60.0)
+    for name in sanitizer.TOOLS:
+        sanitizer.check(run, str(tool), name, 2.0)
+    rows = read_records(run.records)
+    assert [(row["what"].split()[1], row["ok"], row["returncode"]) for row in rows] == [
+        ("memcheck", True, 0), ("racecheck", False, 9), ("initcheck", False, None),
+    ]  # fmt: skip
+    assert rows[1]["summary"].startswith("RACECHECK SUMMARY: 2 hazards") and rows[2]["summary"] == "case: one"
+
+
+def test_the_kernels_of_a_v100_are_built_without_a_network(tmp_path: Path) -> None:
+    command = volta.build_command(tmp_path)
+    assert {"--no-deps", "--no-build-isolation", "--no-index"} < set(command) and str(tmp_path) in command
+
+
+def timed(op: str, rows: int, tokens: int, milliseconds: float, **others) -> dict:
+    config = {"rows": rows, "keys": 64, "warps": 4, "stages": 2}
+    row = {
+        "kind": "time",
+        "op": op,
+        "way": "ours",
+        "config": config,
+        "shape": {"tokens": tokens},
+        "p50_ms": milliseconds,
+    }
+    return row | others
+
+
+def test_the_second_call_does_again_what_failed_and_takes_the_best_configurations() -> None:
+    rows = [
+        timed("forward", 128, 197, 9.0), timed("forward", 128, 197, 2.0), timed("forward", 128, 50, 2.0),
+        timed("forward", 64, 197, 1.0), timed("forward", 64, 50, 3.0),
+        timed("forward", 32, 197, 0.1),  # at one shape only
+        timed("forward", 16, 197, 0.1, way="sdpa"), timed("backward", 64, 197, 1.0, config=None),
+    ]  # fmt: skip
+    best = registry.best_configurations(rows)
+    assert best == {"forward": {"rows": 64, "keys": 64, "warps": 4, "stages": 2}}
+    ended = {part.name: {"status": "ok", "returncode": 0} for part in registry.FIRST}
+    ended["kmeans"] = {"status": "timed out", "returncode": -9}
+    ended["counters"] = {"status": "skipped", "returncode": 0}  # there is no ncu, nor will there be
+    ended["memory"] = {"status": "skipped", "returncode": None}  # no time was left
+    del ended["step_tiny"]
+    parts = registry.second({"parts": ended}, rows)
+    assert [part.name for part in parts][:5] == ["machine", "step_tiny", "kmeans", "memory", "tuned"]
+    assert parts[4].arguments == {"best": best} and parts[-1].name == "sanitizer"
+    everything = registry.second({"parts": {}}, rows)
+    again = everything[1 : len(registry.FIRST)]
+    assert [part.name for part in again] == [part.name for part in registry.FIRST[1:]]
+    assert sum(part.seconds for part in again) == pytest.approx(registry.AGAIN)
+
+
+def test_slices_keep_to_the_time_of_a_call() -> None:
+    slices = {}
+    for part in registry.FIRST:
+        slices[part.stage or part.name] = part.seconds
+    assert sum(slices.values()) == 380
+    assert all(isinstance(part, Part) and part.name.replace("_", "").isalnum() for part in registry.FIRST)
+    assert len({part.name for part in registry.FIRST}) == len(registry.FIRST)
