@@ -16,11 +16,16 @@ class Target:
 
     @property
     def has_wgmma(self) -> bool:
-        """Whether a group of four warps multiplies tiles from shared memory: data center GPUs from 9.0 on.
+        """Whether four warps together multiply tiles from shared memory: data center GPUs from 9.0 on.
 
         Capability 12.0 is newer, but has the tensor-core instructions and the shared memory of 8.6.
         """
         return 90 <= self.architecture < 120
+
+    @property
+    def takes_large_tiles(self) -> bool:
+        """Whether attention can have its tiles for Hopper: the largest take 116 KiB of shared memory."""
+        return self.has_wgmma and self.shared_memory >= 128 * 1024
 
 
 TARGETS = {
@@ -68,16 +73,16 @@ def target_of(capability: tuple[int, int], shared_memory: int) -> Target:
 def attention_forward(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     """Configuration of the forward kernel of an attention op for head size `size`, 1 to 128.
 
-    Entries are those of the smallest static cost (python -m bench aot) among those that spill no registers and leave
-    room for two programs on a processor, not yet by time on a GPU. In 16 bits two tiles are on their way while one is
-    computed with. Rows that do not start at multiples of 16 bytes are moved element by element, which spills at wide
-    heads.
+    Entries have the smallest static cost (python -m bench aot: its largest floor) of those that spill no registers and,
+    up to D = 64, leave room for two programs on a processor; none was chosen by time on a GPU yet. In 16 bits two tiles
+    are on their way while one is computed with, as far as the target's shared memory allows. Rows that do not start at
+    multiples of 16 bytes are moved element by element, which spills at wide heads.
     """
     padded = padded_size(size)
     if dtype.itemsize > 2:
         rows, keys = 64 if padded <= 32 else 32, 16 if padded == 128 else 32
         return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
-    return LaunchConfig(rows=64, keys=32 if padded == 128 and not target.has_wgmma else 64, warps=4, stages=3)
+    return LaunchConfig(rows=64, keys=32 if padded == 128 and not target.takes_large_tiles else 64, warps=4, stages=3)
 
 
 def attention_query_gradient(size: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
@@ -86,6 +91,8 @@ def attention_query_gradient(size: int, dtype: torch.dtype, target: Target) -> L
     if dtype.itemsize > 2:
         rows, keys = {16: (64, 32), 32: (64, 32), 64: (32, 32), 128: (16, 16)}[padded]
         return LaunchConfig(rows, keys, warps=8, stages=1, registers=ALL_REGISTERS)
+    if padded == 64 and target.takes_large_tiles:  # two programs of eight warps, and keys are read half as often
+        return LaunchConfig(rows=128, keys=32, warps=8, stages=3)
     return LaunchConfig(rows=64, keys=32 if padded == 128 else 64, warps=4, stages=3)
 
 
@@ -96,8 +103,8 @@ def attention_key_gradient(size: int, dtype: torch.dtype, target: Target) -> Lau
         keys, warps = (16, 8) if padded == 128 else (32, 4)
         return LaunchConfig(rows=32, keys=keys, warps=warps, stages=1, registers=ALL_REGISTERS)
     if padded == 128:
-        return LaunchConfig(rows=32, keys=128 if target.has_wgmma else 64, warps=8, stages=3)
-    return LaunchConfig(rows=64 if target.has_wgmma else 32, keys=64, warps=4, stages=3)
+        return LaunchConfig(rows=32, keys=128 if target.takes_large_tiles else 64, warps=8, stages=3)
+    return LaunchConfig(rows=64 if target.takes_large_tiles else 32, keys=64, warps=4, stages=3)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ COMPILE = """
 import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from bench.aot import source
+from bench.aot_compile import source
 from mapet_kernels import launch
 from mapet_kernels.kmeans_assign import triton_backend as assign
 

@@ -70,6 +70,29 @@ def test_kernels_compile_without_spills(
         assert (row["mma"] > 0) == (row["dtype"] != "fp32" and row["kernel"] != "row_tile_list_kernel"), row
 
 
+SMALL = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from bench import aot, aot_compile
+from mapet_kernels.launch import TARGETS, Target
+found = {}
+for target in (TARGETS[86], TARGETS[120], Target(90, 99 * 1024)):
+    for part in aot.launches(128, "fp16", "gather", target):
+        options = {name: part.constants[name] for name in ("num_warps", "num_stages")}
+        compiled = triton.compile(aot_compile.source(part), GPUTarget("cuda", target.architecture, 32), options)
+        found.setdefault(target.architecture, []).append(compiled.metadata.shared)
+print(json.dumps(found))
+"""
+
+
+def test_tiles_fit_the_shared_memory_of_the_device() -> None:
+    """The largest: compute capability 8.6 and 12.0 give a program 99 KiB, and so might a Hopper."""
+    pytest.importorskip("triton")
+    found = in_process(SMALL, None)
+    assert set(found) == {"86", "120", "90"}
+    assert all(0 < shared <= 99 * 1024 for kernels in found.values() for shared in kernels), found
+
+
 @pytest.mark.parametrize("folder", [None, OLDER], ids=["installed", "3.6"])
 def test_what_hopper_executes(folder: Path | None) -> None:
     """At the target: tensor cores of Hopper that do not wait for each other, loops that are understood, floors."""

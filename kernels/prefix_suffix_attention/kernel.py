@@ -211,34 +211,6 @@ def row_tile_list_kernel(
     tl.store(lists + 2 * row_tiles + 2, blind)
 
 
-@triton.jit
-def _take_rows(
-    b_dk, b_dv, b_k, b_v, p, tile, m_masked, q, do, statistics, shift, s_qr, s_sr,
-    scale, c, rows, content, suffix, heads, d,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLIND: tl.constexpr,
-):  # fmt: skip
-    """Add what one row tile gives to dK / scale and dV of the keys (BN,) at p. BLIND: some rows may see no key."""
-    x = tile * BM + tl.arange(0, BM)
-    row = tl.minimum(x, rows - 1)
-    p_shift = shift + row_offset(row, s_sr)
-    sees = x < rows
-    if BLIND:
-        _, _, sees = _visible_range(p_shift, sees, c, content, suffix)
-    b_q = load_rows(q + row_offset(row, s_qr), d, sees, D, BD, ALIGNED, BLIND)  # (BM, BD)
-    b_do = load_rows(do + row_offset(row, heads * D), d, sees, D, BD, ALIGNED, BLIND)
-    b_lse, b_delta = load_statistics(statistics, tile * BM, BM)
-    b_s = scores(b_k, b_q, ACC, PRECISION)  # (BN, BM)
-    b_dp = scores(b_v, b_do, ACC, PRECISION)
-    if m_masked:
-        prefix, skip, sees = _visible_range(p_shift, x < rows, c, content, suffix)
-        m_visible = (p[:, None] < prefix[None, :]) | (p[:, None] >= (content + skip)[None, :])
-        b_s = tl.where(m_visible & sees[None, :], b_s, float("-inf"))
-    return key_gradient_step(
-        b_dk, b_dv, b_s, b_dp, b_q, b_do, b_lse[None, :], b_delta[None, :], scale, ACC, PRECISION
-    )  # fmt: skip
-
-
 @triton.jit(
     do_not_specialize=[
         *("s_qr", "s_kr", "s_vr", "s_sr"),
@@ -250,7 +222,7 @@ def key_gradient_kernel(
     s_qb, s_qr, s_qh, s_kb, s_kr, s_kh, s_vb, s_vr, s_vh, s_sb, s_sr, s_lb,
     scale, cut, rows, content, suffix, heads, row_tiles, tiles, statistics_rows,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ALIGNED: tl.constexpr, BLIND_STAGES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO and dK = scale * dS^T Q. One program a key tile, image and head: no atomics, one order of sums.
 
@@ -275,18 +247,27 @@ def key_gradient_kernel(
     blind = tl.load(lists + 2 * row_tiles + 2)
     b_dk = tl.zeros([BN, BD], ACC)
     b_dv = tl.zeros([BN, BD], ACC)
-    for i in range(plain + masked):
-        tile = tl.load(lists + tl.where(i < plain, i, row_tiles - 1 - (i - plain)))
-        b_dk, b_dv = _take_rows(
-            b_dk, b_dv, b_k, b_v, p, tile, i >= plain, q, do, statistics, shift, s_qr, s_sr,
-            scale, c, rows, content, suffix, heads, d, D, BD, BM, ALIGNED, ACC, PRECISION, False,
-        )  # fmt: skip
-    for i in tl.range(0, blind, num_stages=BLIND_STAGES):
-        tile = tl.load(lists + row_tiles + i)
-        b_dk, b_dv = _take_rows(
-            b_dk, b_dv, b_k, b_v, p, tile, True, q, do, statistics, shift, s_qr, s_sr,
-            scale, c, rows, content, suffix, heads, d, D, BD, BM, ALIGNED, ACC, PRECISION, True,
-        )  # fmt: skip
+    for i in range(plain + masked + blind):
+        o_tile = tl.where(i < plain + masked, row_tiles - 1 - (i - plain), row_tiles + (i - plain - masked))
+        tile = tl.load(lists + tl.where(i < plain, i, o_tile))
+        x = tile * BM + tl.arange(0, BM)
+        row = tl.minimum(x, rows - 1)
+        p_shift = shift + row_offset(row, s_sr)
+        m_row = x >= 0
+        if i >= plain + masked:
+            m_row = _visible_range(p_shift, x < rows, c, content, suffix)[2]
+        b_q = load_rows(q + row_offset(row, s_qr), d, m_row, D, BD, ALIGNED, True)  # (BM, BD)
+        b_do = load_rows(do + row_offset(row, heads * D), d, m_row, D, BD, ALIGNED, True)
+        b_lse, b_delta = load_statistics(statistics, tile * BM, BM)
+        b_s = scores(b_k, b_q, ACC, PRECISION)  # (BN, BM)
+        b_dp = scores(b_v, b_do, ACC, PRECISION)
+        if i >= plain:
+            prefix, skip, sees = _visible_range(p_shift, x < rows, c, content, suffix)
+            m_visible = (p[:, None] < prefix[None, :]) | (p[:, None] >= (content + skip)[None, :])
+            b_s = tl.where(m_visible & sees[None, :], b_s, float("-inf"))
+        b_dk, b_dv = key_gradient_step(
+            b_dk, b_dv, b_s, b_dp, b_q, b_do, b_lse[None, :], b_delta[None, :], scale, ACC, PRECISION
+        )
     o_key = ((i_b * (content + suffix) + key) * heads + i_h) * D
     store_rows(dk + o_key, d, m_key, b_dk * scale, D, BD, ALIGNED)
     store_rows(dv + o_key, d, m_key, b_dv, D, BD, ALIGNED)

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from mapet_kernels import attention_launch, launch
-from mapet_kernels.attention_launch import check, dense_rows, gathering_stages, strides
+from mapet_kernels.attention_launch import check, dense_rows, strides
 from mapet_kernels.prefix_suffix_attention import kernel
 from mapet_kernels.prefix_suffix_attention.problem import Problem
 from mapet_kernels.triton_launch import Launch, target
@@ -120,7 +120,7 @@ def backward_launches(
             *(*strides(q, k, v), *_shift_strides(problem), lists.stride(0) if problem.per_image else 0),
             *(scale, *sizes, heads, row_tiles, tiles, statistics.shape[2]),
         ),
-        attention_launch.constants(key_config, q, k, v, d_out, dk, dv) | {"BLIND_STAGES": gathering_stages(key_config)},
+        attention_launch.constants(key_config, q, k, v, d_out, dk, dv),
     )
     return query_gradient, row_tile_list, key_gradient
 
