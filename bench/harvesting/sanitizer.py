@@ -1,4 +1,4 @@
-"""compute-sanitizer over all Triton kernels of the registry, at small awkward shapes."""
+"""compute-sanitizer over the kernels of two-stream attention, at small awkward shapes; `make test-gpu` has all ops."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.harvesting.part import Run, Skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / "tests" / "sanitizer_cases.py"
+OP = "two_stream_attention"
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FIRST_SHARE = 0.7
 ERRORS_FOUND = 9
@@ -21,7 +22,8 @@ ERRORS_FOUND = 9
 def command(sanitizer: str, tool: str) -> list[str]:
     """One tool over the cases."""
     return [
-        sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND), sys.executable, str(CASES), "cuda",
+        sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND),
+        sys.executable, str(CASES), "cuda", "--op", OP,
     ]  # fmt: skip
 
 
