@@ -165,6 +165,22 @@ def test_another_triton_is_a_folder_or_a_version(tmp_path: Path) -> None:
         aot.of_shapes(aot.AotReport(shapes=("nowhere",)))
 
 
+def test_another_scale_is_no_other_kernel() -> None:
+    """It is an argument at run time: the same types, constants and alignments, so the same compiled kernel."""
+    pytest.importorskip("triton")
+    from bench import aot, aot_compile
+    from mapet_kernels.triton_launch import Launch
+
+    def scaled(part: Launch, scale: float) -> Launch:
+        given = tuple(scale if isinstance(value, float) else value for value in part.arguments)
+        assert given != part.arguments
+        return Launch(part.kernel, part.programs, given, part.constants)
+
+    for part in aot.launches(64, "fp16", "plain", launch.TARGETS[90]):
+        sources = [aot_compile.source(x) for x in (part, scaled(part, 0.7))]
+        assert sources[0].hash() == sources[1].hash()
+
+
 def test_launch_table_is_a_pure_function() -> None:
     assert [launch.padded_size(size) for size in (1, 16, 17, 80, 128)] == [16, 16, 32, 128, 128]
     targets = [launch.target_of(capability, 99 * 1024) for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))]

@@ -29,7 +29,8 @@ from triton_checks import (
 from mapet_kernels.attention_launch import rows_are_aligned
 from mapet_kernels.backends import choose_backend
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
-from mapet_kernels.two_stream_attention import two_stream_attention, two_stream_attention_packed
+from mapet_kernels.two_stream_attention import triton_backend, two_stream_attention, two_stream_attention_packed
+from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
 SPEC = REGISTRY["two_stream_attention"]
 SMALL = [name for name, shape in SPEC.shapes.items() if shape.tokens < 97]
@@ -120,6 +121,33 @@ def test_rows_that_start_anywhere_and_strides_of_the_last_dimension() -> None:
     assert not any(rows_are_aligned(x) for x in odd.values()) and all(rows_are_aligned(x) for x in inputs.values())
     for other in (odd, turned(inputs)):
         assert_same_bits(two_stream_attention(**other, **case.options, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("mask_tokens", [True, False])
+def test_wrong_numbers_move_no_access_out_of_a_tensor(mask_tokens: bool) -> None:
+    """Garbage for permutations and cuts: NaN around every tensor reaches no result, and no store lands on it."""
+    batch, tokens, targets, heads, size = 2, 19, 12, 2, 16
+    generator = torch.Generator().manual_seed(0)
+    whole: list[torch.Tensor] = []
+
+    def fenced(rows: int, *last: int) -> torch.Tensor:
+        """Random (B, rows, H, ...) between as much NaN before and after it."""
+        whole.append(torch.full((3 * batch, rows, heads, *last), float("nan")))
+        inside = whole[-1][batch : 2 * batch]
+        return inside.copy_(torch.randn(inside.shape, generator=generator))
+
+    content = tokens + targets if mask_tokens else tokens
+    q, out, d_out, dq = (Streams(fenced(content, size), fenced(targets, size)) for _ in range(4))
+    k, v, dk, dv = (fenced(content, size) for _ in range(4))
+    lse = Streams(fenced(content), fenced(targets))
+    perm = torch.randint(-(2**40), 2**40, (batch, tokens), generator=generator)
+    for cuts in (torch.tensor([-5, 2**40]), torch.tensor([3, tokens + 7])):
+        problem = Problem(tokens, targets, cuts, mask_tokens, 0.25)
+        triton_backend.forward(q, k, v, out, lse, problem, perm)
+        triton_backend.backward(d_out, q, k, v, out, lse, dq, dk, dv, problem, perm)
+        for x in whole:
+            assert x[:batch].isnan().all() and x[2 * batch :].isnan().all()
+            assert not x[batch : 2 * batch].isnan().any()
 
 
 @pytest.mark.parametrize("with_content", [True, False])
