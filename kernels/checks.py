@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 """Dispatch modes under which tensors have no values: fake tensors, and torch.fx's tracing."""
@@ -20,7 +21,8 @@ Shapes = dict[str, torch.Size]
 def check_tensors(**tensors: Tensor) -> None:
     """Raise unless the tensors share one floating-point dtype (TypeError) and one device (ValueError).
 
-    Under autocast the dtypes may differ: the op casts them.
+    Under autocast the dtypes may differ: the op casts them. Forward-mode derivatives are an error (ValueError): torch
+    would take those of a custom op for zero.
     """
     names = ", ".join(tensors)
     dtypes, devices = [t.dtype for t in tensors.values()], [t.device for t in tensors.values()]
@@ -29,6 +31,12 @@ def check_tensors(**tensors: Tensor) -> None:
         raise TypeError(f"{names} must share one floating-point dtype, got {', '.join(map(str, dtypes))}")
     if len(set(devices)) > 1:
         raise ValueError(f"{names} must be on one device, got {', '.join(map(str, devices))}")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        for name, tensor in tensors.items():
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise ValueError(
+                    f"{name} has a tangent, but the op has no forward-mode derivative (jvp): use backward"
+                )
 
 
 def check_is_tensor(**values: object) -> None:

@@ -48,7 +48,13 @@ def causal_shifts(tokens: int, *, device=None) -> Tensor:
 
 
 def prefix_lm_shifts(tokens: int, prefix: int, *, device=None) -> Tensor:
-    """Shifts (tokens,) of a prefix-LM; use with cut = prefix: the prefix sees itself whole, later rows see 0..r."""
+    """Shifts (tokens,) of a prefix-LM; use with cut = prefix: the prefix sees itself whole, later rows see 0..r.
+
+    Raises:
+        ValueError: the prefix is not in [0, tokens].
+    """
+    if not 0 <= prefix <= tokens:
+        raise ValueError(f"prefix must be in [0, {tokens}], the number of tokens, got {prefix}")
     return (torch.arange(1, tokens + 1, device=device) - prefix).clamp(min=0)
 
 

@@ -221,3 +221,34 @@ def test_scale_is_a_number_greater_than_zero() -> None:
         assert all(torch.equal(a, e) for a, e in zip(two(scale), expected, strict=True))
     half = two_stream_attention(**inputs | {n: inputs[n] * 2 for n in ("q_content", "q_query")}, **options, scale=0.25)
     torch.testing.assert_close(half, expected)
+
+
+def test_forward_mode_is_refused_not_taken_for_zero() -> None:
+    inputs, options = make(TwoStreamShape(9, 4), torch.float32)
+
+    def of_k(k):
+        return two_stream_attention(**inputs | {"k": k}, **options)[1]
+
+    with pytest.raises(ValueError, match=r"k has a tangent, but the op has no forward-mode derivative \(jvp\)"):
+        torch.func.jvp(of_k, (inputs["k"],), (inputs["k"],))
+    q = inputs["q_query"]
+    shift = torch.zeros(5, dtype=torch.int64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        with pytest.raises(ValueError, match="q has a tangent"):
+            prefix_suffix_attention(dual, inputs["k"], inputs["v"], shift)
+        of_k(inputs["k"])
+
+
+def test_a_wrong_layout_is_told_where_it_is_compiled() -> None:
+    inputs, options = make(TwoStreamShape(9, 4), torch.float32)
+    swapped = {name: x.transpose(1, 2) for name, x in inputs.items()}
+    compiled = torch.compile(lambda **given: two_stream_attention(**given, **options), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"transpose\(1, 2\)"):
+        compiled(**swapped)
+
+
+@pytest.mark.parametrize("prefix", [-1, 11])
+def test_a_prefix_is_part_of_the_tokens(prefix: int) -> None:
+    with pytest.raises(ValueError, match=rf"prefix must be in \[0, 10\], the number of tokens, got {prefix}"):
+        visibility.prefix_lm_shifts(10, prefix)

@@ -163,3 +163,8 @@ def test_sizes_that_change_from_step_to_step_compile_nothing_again() -> None:
     ):  # fmt: skip
         specialised = {parameter.name for parameter in function.params if not parameter.do_not_specialize}
         assert not specialised & changing
+
+
+def test_a_standard_deviation_is_positive() -> None:
+    with pytest.raises(ValueError, match=r"std must be > 0, got \[0.0, 1.0, 1.0\]"):
+        embed(mean=(0.5, 0.5, 0.5), std=(0.0, 1.0, 1.0))

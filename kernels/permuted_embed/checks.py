@@ -61,6 +61,8 @@ def check(
     check_integer("cut", cut)
     if not 1 <= cut <= tokens - 1:
         raise ValueError(f"cut must be in [1, N - 1] = [1, {tokens - 1}], got {cut}")
+    if std is not None and is_readable(std) and not bool((std > 0).all()):
+        raise ValueError(f"std must be > 0, got {std.tolist()}")
     check_permutations("perm", perm)
     if class_token is not None and is_readable(perm) and perm[:, 0].any():
         image = int(perm[:, 0].nonzero()[0])

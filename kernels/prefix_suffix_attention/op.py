@@ -97,7 +97,7 @@ def _check(
     shapes = {"q": q.shape, "k": k.shape, "v": v.shape}
     if (misfit := _misfit(shapes, shift.shape, suffix_keys)) is not None:
         advice = advice_to_transpose(shapes, lambda others: _misfit(others, shift.shape, suffix_keys))
-        raise ValueError(misfit + advice)
+        raise ValueError(f"{misfit}{advice}")
     check_tensors(q=q, k=k, v=v)
     check_device(q.device, shift=shift)
     return cut, suffix_keys, check_scale(scale, q.shape[-1])

@@ -39,7 +39,8 @@ def check(
     values = cut if not isinstance(cut, Tensor) else cut.tolist() if is_readable(cut) else None
     shapes = {name: tensor.shape for name, tensor in given.items()}
     if (misfit := _misfit(shapes, values, mask_tokens)) is not None:
-        raise ValueError(misfit + advice_to_transpose(shapes, lambda others: _misfit(others, values, mask_tokens)))
+        advice = advice_to_transpose(shapes, lambda others: _misfit(others, values, mask_tokens))
+        raise ValueError(f"{misfit}{advice}")
     check_tensors(**given)
     tokens = _tokens(k.shape[1], targets, mask_tokens)
     if perm is not None:
