@@ -34,9 +34,7 @@ def check_tensors(**tensors: Tensor) -> None:
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         for name, tensor in tensors.items():
             if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise ValueError(
-                    f"{name} has a tangent, but the op has no forward-mode derivative (jvp): use backward"
-                )
+                raise ValueError(f"{name} has a tangent, but the op has no forward-mode derivative (jvp): use backward")
 
 
 def check_is_tensor(**values: object) -> None:
@@ -123,9 +121,10 @@ def is_readable(x: Tensor) -> bool:
     """Whether x has values, and reading them is free: on a CPU, and not while a graph is traced."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    # Fake, functional and distributed tensors are subclasses.
+    # Fake, functional and distributed tensors are subclasses; those inside vmap hide that they are many.
     return (
         type(x) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch.jit.is_tracing()
         and all(torch._C._get_dispatch_mode(mode) is None for mode in TRACING_MODES)
     )

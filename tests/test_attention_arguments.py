@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mapet_kernels import prefix_suffix_attention, two_stream_attention, two_stream_attention_packed, visibility
 from mapet_kernels.registry import TwoStreamShape
+from mapet_kernels.two_stream_attention import op
 
 
 def test_errors_say_what_is_allowed() -> None:
@@ -252,3 +253,21 @@ def test_a_wrong_layout_is_told_where_it_is_compiled() -> None:
 def test_a_prefix_is_part_of_the_tokens(prefix: int) -> None:
     with pytest.raises(ValueError, match=rf"prefix must be in \[0, 10\], the number of tokens, got {prefix}"):
         visibility.prefix_lm_shifts(10, prefix)
+
+
+def test_permutations_under_vmap_are_not_looked_at() -> None:
+    inputs, _ = make(TwoStreamShape(9, 4), torch.float32)
+    perms = torch.rand(3, 2, 9).argsort(dim=2)
+
+    def attend(perm):
+        return two_stream_attention(**inputs, cut=4, perm=perm, backend="sdpa")[1]
+
+    expected = torch.stack([attend(perm) for perm in perms])
+    torch.testing.assert_close(torch.func.vmap(attend)(perms), expected)
+
+
+def test_the_op_itself_takes_no_other_cut() -> None:
+    inputs, _ = make(TwoStreamShape(9, 4), torch.float32)
+    for cut in (3, 5, -1):
+        with pytest.raises(ValueError, match=rf"cut must be N - T = 4 and not negative, got {cut}"):
+            op.two_stream_attention_op(*inputs.values(), cut, None, None, True, 0.25, "sdpa")

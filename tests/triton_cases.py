@@ -123,6 +123,24 @@ def test_rows_that_start_anywhere_and_strides_of_the_last_dimension() -> None:
         assert_same_bits(two_stream_attention(**other, **case.options, backend="triton"), expected)
 
 
+@pytest.mark.parametrize("with_content", [True, False])
+def test_what_padding_rows_hold_reaches_no_result(with_content: bool) -> None:
+    """With one cut per image: NaN in every row of targets that do not exist gives the bits of zeros there."""
+    shape = TwoStreamShape(6, (1, 4), heads=1, with_content=with_content)
+    case = SPEC.make_case(shape, torch.float32)
+    results = []
+    for filling in (0.0, float("nan")):
+        inputs = with_inputs(case, torch.float32)
+        with torch.no_grad():
+            for name, x in inputs.items():
+                real = 6 - 4 if name == "q_query" else 6 + 6 - 4
+                x[1, real:] = filling
+        outputs, gradients = outputs_and_gradients(SPEC.function, inputs, case.options, backend="triton")
+        results.append([*outputs, *gradients.values()])
+    assert_same_bits(*results)
+    assert all(x.isfinite().all() for x in results[1])
+
+
 @pytest.mark.parametrize("mask_tokens", [True, False])
 def test_wrong_numbers_move_no_access_out_of_a_tensor(mask_tokens: bool) -> None:
     """Garbage for permutations and cuts: NaN around every tensor reaches no result, and no store lands on it."""

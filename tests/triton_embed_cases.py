@@ -10,6 +10,7 @@ from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from test_ops import outputs_and_gradients, tensors, with_inputs
 
 from mapet_kernels.permuted_embed import kernel, triton_backend
+from mapet_kernels.permuted_embed.op import permuted_patches_op
 from mapet_kernels.registry import REGISTRY, Case, PermutedEmbedShape
 
 SPEC = REGISTRY["permuted_embed"]
@@ -132,3 +133,16 @@ def test_garbage_indices_stay_within_the_buffers(monkeypatch: pytest.MonkeyPatch
     d_rows = torch.ones(rows, width)
     gradients = triton_backend.assemble_backward(d_rows, perm, cut, 9, class_token, True, True)
     assert all(gradient.isfinite().all() for gradient in gradients[:2])
+
+
+def test_strides_beyond_32_bits() -> None:
+    """Channels outermost: the third lies 2^31 bytes after the first. Memory that is not touched costs nothing."""
+    side = 8
+    whole = torch.empty(3 * (2**30 // side**2 + 1) * side**2, dtype=torch.uint8)
+    images = whole.view(3, -1, side, side).transpose(0, 1)[:2]
+    images.copy_(torch.arange(2 * 3 * side**2).reshape(2, 3, side, side) % 251)
+    patches = torch.tensor([[0, 1], [2, 3]])
+    expected, actual = (
+        permuted_patches_op(images, patches, 4, None, None, torch.float32, name) for name in ("reference", "triton")
+    )
+    torch.testing.assert_close(actual, expected)

@@ -28,7 +28,7 @@ def permuted_patches_kernel(
     patch = _load_index(p_patches + i_row, GRID * GRID)
     column = tl.arange(0, BLOCK)
     m_column = column < COLUMNS
-    channel = column // (PATCH * PATCH)
+    channel = (column // (PATCH * PATCH)).to(tl.int64)
     within = column % (PATCH * PATCH)
     y = (patch // GRID) * PATCH + within // PATCH
     x = (patch % GRID) * PATCH + within % PATCH

@@ -121,6 +121,8 @@ def assemble_op(
     backend: str,
 ) -> Tensor:
     """Flat buffer (rows, D) from projected patches (B, R, D) in permuted order, in the dtype of pos_embed."""
+    if not 0 <= cut <= perm.shape[1]:
+        raise ValueError(f"cut must be in [0, N] = [0, {perm.shape[1]}], got {cut}")
     content = content.to(pos_embed.dtype)
     return _backend(backend).assemble(content, pos_embed, mask_token, class_token, perm, cut, mask_tokens, query_stream)
 

@@ -324,8 +324,9 @@ def key_gradient_kernel(
         tl.minimum(tl.maximum(p, 0), content_rows - 1), real, tokens, perm, i_b, cuts is not None, MASK_TOKENS
     )
     d = tl.arange(0, BD)
-    b_k = load_rows(k + i_b * s_kb + i_h * s_kh + row_offset(i_key, s_kr), d, m_exists, D, BD, ALIGNED, True)
-    b_v = load_rows(v + i_b * s_vb + i_h * s_vh + row_offset(i_key, s_vr), d, m_exists, D, BD, ALIGNED, True)
+    m_seen = m_exists & (p < window + real)  # whatever the others hold, NaN maybe, must reach no result
+    b_k = load_rows(k + i_b * s_kb + i_h * s_kh + row_offset(i_key, s_kr), d, m_seen, D, BD, ALIGNED, True)
+    b_v = load_rows(v + i_b * s_vb + i_h * s_vh + row_offset(i_key, s_vr), d, m_seen, D, BD, ALIGNED, True)
 
     o_content, o_query = _result_offsets(i_b, i_h, tokens, targets, heads, MASK_TOKENS)
     q_content += i_b * s_cb + i_h * s_ch

@@ -132,6 +132,8 @@ def two_stream_attention_packed(
 def _problem(q_query: Tensor, k: Tensor, cut: int, cuts: Tensor | None, mask_tokens: bool, scale: float) -> Problem:
     targets = q_query.shape[1]
     tokens = k.shape[1] - targets if mask_tokens else k.shape[1]
+    if cuts is None and not 0 <= cut == tokens - targets:  # what kernels count rows by, so that it is looked at again
+        raise ValueError(f"cut must be N - T = {tokens - targets} and not negative, got {cut}")
     return Problem(tokens, targets, cut if cuts is None else cuts, mask_tokens, scale)
 
 
