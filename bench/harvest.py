@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,15 +121,15 @@ class Process:
                     self.signal(signal.SIGINT)
                 return False
             self.stopped = True
-        self.kill()
+        self.kill(time.monotonic() + LAST_WAIT)
         return True
 
-    def kill(self) -> None:
-        """End it now, with all it started."""
+    def kill(self, latest: float) -> None:
+        """End it now, with all it started, and wait for it until `latest`."""
         self.signal(signal.SIGKILL)
         # In the driver's hands it may not go; the next part starts all the same.
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(LAST_WAIT)
+            self.process.wait(max(0.0, latest - time.monotonic()))
         self.seconds = time.monotonic() - self.began if self.started else 0.0
 
     def signal(self, number: int) -> None:
@@ -143,10 +144,10 @@ class Process:
             end = End(SKIPPED, "the harvest ended before this part's turn")
         elif self.end_file.exists():
             end = End(**json.loads(self.end_file.read_text()))
-        elif self.stopped:
-            end = End(TIMED_OUT, "killed at its limit")
+        elif self.stopped or code is None:
+            end = End(TIMED_OUT, "killed at its limit" if code is not None else "killed, and did not go")
         elif code < 0:
-            end = End(KILLED, f"killed by {signal.Signals(-code).name}")
+            end = End(KILLED, f"killed by {signal_name(-code)}")
         else:
             end = End(FAILED, f"ended with exit code {code} without a word")
         return {
@@ -155,14 +156,23 @@ class Process:
         }  # fmt: skip
 
 
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; real-time signals have numbers only."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def environment(part: Part, call: Call, work: Path) -> dict[str, str]:
-    """Variables of a part's process: the checkout on its path, kernels interpreted in a dry run."""
-    path = [str(work / "path"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    """Variables of a part's process: the checkout on its path, kernels interpreted in a dry run and only there."""
+    given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    path = [str(work / "path"), str(ROOT), *given]
     added = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1", **part.environment}
     if call.dry:
         added |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         added |= {"TRITON_INTERPRET": "1"} if part.kernels else {}
-    return {**os.environ, **added}
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | added
 
 
 def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
@@ -196,7 +206,10 @@ def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
                     )
                 for part in parts:
                     summary["parts"].setdefault(part.name, not_started(part))
-                pack(summary, call, work)
+                if not pack(summary, call, work):
+                    kept = tempfile.mkdtemp(prefix="harvest-kept-")
+                    shutil.copytree(work, kept, symlinks=True, dirs_exist_ok=True)
+                    print(f"harvest: all of it is kept in {kept}", flush=True)
     return summary
 
 
@@ -245,7 +258,10 @@ def stop(processes: Sequence[Process]) -> None:
     while time.monotonic() < latest and any(process.process.poll() is None for process in processes):
         time.sleep(POLL)
     for process in processes:
-        process.kill()
+        process.signal(signal.SIGKILL)  # all at once: what does not go is waited for together
+    latest = time.monotonic() + LAST_WAIT
+    for process in processes:
+        process.kill(latest)
 
 
 def tell(process: Process, summary: dict[str, Any], call: Call) -> None:
@@ -288,22 +304,32 @@ def signal_handlers(handler: Any) -> dict[int, Any]:
     return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
-def pack(summary: dict[str, Any], call: Call, work: Path) -> None:
-    """Write what comes back, each file whole or not at all, so that a call killed later leaves what it had."""
+def pack(summary: dict[str, Any], call: Call, work: Path) -> bool:
+    """Write what comes back, each file whole or not at all, so that a call killed later leaves what it had.
+
+    Where it cannot be written, that is said, and the parts go on: the folder may have room later.
+    """
     rows = read_records(records_file(work, "machine"))
     machine = next((row for row in rows if row["kind"] == "machine"), {})
     summary |= {"device": machine.get("device"), "versions": machine.get("versions", {})}
-    (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    replaced(call.output / "harvest.tar.gz", lambda draft: pack_records(draft, work))
-    replaced(call.output / "harvest.log", lambda draft: draft.write_bytes(logs(work)))
-    for name in ("ncu.csv", "profile.txt"):
-        if (work / name).exists():
-            replaced(call.output / name, lambda draft, name=name: draft.write_bytes(head(work / name, LARGEST_FILE)))
+    try:
+        (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        replaced(call.output / "harvest.tar.gz", lambda draft: pack_records(draft, work))
+        replaced(call.output / "harvest.log", lambda draft: draft.write_bytes(logs(work)))
+        for name in ("ncu.csv", "profile.txt"):
+            if (work / name).exists():
+                replaced(
+                    call.output / name, lambda draft, name=name: draft.write_bytes(head(work / name, LARGEST_FILE))
+                )
+    except OSError as error:
+        print(f"harvest: what there is could not be written to {call.output}: {error}", flush=True)
+        return False
+    return True
 
 
 def replaced(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a draft beside `path`, and put it there."""
-    draft = path.with_name(f".{path.name}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     write(draft)
     draft.replace(path)
 

@@ -6,6 +6,7 @@ From records of `python -m bench aot`, or compiled now where no record holds tha
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,9 +73,13 @@ def finder(results: Path, device: str, triton: str | None, commit: str = "") -> 
     return find
 
 
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
+"""What comes back from elsewhere is text, and git would take some for an option."""
+
+
 def same_kernels(commit: str, other: str | None = None) -> bool | None:
     """Whether two commits, or one and this checkout, have the same attention kernels; None where git cannot say."""
-    if not commit or other == "":
+    if not all(COMMIT.fullmatch(name) for name in (commit, *([other] if other is not None else []))):
         return None
     try:
         command = ["git", "diff", "--quiet", commit, *([other] if other else []), "--", *SOURCES]

@@ -135,6 +135,8 @@ class Code:
         if not (x.always_jumps or (x.name in ENDS and not x.predicate)) and place + 1 < len(self.instructions):
             after.append(place + 1)
         if x.name in ("BRA", "CALL") and x.target and ".DIV" not in x.opcode:
+            if x.target not in self.labels:
+                raise ValueError(f"the listing has no label {x.target}, to which an instruction jumps")
             after.append(self.labels[x.target])
         if x.name == "BSYNC":
             after += self._meetings.get(x.operands, [])

@@ -136,3 +136,48 @@ def test_a_harvest_that_is_killed_leaves_what_it_had_and_no_part_behind(tmp_path
     while alive(part["pid"]):
         assert time.monotonic() < latest
         time.sleep(0.1)
+
+
+def test_a_process_that_does_not_go_costs_no_figure(toys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As one that is stuck in a driver: it has no return code, even when it was killed."""
+    real = subprocess.Popen.wait
+
+    def stuck(process, timeout=None):
+        if timeout is not None:
+            real(process, timeout)
+            process.returncode = None
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        return real(process)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", stuck)
+    monkeypatch.setattr(subprocess.Popen, "poll", lambda process: None)
+    summary = harvest.run(toys("well", seconds=6.0), harvest.Call(20, tmp_path))
+    assert summary["parts"]["well"]["returncode"] is None
+    _, rows = gathered(tmp_path)
+    assert rows["well"]
+
+
+def test_where_nothing_can_be_written_all_is_kept(toys, monkeypatch, capsys, tmp_path: Path) -> None:
+    def full(path: Path, write) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(harvest, "replaced", full)
+    monkeypatch.setattr(harvest.tempfile, "tempdir", str(tmp_path))
+    summary = harvest.run(toys("well"), harvest.Call(60, tmp_path / "output"))
+    assert summary["parts"]["well"]["status"] == "ok"
+    assert "No space left on device" in capsys.readouterr().out
+    (kept,) = tmp_path.glob("harvest-kept-*")
+    assert read_records(kept / "parts" / "well.jsonl") and (kept / "summary.json").exists()
+
+
+def test_a_real_harvest_does_not_interpret_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+    part = Part("any", "x:y", 1.0, kernels=True)
+    real, dry = (harvest.environment(part, harvest.Call(1, tmp_path, dry=dry), tmp_path) for dry in (False, True))
+    assert "TRITON_INTERPRET" not in real and dry["TRITON_INTERPRET"] == "1"
+    assert str(Path("somewhere").resolve()) in real["PYTHONPATH"].split(os.pathsep)
+
+
+def test_signals_without_a_name_are_told_by_their_number() -> None:
+    assert [harvest.signal_name(number) for number in (9, 40)] == ["SIGKILL", "signal 40"]

@@ -577,6 +577,7 @@ def test_commits_are_compared_by_their_kernels() -> None:
     assert harvest_floors.same_kernels(before, kernel) is False
     assert harvest_floors.same_kernels("c0ffee" * 6 + "0000", kernel) is None
     assert harvest_floors.same_kernels("", kernel) is None and harvest_floors.same_kernels(kernel, "") is None
+    assert harvest_floors.same_kernels("--output=/tmp/written", kernel) is None
 
 
 @pytest.mark.slow
