@@ -7,7 +7,8 @@ import math
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 ARCHIVE = "harvest.tar.gz"
 LARGEST_MEMBER, LARGEST_TOTAL = 64 << 20, 256 << 20
 """Bytes that an archive may unpack to; what comes back is a few MiB."""
+LEAST_REPEATS = 3
+"""Samples below which a median says nothing of its noise, and nothing is advised."""
 HEAD_SIZE_FLOP = {"forward": 4, "backward": 10}
 """FLOP of a visible pair and head size: two products forward, five backward."""
 
@@ -50,6 +53,11 @@ class Shape(NamedTuple):
         """Pairs of a row and a key it sees, over images and heads: each of the N + 2 T rows sees N keys."""
         return self.batch * self.heads * self.tokens * (3 * self.tokens - 2 * self.cut)
 
+    @property
+    def short(self) -> str:
+        """Without the head size, for the head of a column."""
+        return f"B x H {self.batch * self.heads}, N {self.tokens}, c {self.cut}"
+
     def __str__(self) -> str:
         return f"N {self.tokens} c {self.cut} B {self.batch} H {self.heads} D {self.size}"
 
@@ -76,9 +84,19 @@ class Timing:
         return (self.p80 - self.p20) / self.p50
 
     @property
+    def shown_noise(self) -> str:
+        """For a page."""
+        return noise_words(self.noise, self.repeats)
+
+    @property
     def flop_per_s(self) -> float:
         """Of a whole pass, on visible pairs."""
         return HEAD_SIZE_FLOP[self.op] * self.shape.size * self.shape.visible_pairs / (self.p50 / 1e3)
+
+
+def noise_words(noise: float, repeats: int | None) -> str:
+    """A share as a percentage; "-" where there were too few samples for one, or their number is not known."""
+    return "-" if repeats is None or repeats < LEAST_REPEATS else f"{noise:.0%}"
 
 
 @dataclass
@@ -108,6 +126,11 @@ class Harvest:
         """Of Python and the packages that matter."""
         found = self.summary.get("versions")
         return found if isinstance(found, dict) else {}
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether it went through the parts on a CPU and measured nothing."""
+        return bool(self.summary.get("dry_run"))
 
     @property
     def outcomes(self) -> dict[str, dict[str, Any]]:
@@ -224,6 +247,7 @@ FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
 """What the page reads of a row of a kind; a float is a number above 0."""
 OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
     "part": str, "dtype": str, "batch": int, "backend": str, "reason": str, "peak_bytes": float, "noise": float,
+    "repeats": int, "configs": dict,
     "extra_bytes": (int, float), "error": (int, float), "allowed": (int, float), "device": str,
 }  # fmt: skip
 """What may be there and may be null, of rows of those kinds."""
@@ -238,6 +262,9 @@ def as_row(value: Any) -> dict[str, Any]:
     for name, kind in OPTIONAL.items():
         if value["kind"] != "time" and value.get(name) is not None and value[name] != 0:
             check(value, name, kind)
+    if value["kind"] == "step":
+        for config in (value.get("configs") or {}).values():
+            as_config(config)
     return value
 
 
@@ -260,13 +287,28 @@ def as_timing(row: Mapping[str, Any]) -> Timing:
         way=row["way"],
         shape=Shape(**{name: int(positive(row["shape"], name)) for name in Shape._fields}),
         dtype=row["dtype"],
-        config=None if config is None else Config(**{name: int(positive(config, name)) for name in Config._fields}),
+        config=None if config is None else as_config(config),
         default=bool(row.get("default", True)),
         p20=positive(row, "p20_ms"),
         p50=positive(row, "p50_ms"),
         p80=positive(row, "p80_ms"),
         repeats=int(positive(row, "repeats")),
     )
+
+
+def as_config(value: Mapping[str, Any]) -> Config:
+    """ValueError, KeyError or TypeError for what is none."""
+    return Config(**{name: int(positive(value, name)) for name in Config._fields})
+
+
+def timings_of(rows: Iterable[Any]) -> list[Timing]:
+    """Of all rows "time" that are whole, as `Harvest.times`."""
+    times: dict[tuple[Any, ...], Timing] = {}
+    for row in rows:
+        with suppress(ValueError, KeyError, TypeError):
+            if as_row(row)["kind"] == "time":
+                keep_better(times, as_timing(row))
+    return list(times.values())
 
 
 def positive(row: Mapping[str, Any], name: str) -> float:

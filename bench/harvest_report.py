@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import harvest_targets
-from bench.harvest_advice import Counters, advice, configurations, counters, shown, snippet, winners
-from bench.harvest_data import Harvest, Timing, read
+from bench.harvest_advice import Counters, Pair, advice, counters, pairs, shown, snippet, winners
+from bench.harvest_data import Harvest, Timing, as_config, noise_words, read
 from bench.harvest_floors import KERNELS, UNITS, Find, finder
 from bench.harvest_targets import NOT_MEASURED
 
@@ -42,7 +42,7 @@ def report(folder: Path, results: Path | None = None, floors: Find | None = None
     """
     folder = Path(folder)
     harvest = read(folder)
-    results = results or (folder if harvest.summary.get("dry_run") else RESULTS)
+    results = results or (folder if harvest.dry_run else RESULTS)
     results.mkdir(parents=True, exist_ok=True)
     floors = floors or finder(
         RESULTS, harvest.device, harvest.versions.get("triton"), str(harvest.summary.get("commit") or "")
@@ -55,7 +55,7 @@ def report(folder: Path, results: Path | None = None, floors: Find | None = None
 
 def label(harvest: Harvest) -> str:
     """The device in a file name: h200 of "NVIDIA H200"; cpu of a dry run."""
-    if harvest.summary.get("dry_run"):
+    if harvest.dry_run:
         return "dry_run"
     words = harvest.device.lower().removeprefix("nvidia ")
     return re.sub(r"[^a-z0-9]+", "_", words).strip("_")
@@ -95,9 +95,9 @@ def head(harvest: Harvest) -> dict[str, Any]:
         "commit": summary.get("commit", ""),
         "time": summary.get("started"),
         "device": harvest.device,
-        "device_type": "cpu" if summary.get("dry_run") else "cuda",
-        "measured_on": "cpu" if summary.get("dry_run") else "cuda",
-        "dry_run": bool(summary.get("dry_run")),
+        "device_type": "cpu" if harvest.dry_run else "cuda",
+        "measured_on": "cpu" if harvest.dry_run else "cuda",
+        "dry_run": harvest.dry_run,
         "cores": machine.get("cores"),
         "threads": machine.get("threads"),
         "versions": harvest.versions,
@@ -249,7 +249,7 @@ def introduction(harvest: Harvest, written: Sequence[str]) -> list[str]:
     for outcome in harvest.outcomes.values():
         counts[outcome.get("status")] = counts.get(outcome.get("status"), 0) + 1
     lines = [f"# Harvest of {harvest.device}, {summary.get('started', 'time unknown')}", ""]
-    if summary.get("dry_run"):
+    if harvest.dry_run:
         lines += ["**A dry run on a CPU with small sizes: no figure here means anything.**", ""]
     lines += [
         f"Commit `{summary.get('commit') or 'unknown'}`; {versions or 'versions unknown'}. Parts: "
@@ -308,6 +308,8 @@ def last_words(outcome: Mapping[str, Any]) -> list[str]:
 
 def first(harvest: Harvest) -> list[str]:
     """The ranked list."""
+    if harvest.dry_run:
+        return ["A dry run asks for no change."]
     found = advice(harvest)
     return [f"{n}. {x.text}" for n, x in enumerate(found, 1)] or ["Nothing that came back asks for a change."]
 
@@ -328,7 +330,7 @@ def peers(harvest: Harvest) -> list[str]:
     for time in sorted(times, key=lambda x: (not x.shape.is_target, x.shape.tokens, x.dtype, x.op)):
         base = ours.get((time.part, time.shape, time.dtype, time.op))
         rows.append((
-            time.shape, time.dtype, time.op, time.way, f"{time.p50:.4g}", f"{time.noise:.0%}", time.repeats,
+            time.shape, time.dtype, time.op, time.way, f"{time.p50:.4g}", time.shown_noise, time.repeats,
             f"{time.p50 / base:.3g}" if base else "",
             f"{time.flop_per_s / 1e12:.3g}" if time.op in ("forward", "backward") else "",
         ))  # fmt: skip
@@ -344,18 +346,29 @@ def training(harvest: Harvest) -> list[str]:
         *targets(harvest_targets.STEPS, harvest),
     ]  # fmt: skip
     if rows := harvest.of("step"):
-        newest = {(row.get("part"), row["model"], row["way"], row["mode"], row.get("dtype")): row for row in rows}
+        names = ("part", "model", "way", "mode", "dtype", "batch")
+        newest = {tuple(row.get(name) for name in names): row for row in rows}
         lines += ["", *table(
-            ("part", "model", "way", "mode", "dtype", "batch", "images/s", "ms", "noise", "peak GiB"),
+            (*names, "images/s", "ms", "noise", "peak GiB"),
             [
                 (
-                    row.get("part"), row["model"], row["way"], row["mode"], row.get("dtype"), row.get("batch"),
-                    f"{row['images_per_s']:,.0f}", f"{row['p50_ms']:.4g}", f"{quantiles(row)['noise']:.0%}",
+                    *key, f"{row['images_per_s']:,.0f}", f"{row['p50_ms']:.4g}",
+                    noise_words(quantiles(row)["noise"], row.get("repeats")),
                     f"{row['peak_bytes'] / 2**30:.1f}" if row.get("peak_bytes") else NOT_MEASURED,
                 )
-                for row in newest.values()
+                for key, row in newest.items()
             ],
         )]  # fmt: skip
+        lines += tuned_steps(rows)
+    return lines
+
+
+def tuned_steps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of each part that ran with another launch table than today's, its configurations."""
+    lines = []
+    for part, configs in {row.get("part"): row["configs"] for row in rows if row.get("configs")}.items():
+        told = "; ".join(f"{op} {as_config(config)}" for op, config in configs.items())
+        lines += ["", f"{part} ran with the fastest configurations of the first call: {told}."]
     return lines
 
 
@@ -369,7 +382,7 @@ def beside_floors(harvest: Harvest, floors: Find) -> list[str]:
         found = floors(time.op, time.config, time.shape, time.dtype)
         measured = 1e3 * time.p50
         config = f"{time.config}{'' if time.default else ' (fastest)'}"
-        row = [KERNELS[time.op], str(time.shape), time.dtype, config, f"{measured:.4g}", f"{time.noise:.0%}"]
+        row = [KERNELS[time.op], str(time.shape), time.dtype, config, f"{measured:.4g}", time.shown_noise]
         if found is None:
             rows.append([*row, *[""] * len(UNITS), "no static cost", ""])
             continue
@@ -417,23 +430,29 @@ def launch_configurations(harvest: Harvest) -> list[str]:
             for x in won
         ],
     )  # fmt: skip
-    if pasted := snippet(won):
+    if pasted := [] if harvest.dry_run else snippet(won):
         lines += ["", "For kernels/launch.py:", "", "```python", *pasted, "```"]
     for x in won:
-        timed = configurations(harvest, x.op, x.dtype)
-        shapes = sorted({shape for times in timed.values() for shape in times}, key=lambda shape: shape.tokens)
-        lines += ["", f"{KERNELS[x.op]}, {x.dtype}, microseconds:", ""]
+        _, timed = pairs(harvest, x.op, x.dtype, x.size)
+        shapes = sorted({shape for beside in timed.values() for shape in beside}, key=lambda shape: shape.tokens)
+        lines += ["", f"{KERNELS[x.op]}, {x.dtype}, D = {x.size}: microseconds, and how much faster than today's:", ""]
         lines += table(
-            ("configuration", *(f"N {shape.tokens}" for shape in shapes)),
+            ("configuration", *(shape.short for shape in shapes)),
             [
                 (
                     f"{config}{' (today)' if config == x.today else ''}",
-                    *(f"{1e3 * times[shape].p50:.4g}" if shape in times else NOT_MEASURED for shape in shapes),
+                    *(beside_today(beside[shape]) if shape in beside else NOT_MEASURED for shape in shapes),
                 )
-                for config, times in timed.items()
+                for config, beside in timed.items()
             ],
         )
     return lines
+
+
+def beside_today(pair: Pair) -> str:
+    """Microseconds, and of another configuration than today's its gain, as measured in turn with today's."""
+    gain = "" if pair.other == pair.today else f" ({pair.ratio - 1:+.1%})"
+    return f"{1e3 * pair.other.p50:.4g}{gain}"
 
 
 def hardware(harvest: Harvest) -> list[str]:

@@ -39,7 +39,7 @@ class Target:
         sign = "<=" if self.at_most else ">="
         steps = ", then ".join(number(step) for step in self.wanted)
         wanted = f"{sign} {steps} {self.unit}".rstrip()
-        found = None if harvest.summary.get("dry_run") else self.measure(harvest)
+        found = None if harvest.dry_run else self.measure(harvest)
         if found is None or isinstance(found, str):
             return self.name, self.known, wanted, f"{NOT_MEASURED}{f': {found}' if found else ''}", ""
         value, words = found
@@ -88,7 +88,7 @@ def rate(op: str) -> Callable[[Harvest], Found]:
 
     def measure(harvest: Harvest) -> Found:
         if time := most_repeats(at_target(harvest, op, "ours")):
-            return time.flop_per_s / 1e12, f"{time.p50:.4g} ms, {time.dtype}, noise {time.noise:.0%}"
+            return time.flop_per_s / 1e12, f"{time.p50:.4g} ms, {time.dtype}, noise {time.shown_noise}"
         if op == "backward" and (parts := both_gradients(harvest, best=False)):
             return backward_rate(parts), "dQ and dK/dV added up"
         return None

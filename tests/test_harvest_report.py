@@ -20,6 +20,7 @@ from bench.harvest_advice import advice, counted, winners
 from bench.harvest_data import Config, Shape, read
 from bench.harvest_floors import Floors
 from bench.harvest_report import label, page, records, report, stamp
+from bench.harvesting.parts import best_configurations
 
 ROOT = Path(__file__).parent.parent
 TARGET = Shape(256, 12, 197, 50, 64)
@@ -267,7 +268,8 @@ def test_the_winning_configuration_is_named_and_ready_to_paste(whole: Path, tmp_
     assert line(table, "key_gradient_kernel")[3:5] == ["today's", "0.0%"]
     code = table.split("```python\n")[1].split("```")[0]
     assert code.splitlines() == [
-        "# attention_forward, bf16, head size 64, target.has_wgmma: 25.0% faster than 128x64, 8 warps, 2 stages",
+        "# attention_forward, measured at head size 64 in bf16, target.has_wgmma: 25.0% faster than 128x64, 8 warps, "
+        "2 stages",
         "return LaunchConfig(rows=64, keys=64, warps=4, stages=3)",
     ]
 
@@ -275,9 +277,12 @@ def test_the_winning_configuration_is_named_and_ready_to_paste(whole: Path, tmp_
 def test_what_to_change_first_is_ranked(whole: Path, tmp_path: Path) -> None:
     text = section(page_of(whole, tmp_path), "What to change first")
     found = [x.split(". ", 1)[1] for x in text.strip().splitlines()]
-    assert found[0].startswith("Step of ViT-B: compile by default on a GPU: 2,000 images/s in place of 1,500, 33.3%")
+    assert found[0] == (
+        "Step of ViT-B (step_base, bf16, batch 128): compile by default on a GPU: 2,000 images/s in place of 1,500, "
+        "33.3% faster."
+    )
     assert found[1].startswith("attention_forward (bf16): 64x64, 4 warps, 3 stages in place of 128x64")
-    assert found[2].startswith("Step of ViT-B: speed.skip_dropped off by default in eager mode: 1,500")
+    assert "speed.skip_dropped off by default in eager mode: 1,500" in found[2]
     # Stalls: 3 of 4, as a warp that was selected does not wait.
     assert "forward_kernel: issue slots busy 81 % of the time: fewer instructions." in found
     assert any(x.startswith("forward_kernel: 75% of the stalls wait for global memory") for x in found)
@@ -508,22 +513,81 @@ def test_a_dry_run_measures_nothing(tmp_path: Path) -> None:
     assert line(text, "k-means ids equal to the float64 argmin")[3:] == ["not measured", ""]
 
 
+def test_a_dry_run_asks_for_no_change(tmp_path: Path) -> None:
+    text = report(keep(tmp_path / "harvest", all_rows(), dry_run=True), floors=floors).read_text()
+    assert section(text, "What to change first").strip() == "A dry run asks for no change."
+    assert "```python" not in text
+
+
 def test_no_harvest_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no harvest: neither harvest\.tar\.gz nor summary\.json"):
         report(tmp_path, tmp_path)
 
 
-def test_only_configurations_timed_at_the_same_shapes_are_compared(tmp_path: Path) -> None:
-    """One that was timed at the target alone, as the time was over, does not win by being fast there."""
-    rows, long = configuration_rows()[:2], other_length(785, 199)
-    for config, ms in ((TODAY, 0.4), (OTHER, 0.35)):
-        rows.append(time_row("forward", "ours", ms, long, config, part="configurations", default=config == TODAY))
-    lucky = Config(64, 128, 4, 2)
-    rows.append(time_row("forward", "ours", 0.1, config=lucky, part="configurations", default=False))
-    rows.append(time_row("forward", "ours", 0.35, other_length(1025, 260), TODAY, part="configurations"))
+def configurations_at(op: str, by_shape: dict[Shape, dict[Config, float]], **more) -> list[dict]:
+    """Rows of a part "configurations", TODAY being today's."""
+    return [
+        time_row(op, "ours", ms, shape, config, **({"part": "configurations", "default": config == TODAY} | more))
+        for shape, times in by_shape.items()
+        for config, ms in times.items()
+    ]
+
+
+def test_configurations_are_compared_with_todays_where_both_were_timed(tmp_path: Path) -> None:
+    """One that lacks a length is not dropped, one that lacks the target is; the second call takes the same one."""
+    rows = configurations_at("forward", {
+        TARGET: {TODAY: 0.4, OTHER: 0.39, SMALL_CONFIG: 0.3},
+        other_length(785, 199): {TODAY: 0.5, OTHER: 0.49, Config(16, 16, 4, 1): 0.1},
+        other_length(1025, 260): {TODAY: 0.6, OTHER: 0.58, SMALL_CONFIG: 0.5},
+    })  # fmt: skip
     (found,) = winners(read(keep(tmp_path / "harvest", {"configurations": rows})))
-    # Three configurations were timed at the target, two at N = 785: there is nothing to compare the lucky one with.
-    assert found.shapes == 1 and found.best == lucky and found.at_target == pytest.approx(2.75)
+    assert (found.best, found.shapes, found.size) == (SMALL_CONFIG, 2, 64) and found.worth_it
+    assert found.at_target == pytest.approx(1 / 3) and found.gain == pytest.approx(math.sqrt(4 / 3 * 6 / 5) - 1)
+    assert best_configurations([*rows, {"kind": "time", "op": "dq"}]) == {"forward": SMALL_CONFIG._asdict()}
+
+
+def test_configurations_are_compared_within_one_part_and_dtype(tmp_path: Path) -> None:
+    """A candidate is held against today's of its own part: in the other, on a slower device, it would have lost."""
+    rows = configurations_at("forward", {TARGET: {TODAY: 0.4, OTHER: 0.3}})
+    rows += configurations_at("forward", {TARGET: {TODAY: 0.8, SMALL_CONFIG: 0.5}}, part="tuned")
+    rows += configurations_at("forward", {TARGET: {TODAY: 0.4, OTHER: 0.2}}, dtype="fp16")
+    bf16, fp16 = winners(read(keep(tmp_path / "harvest", {"configurations": rows})))
+    assert (bf16.best, bf16.gain, fp16.best) == (SMALL_CONFIG, pytest.approx(0.6), OTHER)
+    assert best_configurations(rows) == {"forward": SMALL_CONFIG._asdict()}
+
+
+def test_too_few_repeats_and_a_gain_within_the_noise_advise_nothing(tmp_path: Path) -> None:
+    few = [row | {"repeats": 2} for row in configuration_rows() + step_rows()]
+    noisy = [row | {"p20_ms": 0.5 * row["p50_ms"], "p80_ms": 2 * row["p50_ms"], "noise": 1.5} for row in step_rows()]
+    for name, rows in (("few", few), ("noisy", noisy)):
+        folder = keep(tmp_path / name, {"mixed": rows})
+        assert advice(read(folder)) == []
+        text = page_of(folder, tmp_path / f"{name}_results")
+        assert "```python" not in text and "Nothing that came back asks for a change." in text
+        noise = line(section(text, "Training step"), "step_base")[8]
+        assert noise == ("-" if name == "few" else "150%")
+
+
+def test_modes_are_compared_within_one_part_and_batch(tmp_path: Path) -> None:
+    """A faster rehearsal of a V100, or a part with another launch table, does not stand in for the step itself."""
+    own = [row for row in step_rows() if row["mode"] == "eager" and row["way"] == "ours"]
+    fast = next(row for row in step_rows() if row["mode"] == "compiled")
+    others = [
+        {**row, "part": part, "images_per_s": speed, **more}
+        for part, more in (
+            ("step_volta", {"dtype": "fp16", "batch": 32}), ("step_tuned", {"tuned": True}), ("step_new", {"batch": 64})
+        )
+        for row, speed in ((own[0], 100.0), (fast, 9000.0))
+    ]  # fmt: skip
+    found = advice(read(keep(tmp_path / "harvest", {"mixed": own + others})))
+    assert [x.text[:48] for x in found] == ["Step of ViT-B (step_new, bf16, batch 64): compil"]
+
+
+def test_the_page_says_which_configurations_a_tuned_step_had(tmp_path: Path) -> None:
+    row = {**step_rows()[0], "part": "step_tuned", "tuned": True, "configs": {"dq": OTHER._asdict()}}
+    text = page_of(keep(tmp_path / "harvest", {"step_tuned": [row]}), tmp_path)
+    told = "step_tuned ran with the fastest configurations of the first call: dq 64x64, 4 warps, 3 stages."
+    assert told in section(text, "Training step")
 
 
 def test_floors_come_from_records_of_the_same_kernels_and_triton(
@@ -603,6 +667,7 @@ class Nothing:
 
 sys.meta_path.insert(0, Nothing())
 sys.path.insert(0, {str(ROOT)!r})
+from bench.harvesting.parts import best_configurations
 from bench.harvest_report import label, page, records, report, stamp
 print(report(Path({str(whole)!r}), Path({str(tmp_path / "out")!r})).read_text())
 """
