@@ -22,6 +22,10 @@ HEAD_SIZE_FLOP = {"forward": 4, "backward": 10}
 """FLOP of a visible pair and head size: two products forward, five backward."""
 
 
+class Refused(ValueError):
+    """What the command line asks for cannot be done; the text, one line, says why."""
+
+
 class Config(NamedTuple):
     """Launch configuration of an attention kernel."""
 
@@ -155,12 +159,12 @@ def read(folder: Path) -> Harvest:
     """The harvest in a folder: parts/ and summary.json, or the archive that holds them.
 
     Raises:
-        ValueError: neither is there.
+        Refused: neither is there.
     """
     if (folder / "summary.json").exists() or (folder / "parts").is_dir():
         return read_files(folder)
     if not (folder / ARCHIVE).exists():
-        raise ValueError(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
+        raise Refused(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
     with tempfile.TemporaryDirectory() as inside:
         damage = unpack(folder / ARCHIVE, Path(inside))
         harvest = read_files(Path(inside))

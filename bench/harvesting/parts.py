@@ -14,6 +14,8 @@ WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}
 FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
 """Of processes that compile side by side."""
 
+MACHINE = "machine"
+"""The first part of every call; without a GPU it is the last, too."""
 VARIANTS = ("plain", "last_block", "pim", "gather")
 
 
@@ -26,7 +28,7 @@ def _step(name: str, model: str, batch: int, seconds: float, **arguments: Any) -
 
 
 FIRST = (
-    Part("machine", f"{HERE}.machine:measure", 15),
+    Part(MACHINE, f"{HERE}.machine:measure", 15),
     *(_checks(f"attention_{variant}", "attention", variant=variant) for variant in VARIANTS),
     _checks("embedding_kmeans", "embedding_and_kmeans"),
     # Beside the checks, as they wait on each launch anyway: what later parts would lose their time with.
