@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.harvest_data import LEAST_REPEATS, Config, Harvest, Shape, Timing
+from bench.harvest_data import LEAST_REPEATS, Config, Harvest, Shape, Timing, base_part, in_call
 from bench.harvest_floors import KERNELS, TABLE
 
 LEAST_GAIN = 0.03
@@ -173,8 +173,12 @@ class Counters:
 
 
 def counters(harvest: Harvest) -> list[Counters]:
-    """Of each kernel, the last row."""
-    rows = {row["kernel"]: row["metrics"] for row in harvest.of("counters") if isinstance(row["metrics"], dict)}
+    """Of each kernel and call, the last row."""
+    rows = {
+        f"{row['kernel']}{in_call(row.get('part'))}": row["metrics"]
+        for row in harvest.of("counters")
+        if isinstance(row["metrics"], dict)
+    }
     return [counted(kernel, metrics) for kernel, metrics in rows.items()]
 
 
@@ -235,13 +239,18 @@ def of_failures(harvest: Harvest) -> Iterator[Advice]:
     """Wrong results before all, then parts that brought nothing home."""
     for row in harvest.of("check"):
         if not row["ok"]:
-            text = f"Mend {row['what']} in {row.get('dtype')}: its result is wrong"
+            text = f"Mend {row['what']} in {row.get('dtype')}: its result is wrong{in_call(row.get('part'))}"
             if row.get("error") is not None and row.get("allowed") is not None:
                 text += f" (error {row['error']:.2e}, allowed {row['allowed']:.2e})"
             yield Advice(0, math.inf, f"{text}; no speed counts before.")
+    newest: dict[str, str] = {}
     for name, outcome in harvest.outcomes.items():
-        if outcome.get("status") not in ("ok", "skipped"):
-            yield Advice(1, 0.0, f"Mend the part {name}: {outcome.get('status')}; a second call runs it again.")
+        if outcome.get("status") != "skipped":  # a later call mends it, unless it could not run it
+            newest[base_part(name)] = name
+    for name in newest.values():
+        if (status := harvest.outcomes[name].get("status")) != "ok":
+            again = "" if harvest.calls or harvest.is_second else "; a second call runs it again"
+            yield Advice(1, 0.0, f"Mend the part {name}: {status}{again}.")
 
 
 def of_configurations(harvest: Harvest) -> Iterator[Advice]:
@@ -275,7 +284,11 @@ def contests(harvest: Harvest) -> dict[tuple[Any, ...], dict[str, Mapping[str, A
     """
     found: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in harvest.of("step", way="ours"):
-        if row.get("backend", "auto") == "auto" and not row.get("tuned") and row.get("part") not in REHEARSALS:
+        if (
+            row.get("backend", "auto") == "auto"
+            and not row.get("tuned")
+            and base_part(row.get("part")) not in REHEARSALS
+        ):
             key = row.get("part"), row["model"], row.get("dtype", "bf16"), row.get("batch")
             modes = found.setdefault(key, {})
             if row["mode"] not in modes or repeats(row) >= repeats(modes[row["mode"]]):

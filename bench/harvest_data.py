@@ -7,9 +7,9 @@ import math
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -112,12 +112,14 @@ class Harvest:
         rows: of each kind but "time", in the order they were written.
         times: the newest with the most repeats of what was timed several times.
         damage: a line for everything that could not be read.
+        calls: of several calls together, each alone; empty where this is one.
     """
 
     summary: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     times: list[Timing] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
+    calls: list[Harvest] = field(default_factory=list)
 
     @property
     def device(self) -> str:
@@ -141,6 +143,16 @@ class Harvest:
         """What became of each part."""
         return self.summary.get("parts") or {}
 
+    @property
+    def is_second(self) -> bool:
+        """Whether it is a second call."""
+        return self.summary.get("call") == 2
+
+    @property
+    def found_no_gpu(self) -> bool:
+        """Whether no part could do anything, as on a machine without a GPU."""
+        return not self.dry_run and {x.get("status") for x in self.outcomes.values()} == {"skipped"}
+
     def of(self, kind: str, **wanted: Any) -> list[dict[str, Any]]:
         """Rows of a kind with these values."""
         return [row for row in self.rows.get(kind, []) if all(row.get(name) == value for name, value in wanted.items())]
@@ -153,6 +165,45 @@ class Harvest:
         """The best of a ceiling's values."""
         values = [row["value"] for row in self.of("ceiling", name=name)]
         return max(values) if values else None
+
+
+IN_CALL = ", call "
+"""Between the name of a part and the number of its call, where several calls are put together."""
+
+
+def base_part(part: str | None) -> str | None:
+    """The name of a part without its call."""
+    return part and part.partition(IN_CALL)[0]
+
+
+def in_call(*parts: str | None) -> str:
+    """Which calls figures of these parts are of, as words to be appended: ", call 2"; none where there is one call."""
+    return "".join(dict.fromkeys("".join((part or "").partition(IN_CALL)[1:]) for part in parts))
+
+
+def together(calls: Sequence[Harvest]) -> Harvest:
+    """Several calls as one harvest, in the order they began; the names of its parts say of which call each is.
+
+    So nothing is taken for measured in turn that was not. Device, versions and commit are those of the last call.
+
+    Raises:
+        Refused: dry runs and real ones together.
+    """
+    if len(calls) == 1:
+        return calls[0]
+    if len({call.dry_run for call in calls}) > 1:
+        raise Refused("a dry run and a real one make no page together")
+    calls = sorted(calls, key=lambda call: str(call.summary.get("started")))
+    whole = Harvest(calls[-1].summary | {"parts": {}, "device": calls[-1].device}, calls=calls)
+    for number, call in enumerate(calls, 1):
+        suffix = f"{IN_CALL}{number}"
+        whole.summary["parts"] |= {f"{name}{suffix}": outcome for name, outcome in call.outcomes.items()}
+        for kind, rows in call.rows.items():
+            named = [row | {"part": f"{row.get('part') or 'unknown part'}{suffix}"} for row in rows]
+            whole.rows.setdefault(kind, []).extend(named)
+        whole.times += [replace(time, part=f"{time.part}{suffix}") for time in call.times]
+        whole.damage += [f"call {number}: {line}" for line in call.damage]
+    return whole
 
 
 def read(folder: Path) -> Harvest:

@@ -17,9 +17,9 @@ import pytest
 
 from bench import harvest_data, harvest_floors, report_data
 from bench.harvest_advice import advice, counted, winners
-from bench.harvest_data import Config, Shape, read
+from bench.harvest_data import Config, Refused, Shape, read
 from bench.harvest_floors import Floors
-from bench.harvest_report import label, page, records, report, stamp
+from bench.harvest_report import RESULTS, label, page, records, report, stamp
 from bench.harvesting.parts import best_configurations
 
 ROOT = Path(__file__).parent.parent
@@ -161,7 +161,7 @@ def floors(op: str, config: Config, shape: Shape, dtype: str) -> Floors | None:
 
 
 def page_of(folder: Path, results: Path) -> str:
-    return report(folder, results, floors).read_text()
+    return report(folder, results=results, floors=floors).read_text()
 
 
 def line(text: str, start: str) -> list[str]:
@@ -276,7 +276,7 @@ def test_the_winning_configuration_is_named_and_ready_to_paste(whole: Path, tmp_
 
 def test_what_to_change_first_is_ranked(whole: Path, tmp_path: Path) -> None:
     text = section(page_of(whole, tmp_path), "What to change first")
-    found = [x.split(". ", 1)[1] for x in text.strip().splitlines()]
+    found = [x.split(". ", 1)[1] for x in text.strip().splitlines() if x[0:1].isdigit()]
     assert found[0] == (
         "Step of ViT-B (step_base, bf16, batch 128): compile by default on a GPU: 2,000 images/s in place of 1,500, "
         "33.3% faster."
@@ -287,6 +287,10 @@ def test_what_to_change_first_is_ranked(whole: Path, tmp_path: Path) -> None:
     assert "forward_kernel: issue slots busy 81 % of the time: fewer instructions." in found
     assert any(x.startswith("forward_kernel: 75% of the stalls wait for global memory") for x in found)
     assert not any("keep K and V resident" in x for x in found), "L2 is busy 40 % of the time"
+    assert text.rstrip().endswith("""```sh
+python bench/harvest.py --second harvest --minutes 4 --output harvest-second
+python bench/harvest.py --report harvest harvest-second
+```""")
 
 
 def test_wrong_results_come_before_all(tmp_path: Path) -> None:
@@ -348,6 +352,12 @@ def test_parts_that_are_missing_read_not_measured(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "results").glob("*.json")} == {
         "harvest_attention_h200_20261201T102030.json", "harvest_device_h200_20261201T102030.json",
     }  # fmt: skip
+
+
+def test_ceilings_have_their_units(whole: Path, tmp_path: Path) -> None:
+    text = section(page_of(whole, tmp_path), "Ceilings of this machine")
+    assert line(text, "copy_bytes_per_s")[1] == "4.2 TB/s"
+    assert line(text, "matmul_bf16_flops_per_s")[1] == "800 TFLOP/s"
 
 
 def test_without_ceilings_only_their_share_is_missing(tmp_path: Path) -> None:
@@ -417,7 +427,7 @@ def test_no_value_in_a_row_or_the_summary_breaks_the_page(whole: Path) -> None:
 
 def archive(folder: Path, source: Path) -> Path:
     """The harvest as it comes back."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with tarfile.open(folder / harvest_data.ARCHIVE, "w:gz") as tar:
         for path in sorted(source.rglob("*")):
             if path.is_file():
@@ -426,7 +436,7 @@ def archive(folder: Path, source: Path) -> Path:
 
 
 def test_the_archive_gives_the_same_page(whole: Path, tmp_path: Path) -> None:
-    packed = archive(tmp_path / "packed", whole)
+    packed = archive(tmp_path / "packed" / whole.name, whole)
     assert page_of(packed, tmp_path / "a") == page_of(whole, tmp_path / "b")
 
 
@@ -519,9 +529,71 @@ def test_a_dry_run_asks_for_no_change(tmp_path: Path) -> None:
     assert "```python" not in text
 
 
+def two_calls(tmp_path: Path) -> tuple[Path, Path]:
+    """A first call whose k-means and step broke off, and a second that did them again, on a GPU twice as fast."""
+    rows = all_rows()
+    del rows["kmeans"]
+    first = keep(tmp_path / "first", rows, {part: outcome() for part in rows} | {"kmeans": outcome("timed out")})
+    kmeans = [row | {"p50_ms": 3.5} for row in other_rows()["kmeans"]]
+    tuned = configurations_at("forward", {TARGET: {TODAY: 0.19, OTHER: 0.188}}, part="tuned")
+    steps = [row | {"part": "step_tuned", "tuned": True} for row in step_rows()]
+    second = keep(
+        tmp_path / "second", {"kmeans": kmeans, "tuned": tuned, "step_tuned": steps},
+        {"kmeans": outcome(), "tuned": outcome(), "step_tuned": outcome("failed")},
+        call=2, started="2026-12-02T10:20:30+00:00", commit="a" * 40, command="python bench/harvest.py --second first",
+    )  # fmt: skip
+    return first, second
+
+
+def test_two_calls_make_one_page(tmp_path: Path) -> None:
+    """In whichever order they are given; each keeps its records, and each figure says its call."""
+    first, second = two_calls(tmp_path)
+    path = report(second, first, results=tmp_path / "results", floors=floors)
+    assert path.name == "harvest_h200_20261202T102030.md"
+    text = path.read_text()
+    assert text.startswith(
+        "# Harvest of NVIDIA H200, 2 calls, 2026-12-01T10:20:30+00:00 and 2026-12-02T10:20:30+00:00\n"
+    )
+    assert "- Call 1, NVIDIA H200: commit `c0ffee`" in text and "- Call 2, NVIDIA H200: commit `aaaaaaaaaaaa`" in text
+    assert line(text, "attention forward")[3] == "200 TFLOP/s (0.38 ms, bf16, noise 2%, call 1)"
+    assert line(text, "forward against FlexAttention")[3] == "2.5 times (0.95 ms beside 0.38 ms, call 1)"
+    assert line(text, "k-means, exact, D 4096, K 8192")[3] == "620 TFLOP/s (3.5 ms, call 2)"
+    assert line(text, "ViT-B, c = 60")[3].endswith("V100, call 1)")
+    assert line(text, "ViT-B, micro-batch 96, nothing recomputed: peak")[3] == "15 GiB (call 1)"
+    assert line(section(text, "Training step"), "step_tuned, call 2")[1] == "base"
+    # 25 % in the first call, 1 % and within the noise in the second, by as many repeats: the newer pair counts.
+    assert line(section(text, "Launch configurations"), "forward_kernel")[5] == "1.1%"
+    todo = section(text, "What to change first")
+    assert "Mend the part step_tuned, call 2: failed." in todo and "kmeans" not in todo and "--second" not in todo
+    assert line(section(text, "What failed"), "kmeans, call 1")[1] == "timed out"
+    names = {path.name for path in (tmp_path / "results").glob("harvest_kmeans*")}
+    assert names == {"harvest_kmeans_h200_20261202T102030.json"}, "the first call has none"
+    record = json.loads((tmp_path / "results" / names.pop()).read_text())
+    assert (record["call"], record["command"]) == (2, "python bench/harvest.py --second first")
+
+
+def test_a_second_call_alone_says_so(tmp_path: Path) -> None:
+    _, second = two_calls(tmp_path)
+    text = page_of(second, tmp_path / "results")
+    assert text.startswith("# Harvest of NVIDIA H200, second call, ") and "Of the second call alone" in text
+    assert "Then the second call" not in text and "a second call runs it again" not in text
+
+
+def test_a_machine_without_a_gpu_leaves_no_page_among_the_results(tmp_path: Path) -> None:
+    outcomes = {"machine": outcome("skipped", reason="torch finds no CUDA device"), "kmeans": outcome("skipped")}
+    folder = keep(tmp_path / "harvest", {}, outcomes, device=None)
+    before = set(RESULTS.iterdir())
+    with pytest.raises(Refused, match="found no GPU and measured nothing"):
+        report(folder)
+    assert set(RESULTS.iterdir()) == before
+    dry = keep(tmp_path / "dry", {}, outcomes, dry_run=True)
+    with pytest.raises(Refused, match="a dry run and a real one"):
+        report(folder, dry)
+
+
 def test_no_harvest_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no harvest: neither harvest\.tar\.gz nor summary\.json"):
-        report(tmp_path, tmp_path)
+        report(tmp_path, results=tmp_path)
 
 
 def configurations_at(op: str, by_shape: dict[Shape, dict[Config, float]], **more) -> list[dict]:
@@ -667,9 +739,8 @@ class Nothing:
 
 sys.meta_path.insert(0, Nothing())
 sys.path.insert(0, {str(ROOT)!r})
-from bench.harvesting.parts import best_configurations
-from bench.harvest_report import label, page, records, report, stamp
-print(report(Path({str(whole)!r}), Path({str(tmp_path / "out")!r})).read_text())
+from bench.harvest_report import report
+print(report(Path({str(whole)!r}), results=Path({str(tmp_path / "out")!r})).read_text())
 """
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
