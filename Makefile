@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu harvest harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
+.PHONY: demo test test-gpu harvest harvest-second harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
@@ -43,16 +43,23 @@ test-gpu:
 		echo $$? > $(GPU_LOG)/status; } 2>&1 | tee $(GPU_LOG)/gpu_tests.log; \
 	exit $$(cat $(GPU_LOG)/status)
 
-# All evidence that a GPU can give in MINUTES, as four files in HARVEST: it needs torch, triton and numpy alone, and no
-# part that breaks costs another anything (bench/harvest.py, which also tells of the second call).
-HARVEST ?= build/harvest
+# All evidence that a GPU can give in MINUTES, as four files in HARVEST, a new folder for every call: it needs torch,
+# triton and numpy alone, and no part that breaks costs another anything (bench/harvest.py).
+STAMP := $(shell date -u +%Y%m%dT%H%M%S)
+HARVEST ?= build/harvest-$(STAMP)
 MINUTES ?= 6
 harvest:
-	$(GPU_PYTHON) bench/harvest.py --minutes $(MINUTES) --output $(HARVEST)
+	$(GPU_PYTHON) bench/harvest.py --minutes $(MINUTES) --output "$(HARVEST)"
 
-# Every part on a CPU, small, the kernels interpreted: about two minutes of one core.
+# The second call, of what failed in the first, whose HARVEST is FIRST, and what follows from its figures.
+harvest-second: MINUTES = 4
+harvest-second:
+	@test -n "$(FIRST)" || { echo "make harvest-second FIRST=DIR: DIR is the folder of the first call" >&2; exit 2; }
+	$(GPU_PYTHON) bench/harvest.py --second "$(FIRST)" --minutes $(MINUTES) --output "$(HARVEST)"
+
+# Every part on a CPU, small, the kernels interpreted: about four minutes of one core.
 harvest-dry: $(VENV)/.installed
-	$(BIN)/python bench/harvest.py --dry-run --minutes 30 --output $(HARVEST)-dry
+	$(BIN)/python bench/harvest.py --dry-run --minutes 30 --output "$(HARVEST)-dry"
 
 # Four parts in 590 s at most. Each stops by itself at its own limit, and what it has by then is its record; `timeout`
 # sends SIGTERM, which keeps the record too, to a part that hangs. One that fails does not stop the next.

@@ -2,7 +2,7 @@
 
 Every part (bench/harvesting/parts.py) is a process with a time limit of its own, so that none costs another anything:
 at its limit it is interrupted, then killed with all its children, and the next follows. What a part ends early goes to
-those after it. After each part DIR holds what there is by then:
+those after it. After each part DIR, which must not hold a harvest yet, has what there is by then:
 
     harvest.tar.gz  parts/NAME.jsonl, a line as each figure is measured; summary.json, what became of each part
     harvest.log     what the parts printed, tracebacks and stacks of those that hung included
@@ -10,8 +10,10 @@ those after it. After each part DIR holds what there is by then:
     profile.txt     the profiler's table of a step
 
 `--second DIR` is the second call: what failed in the first, whose DIR this is, the tuned configurations, what a V100
-would run, compute-sanitizer. `--dry-run` goes through every part on a CPU. `--report DIR` makes records and a page.
-Needs a Python with torch, triton and numpy, and this checkout; this process itself needs none of them.
+would run, compute-sanitizer. `--dry-run` goes through every part on a CPU. `--report DIR [SECOND]` makes records and a
+page of what came back, of both calls together where both are given; it writes them into bench/results/, or of a dry run
+into its DIR. Needs a Python with torch, triton and numpy, and this checkout; this process itself needs none of them.
+The exit code is 0 where all went well, 1 where a part failed or nothing was measured, 2 where nothing was begun.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,7 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from bench.harvesting import parts as registry  # noqa: E402  the checkout is on the path only now
+from bench.harvest_data import ARCHIVE, Refused  # noqa: E402  the checkout is on the path only now
+from bench.harvesting import parts as registry  # noqa: E402
 from bench.harvesting.part import (  # noqa: E402
     FAILED,
     KILLED,
@@ -65,16 +69,20 @@ READY_SHARE = 0.1
 LAST_WAIT = 2.0
 """Seconds to wait for a process that was killed."""
 POLL = 0.05
+MOST_MINUTES = 120
+"""Of a call; more is a slip."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the command. seconds: that the whole may take, from `began`."""
+    """One call of the command. seconds: that the whole may take, from `began`. number: 2 of a second call."""
 
     seconds: float
     output: Path
     commit: str = ""
     dry: bool = False
+    number: int = 1
+    command: str = ""
     began: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
@@ -139,7 +147,9 @@ class Process:
 
     def outcome(self) -> dict[str, Any]:
         """Its entry of the summary."""
-        code, log = self.process.returncode, middle_out(self.log_file, LARGEST_LOG).decode(errors="replace")
+        # A process that was not started has been killed, which tells nothing of its part.
+        code = self.process.returncode if self.started else None
+        log = middle_out(self.log_file, LARGEST_LOG).decode(errors="replace")
         if not self.started:
             end = End(SKIPPED, "the harvest ended before this part's turn")
         elif self.end_file.exists():
@@ -181,8 +191,9 @@ def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
     SIGTERM, SIGHUP or Ctrl-C stop the part that runs; those after it are skipped, and all is packed as ever.
     """
     summary: dict[str, Any] = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": call.commit or commit(),
-        "device": None, "versions": {}, "minutes": call.seconds / 60, "dry_run": call.dry, "parts": {},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": call.commit or commit(), "device": None,
+        "versions": {}, "command": call.command, "call": call.number, "minutes": call.seconds / 60,
+        "dry_run": call.dry, "parts": {},
     }  # fmt: skip
     call.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="harvest-", ignore_cleanup_errors=True) as folder:
@@ -223,7 +234,7 @@ def run_stages(
 ) -> None:
     """Each stage in its slice of what is left; in a dry run all slices are alike, as it shrinks all to much the same.
 
-    `waiting` holds the processes that have not ended, for the caller to end.
+    `waiting` holds the processes that have not ended, for the caller to end. Without a GPU nothing follows the machine.
     """
     for number, stage in enumerate(stages):
         present = {process.part.name for process in waiting}
@@ -248,6 +259,13 @@ def run_stages(
                 tell(process, summary, call)
             time.sleep(POLL)
         pack(summary, call, work)
+        if no_gpu(summary):
+            return
+
+
+def no_gpu(summary: dict[str, Any]) -> bool:
+    """Whether the machine has no GPU; a dry run needs none."""
+    return not summary["dry_run"] and summary["parts"].get(registry.MACHINE, {}).get("status") == SKIPPED
 
 
 def stop(processes: Sequence[Process]) -> None:
@@ -386,56 +404,108 @@ def read_summary(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary, all rows) of an earlier call, from its folder or the archive in it.
 
     Raises:
-        FileNotFoundError: neither summary.json nor harvest.tar.gz is there.
+        Refused: neither summary.json nor harvest.tar.gz is there, or it cannot be read.
     """
-    if (folder / "summary.json").exists():
-        rows = [row for path in sorted((folder / "parts").glob("*.jsonl")) for row in read_records(path)]
-        return json.loads((folder / "summary.json").read_text()), rows
-    with tempfile.TemporaryDirectory() as inside, tarfile.open(folder / "harvest.tar.gz") as tar:
-        tar.extractall(inside, filter="data")
-        return read_summary(Path(inside))
+    try:
+        if (folder / "summary.json").exists():
+            rows = [row for path in sorted((folder / "parts").glob("*.jsonl")) for row in read_records(path)]
+            return json.loads((folder / "summary.json").read_text()), rows
+        with tempfile.TemporaryDirectory() as inside, tarfile.open(folder / ARCHIVE) as tar:
+            tar.extractall(inside, filter="data")
+            return read_summary(Path(inside))
+    except FileNotFoundError:
+        raise Refused(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/") from None
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Refused(f"the harvest in {folder} cannot be read: {why}") from None
 
 
 def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6, help="the whole ends before, whatever happens (default 6)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for what comes back, four files")
+    parser.add_argument(
+        "--minutes", type=float, default=6, help=f"the whole ends before, at most {MOST_MINUTES} (default 6)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for what comes back, without a harvest in it"
+    )
     parser.add_argument("--commit", default="", help="of the checkout, where git and a file COMMIT are missing")
     parser.add_argument("--second", type=Path, metavar="DIR", help="second call, after the one whose output DIR is")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="these parts alone; an unknown name lists them")
     parser.add_argument("--dry-run", action="store_true", help="every part on a CPU, small")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="records and a page of what came back in DIR")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="records and a page of what came back in DIR, or of both calls; in bench/results/, of a dry run in DIR",
+    )
     given = parser.parse_args()
     if given.report is None and given.output is None:
         parser.error("give --output DIR, or --report DIR")
-    if given.minutes <= 0.1:
-        parser.error(f"--minutes must be more than 0.1, got {given.minutes:g}")
+    if not 0.1 < given.minutes <= MOST_MINUTES:  # nan is in no range
+        parser.error(f"--minutes must be more than 0.1, at most {MOST_MINUTES}, got {given.minutes:g}")
     return given
 
 
-def main() -> int:
-    """The command; returns its exit code: 1 where a part neither ended well nor was skipped."""
-    given = arguments()
-    if given.report is not None:
-        from bench.harvest_report import report
+def empty_of_harvests(folder: Path) -> None:
+    """Whether a call may write there.
 
-        print(report(given.report))
-        return 0
-    parts = list(registry.FIRST)
-    if given.second is not None:
-        parts = registry.second(*read_summary(given.second))
-    if given.parts:
-        if unknown := set(given.parts) - {part.name for part in parts}:
-            known = ", ".join(part.name for part in parts)
-            sys.exit(f"harvest: unknown parts {', '.join(sorted(unknown))}; there are {known}")
-        parts = [part for part in parts if part.name in given.parts]
-    call = Call(60 * given.minutes, given.output, given.commit, given.dry_run)
+    Raises:
+        Refused: it would replace what an earlier call brought home.
+    """
+    if held := [name for name in (ARCHIVE, "summary.json", "parts") if (folder / name).exists()]:
+        raise Refused(f"{folder} holds a harvest already ({held[0]}), which is never replaced; give another --output")
+
+
+def chosen(given: argparse.Namespace) -> list[Part]:
+    """The parts of the call.
+
+    Raises:
+        Refused: a part is not known, or the first call cannot be read.
+    """
+    parts = list(registry.FIRST) if given.second is None else registry.second(*read_summary(given.second))
+    if given.parts is None:
+        return parts
+    if unknown := set(given.parts) - {part.name for part in parts}:
+        known = ", ".join(part.name for part in parts)
+        raise Refused(f"unknown parts {', '.join(sorted(unknown))}; there are {known}")
+    return [part for part in parts if part.name in given.parts]
+
+
+def measure(given: argparse.Namespace) -> int:
+    """Run the parts and tell what became of them; returns the exit code.
+
+    Raises:
+        Refused: nothing was begun.
+    """
+    empty_of_harvests(given.output)
+    parts, command = chosen(given), shlex.join(["python", "bench/harvest.py", *sys.argv[1:]])
+    number = 1 if given.second is None else 2
+    call = Call(60 * given.minutes, given.output, given.commit, given.dry_run, number, command)
     summary = run(parts, call)
     found = [outcome["status"] for outcome in summary["parts"].values()]
     bad = len(found) - found.count(OK) - found.count(SKIPPED)
-    print(f"{found.count(OK)} parts ok, {found.count(SKIPPED)} skipped, {bad} failed: {given.output}/harvest.tar.gz")
-    return 1 if bad else 0
+    print(f"{found.count(OK)} parts ok, {found.count(SKIPPED)} skipped, {bad} failed: {given.output}/{ARCHIVE}")
+    if no_gpu(summary):
+        reason = summary["parts"][registry.MACHINE]["reason"]
+        print(f"harvest: {reason}, so nothing was measured; --dry-run goes through it on a CPU", file=sys.stderr)
+    return 1 if bad or OK not in found else 0
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    given = arguments()
+    try:
+        if given.report is None:
+            return measure(given)
+        from bench.harvest_report import report
+
+        print(report(*given.report))
+        return 0
+    except (Refused, FileExistsError) as error:
+        print(f"harvest: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.harvest_data import Config, Harvest, Shape, Timing
+from bench.harvest_data import LEAST_REPEATS, Config, Harvest, Shape, Timing, base_part, in_call
 from bench.harvest_floors import KERNELS, TABLE
 
 LEAST_GAIN = 0.03
@@ -20,17 +20,42 @@ LONG_SCOREBOARD = 0.3
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Today's configuration of a kernel and another, timed in turn in one part at one shape."""
+
+    today: Timing
+    other: Timing
+
+    @property
+    def ratio(self) -> float:
+        """Today's time over the other's."""
+        return self.today.p50 / self.other.p50
+
+    @property
+    def repeats(self) -> int:
+        """Of the one with fewer."""
+        return min(self.today.repeats, self.other.repeats)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the other is faster by more than the noise: the ranges from p20 to p80 are apart."""
+        return self.repeats >= LEAST_REPEATS and self.other.p80 < self.today.p20
+
+
+@dataclass(frozen=True)
 class Winner:
-    """The configuration of a kernel that is fastest over all shapes at which it and today's were timed.
+    """The configuration of a kernel that is fastest beside today's, see `winner`.
 
     Attributes:
-        gain: today's time over the winner's, minus 1; geometric mean over the shapes.
-        at_target: the same at the target's shape, if it was timed there.
-        clear: whether the ranges from p20 to p80 at the target are apart.
+        size: of heads.
+        gain: today's time over the winner's, minus 1; geometric mean over the shapes at which both were timed.
+        at_target: the same at the target's shape, if they were timed there.
+        clear: whether it is faster by more than the noise, at the target if they were timed there, else at all shapes.
     """
 
     op: str
     dtype: str
+    size: int
     today: Config
     best: Config
     gain: float
@@ -53,46 +78,65 @@ class Advice:
     text: str
 
 
-def configurations(harvest: Harvest, op: str, dtype: str) -> dict[Config, dict[Shape, Timing]]:
-    """Timings of ours by configuration and shape, from parts that time several in turn; the most repeats count."""
-    times = [time for time in harvest.timings(op=op, way="ours", dtype=dtype) if time.config is not None]
-    contests = {time.part: {x.config for x in times if x.part == time.part} for time in times}
-    found: dict[Config, dict[Shape, Timing]] = {}
-    for time in sorted(times, key=lambda time: time.repeats):
-        if len(contests[time.part]) > 1:
-            found.setdefault(time.config, {})[time.shape] = time
-    return found
+Pairs = dict[Config, dict[Shape, Pair]]
+"""By configuration and shape; today's configuration stands beside itself."""
+
+
+def pairs(harvest: Harvest, op: str, dtype: str, size: int) -> tuple[Config | None, Pairs]:
+    """(Today's configuration, what was timed beside it); the pair with the most repeats counts, then the newest.
+
+    Where the launch table changed between two calls, today's is the newer one, and what stood beside the other is left
+    out.
+    """
+    groups: dict[tuple[str, Shape], list[Timing]] = {}
+    for time in harvest.timings(op=op, way="ours", dtype=dtype):
+        if time.config is not None and time.shape.size == size:
+            groups.setdefault((time.part, time.shape), []).append(time)
+    contests = [
+        (base, group)
+        for group in groups.values()
+        for base in [next((time for time in group if time.default), None)]
+        if base is not None and len(group) > 1
+    ]
+    today = contests[-1][0].config if contests else None
+    found: Pairs = {}
+    for base, group in contests:
+        for time in group if base.config == today else ():
+            pair, known = Pair(base, time), found.setdefault(time.config, {})
+            if time.shape not in known or pair.repeats >= known[time.shape].repeats:
+                known[time.shape] = pair
+    return today, found
 
 
 def winners(harvest: Harvest) -> list[Winner]:
-    """Of every kernel and dtype whose present configuration was timed beside others."""
+    """Of every kernel, dtype and head size whose present configuration was timed beside others."""
     found = []
-    for dtype in sorted({time.dtype for time in harvest.times}):
+    for dtype, size in sorted({(time.dtype, time.shape.size) for time in harvest.times}):
         for op in KERNELS:
-            timed = configurations(harvest, op, dtype)
-            base = [config for config, times in timed.items() if any(time.default for time in times.values())]
-            if base and (won := winner(op, dtype, base[0], timed)) is not None:
-                found.append(won)
+            today, timed = pairs(harvest, op, dtype, size)
+            if today is not None:
+                found.append(winner(op, dtype, size, today, timed))
     return found
 
 
-def winner(op: str, dtype: str, base: Config, timed: Mapping[Config, Mapping[Shape, Timing]]) -> Winner | None:
-    """Over the shapes at which most configurations were timed; None where today's was timed alone."""
-    counts = {shape: sum(shape in times for times in timed.values()) for shape in timed[base]}
-    most = max(counts.values())
-    shapes = [shape for shape, count in counts.items() if count == most]
-    if most == 1:
-        return None
+def winner(op: str, dtype: str, size: int, today: Config, timed: Pairs) -> Winner:
+    """The fastest configuration: the one rule for it, of a page and of the second call.
+
+    Each is compared with today's over the shapes at which both were timed, so that one for which the time did not last
+    at some length is not dropped; but the target's shape is among them, if today's was timed there beside any.
+    """
+    target = {shape for beside in timed.values() for shape in beside if shape.is_target}
 
     def gain(config: Config) -> float:
-        logs = [math.log(timed[base][shape].p50 / timed[config][shape].p50) for shape in shapes]
+        logs = [math.log(pair.ratio) for pair in timed[config].values()]
         return math.exp(sum(logs) / len(logs)) - 1
 
-    best = max((config for config, times in timed.items() if times.keys() >= set(shapes)), key=gain)
-    target = [shape for shape in shapes if shape.is_target]
-    at_target = timed[base][target[0]].p50 / timed[best][target[0]].p50 - 1 if target else None
-    clear = all(timed[best][shape].p80 < timed[base][shape].p20 for shape in target or shapes)
-    return Winner(op, dtype, base, best, gain(best), len(shapes), at_target, clear)
+    best = max((config for config, beside in timed.items() if target <= beside.keys()), key=gain)
+    deciding = [timed[best][shape] for shape in target or timed[best]]
+    return Winner(
+        op, dtype, size, today, best, gain(best), len(timed[best]),
+        at_target=deciding[0].ratio - 1 if target else None, clear=all(pair.clear for pair in deciding),
+    )  # fmt: skip
 
 
 def snippet(found: Sequence[Winner]) -> list[str]:
@@ -101,7 +145,8 @@ def snippet(found: Sequence[Winner]) -> list[str]:
     for x in found:
         if x.worth_it:
             lines += [
-                f"# {TABLE[x.op]}, {x.dtype}, head size 64, target.has_wgmma: {x.gain:.1%} faster than {x.today}",
+                f"# {TABLE[x.op]}, measured at head size {x.size} in {x.dtype}, target.has_wgmma: {x.gain:.1%} faster "
+                f"than {x.today}",
                 f"return LaunchConfig(rows={x.best.rows}, keys={x.best.keys}, warps={x.best.warps}, "
                 f"stages={x.best.stages})",
             ]
@@ -128,8 +173,12 @@ class Counters:
 
 
 def counters(harvest: Harvest) -> list[Counters]:
-    """Of each kernel, the last row."""
-    rows = {row["kernel"]: row["metrics"] for row in harvest.of("counters") if isinstance(row["metrics"], dict)}
+    """Of each kernel and call, the last row."""
+    rows = {
+        f"{row['kernel']}{in_call(row.get('part'))}": row["metrics"]
+        for row in harvest.of("counters")
+        if isinstance(row["metrics"], dict)
+    }
     return [counted(kernel, metrics) for kernel, metrics in rows.items()]
 
 
@@ -171,8 +220,17 @@ MODES = (
 """(slower mode, faster mode, what to do where it is faster)."""
 
 
+REHEARSALS = ("step_volta", "volta_kernels")
+"""Parts whose steps are those of another GPU, from which no default of this one follows."""
+
+
 def advice(harvest: Harvest) -> list[Advice]:
-    """What to change, the first thing first: what is wrong, what failed, then the gains by their size."""
+    """What to change, the first thing first: what is wrong, what failed, then the gains by their size.
+
+    A dry run, which measures nothing, asks for nothing.
+    """
+    if harvest.dry_run:
+        return []
     found = [*of_failures(harvest), *of_counters(harvest), *of_configurations(harvest), *of_modes(harvest)]
     return sorted(found, key=lambda x: (x.rank, -x.gain))
 
@@ -181,13 +239,18 @@ def of_failures(harvest: Harvest) -> Iterator[Advice]:
     """Wrong results before all, then parts that brought nothing home."""
     for row in harvest.of("check"):
         if not row["ok"]:
-            text = f"Mend {row['what']} in {row.get('dtype')}: its result is wrong"
+            text = f"Mend {row['what']} in {row.get('dtype')}: its result is wrong{in_call(row.get('part'))}"
             if row.get("error") is not None and row.get("allowed") is not None:
                 text += f" (error {row['error']:.2e}, allowed {row['allowed']:.2e})"
             yield Advice(0, math.inf, f"{text}; no speed counts before.")
+    newest: dict[str, str] = {}
     for name, outcome in harvest.outcomes.items():
-        if outcome.get("status") not in ("ok", "skipped"):
-            yield Advice(1, 0.0, f"Mend the part {name}: {outcome.get('status')}; a second call runs it again.")
+        if outcome.get("status") != "skipped":  # a later call mends it, unless it could not run it
+            newest[base_part(name)] = name
+    for name in newest.values():
+        if (status := harvest.outcomes[name].get("status")) != "ok":
+            again = "" if harvest.calls or harvest.is_second else "; a second call runs it again"
+            yield Advice(1, 0.0, f"Mend the part {name}: {status}{again}.")
 
 
 def of_configurations(harvest: Harvest) -> Iterator[Advice]:
@@ -201,17 +264,50 @@ def of_configurations(harvest: Harvest) -> Iterator[Advice]:
 
 
 def of_modes(harvest: Harvest) -> Iterator[Advice]:
-    """Defaults of the step."""
-    for model in dict.fromkeys(row["model"] for row in harvest.of("step", way="ours")):
-        speeds = {row["mode"]: row["images_per_s"] for row in harvest.of("step", way="ours", model=model)
-                  if row.get("backend", "auto") == "auto" and not row.get("tuned")}  # fmt: skip
+    """Defaults of the step, of modes that were timed in turn: in one part, with one model, dtype and batch."""
+    for (part, model, dtype, batch), rows in contests(harvest).items():
         for slower, faster, what in MODES:
-            if slower in speeds and faster in speeds and (gain := speeds[faster] / speeds[slower] - 1) >= LEAST_GAIN:
+            if slower in rows and faster in rows and clearly_faster(rows[faster], rows[slower]):
+                speeds = [rows[mode]["images_per_s"] for mode in (faster, slower)]
+                gain, step = speeds[0] / speeds[1] - 1, f"Step of ViT-{model[0].upper()}"
                 yield Advice(
                     2, gain,
-                    f"Step of ViT-{model[0].upper()}: {what}: {speeds[faster]:,.0f} images/s in place of "
-                    f"{speeds[slower]:,.0f}, {gain:.1%} faster.",
+                    f"{step} ({part}, {dtype}, batch {batch}): {what}: {speeds[0]:,.0f} images/s "
+                    f"in place of {speeds[1]:,.0f}, {gain:.1%} faster.",
                 )  # fmt: skip
+
+
+def contests(harvest: Harvest) -> dict[tuple[Any, ...], dict[str, Mapping[str, Any]]]:
+    """By (part, model, dtype, batch), of each mode of ours the row with the most repeats, then the newest.
+
+    Without the rehearsals of other GPUs, and without launch tables that are not today's.
+    """
+    found: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in harvest.of("step", way="ours"):
+        if (
+            row.get("backend", "auto") == "auto"
+            and not row.get("tuned")
+            and base_part(row.get("part")) not in REHEARSALS
+        ):
+            key = row.get("part"), row["model"], row.get("dtype", "bf16"), row.get("batch")
+            modes = found.setdefault(key, {})
+            if row["mode"] not in modes or repeats(row) >= repeats(modes[row["mode"]]):
+                modes[row["mode"]] = row
+    return found
+
+
+def repeats(row: Mapping[str, Any]) -> int:
+    """Samples of a step; 0 where their number is not known."""
+    return row.get("repeats") or 0
+
+
+def clearly_faster(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """By what is worth a change, and by more than the noise: the ranges from p20 to p80 are apart."""
+    return (
+        min(repeats(row), repeats(other)) >= LEAST_REPEATS
+        and row["images_per_s"] >= (1 + LEAST_GAIN) * other["images_per_s"]
+        and row["p80_ms"] < other["p20_ms"]
+    )
 
 
 def shown(percent: float | None) -> str:

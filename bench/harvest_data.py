@@ -7,16 +7,23 @@ import math
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 ARCHIVE = "harvest.tar.gz"
 LARGEST_MEMBER, LARGEST_TOTAL = 64 << 20, 256 << 20
 """Bytes that an archive may unpack to; what comes back is a few MiB."""
+LEAST_REPEATS = 3
+"""Samples below which a median says nothing of its noise, and nothing is advised."""
 HEAD_SIZE_FLOP = {"forward": 4, "backward": 10}
 """FLOP of a visible pair and head size: two products forward, five backward."""
+
+
+class Refused(ValueError):
+    """What the command line asks for cannot be done; the text, one line, says why."""
 
 
 class Config(NamedTuple):
@@ -50,6 +57,11 @@ class Shape(NamedTuple):
         """Pairs of a row and a key it sees, over images and heads: each of the N + 2 T rows sees N keys."""
         return self.batch * self.heads * self.tokens * (3 * self.tokens - 2 * self.cut)
 
+    @property
+    def short(self) -> str:
+        """Without the head size, for the head of a column."""
+        return f"B x H {self.batch * self.heads}, N {self.tokens}, c {self.cut}"
+
     def __str__(self) -> str:
         return f"N {self.tokens} c {self.cut} B {self.batch} H {self.heads} D {self.size}"
 
@@ -76,9 +88,19 @@ class Timing:
         return (self.p80 - self.p20) / self.p50
 
     @property
+    def shown_noise(self) -> str:
+        """For a page."""
+        return noise_words(self.noise, self.repeats)
+
+    @property
     def flop_per_s(self) -> float:
         """Of a whole pass, on visible pairs."""
         return HEAD_SIZE_FLOP[self.op] * self.shape.size * self.shape.visible_pairs / (self.p50 / 1e3)
+
+
+def noise_words(noise: float, repeats: int | None) -> str:
+    """A share as a percentage; "-" where there were too few samples for one, or their number is not known."""
+    return "-" if repeats is None or repeats < LEAST_REPEATS else f"{noise:.0%}"
 
 
 @dataclass
@@ -90,12 +112,14 @@ class Harvest:
         rows: of each kind but "time", in the order they were written.
         times: the newest with the most repeats of what was timed several times.
         damage: a line for everything that could not be read.
+        calls: of several calls together, each alone; empty where this is one.
     """
 
     summary: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     times: list[Timing] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
+    calls: list[Harvest] = field(default_factory=list)
 
     @property
     def device(self) -> str:
@@ -110,9 +134,24 @@ class Harvest:
         return found if isinstance(found, dict) else {}
 
     @property
+    def dry_run(self) -> bool:
+        """Whether it went through the parts on a CPU and measured nothing."""
+        return bool(self.summary.get("dry_run"))
+
+    @property
     def outcomes(self) -> dict[str, dict[str, Any]]:
         """What became of each part."""
         return self.summary.get("parts") or {}
+
+    @property
+    def is_second(self) -> bool:
+        """Whether it is a second call."""
+        return self.summary.get("call") == 2
+
+    @property
+    def found_no_gpu(self) -> bool:
+        """Whether no part could do anything, as on a machine without a GPU."""
+        return not self.dry_run and {x.get("status") for x in self.outcomes.values()} == {"skipped"}
 
     def of(self, kind: str, **wanted: Any) -> list[dict[str, Any]]:
         """Rows of a kind with these values."""
@@ -128,16 +167,55 @@ class Harvest:
         return max(values) if values else None
 
 
+IN_CALL = ", call "
+"""Between the name of a part and the number of its call, where several calls are put together."""
+
+
+def base_part(part: str | None) -> str | None:
+    """The name of a part without its call."""
+    return part and part.partition(IN_CALL)[0]
+
+
+def in_call(*parts: str | None) -> str:
+    """Which calls figures of these parts are of, as words to be appended: ", call 2"; none where there is one call."""
+    return "".join(dict.fromkeys("".join((part or "").partition(IN_CALL)[1:]) for part in parts))
+
+
+def together(calls: Sequence[Harvest]) -> Harvest:
+    """Several calls as one harvest, in the order they began; the names of its parts say of which call each is.
+
+    So nothing is taken for measured in turn that was not. Device, versions and commit are those of the last call.
+
+    Raises:
+        Refused: dry runs and real ones together.
+    """
+    if len(calls) == 1:
+        return calls[0]
+    if len({call.dry_run for call in calls}) > 1:
+        raise Refused("a dry run and a real one make no page together")
+    calls = sorted(calls, key=lambda call: str(call.summary.get("started")))
+    whole = Harvest(calls[-1].summary | {"parts": {}, "device": calls[-1].device}, calls=calls)
+    for number, call in enumerate(calls, 1):
+        suffix = f"{IN_CALL}{number}"
+        whole.summary["parts"] |= {f"{name}{suffix}": outcome for name, outcome in call.outcomes.items()}
+        for kind, rows in call.rows.items():
+            named = [row | {"part": f"{row.get('part') or 'unknown part'}{suffix}"} for row in rows]
+            whole.rows.setdefault(kind, []).extend(named)
+        whole.times += [replace(time, part=f"{time.part}{suffix}") for time in call.times]
+        whole.damage += [f"call {number}: {line}" for line in call.damage]
+    return whole
+
+
 def read(folder: Path) -> Harvest:
     """The harvest in a folder: parts/ and summary.json, or the archive that holds them.
 
     Raises:
-        ValueError: neither is there.
+        Refused: neither is there.
     """
     if (folder / "summary.json").exists() or (folder / "parts").is_dir():
         return read_files(folder)
     if not (folder / ARCHIVE).exists():
-        raise ValueError(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
+        raise Refused(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
     with tempfile.TemporaryDirectory() as inside:
         damage = unpack(folder / ARCHIVE, Path(inside))
         harvest = read_files(Path(inside))
@@ -224,6 +302,7 @@ FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
 """What the page reads of a row of a kind; a float is a number above 0."""
 OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
     "part": str, "dtype": str, "batch": int, "backend": str, "reason": str, "peak_bytes": float, "noise": float,
+    "repeats": int, "configs": dict,
     "extra_bytes": (int, float), "error": (int, float), "allowed": (int, float), "device": str,
 }  # fmt: skip
 """What may be there and may be null, of rows of those kinds."""
@@ -238,6 +317,9 @@ def as_row(value: Any) -> dict[str, Any]:
     for name, kind in OPTIONAL.items():
         if value["kind"] != "time" and value.get(name) is not None and value[name] != 0:
             check(value, name, kind)
+    if value["kind"] == "step":
+        for config in (value.get("configs") or {}).values():
+            as_config(config)
     return value
 
 
@@ -260,13 +342,28 @@ def as_timing(row: Mapping[str, Any]) -> Timing:
         way=row["way"],
         shape=Shape(**{name: int(positive(row["shape"], name)) for name in Shape._fields}),
         dtype=row["dtype"],
-        config=None if config is None else Config(**{name: int(positive(config, name)) for name in Config._fields}),
+        config=None if config is None else as_config(config),
         default=bool(row.get("default", True)),
         p20=positive(row, "p20_ms"),
         p50=positive(row, "p50_ms"),
         p80=positive(row, "p80_ms"),
         repeats=int(positive(row, "repeats")),
     )
+
+
+def as_config(value: Mapping[str, Any]) -> Config:
+    """ValueError, KeyError or TypeError for what is none."""
+    return Config(**{name: int(positive(value, name)) for name in Config._fields})
+
+
+def timings_of(rows: Iterable[Any]) -> list[Timing]:
+    """Of all rows "time" that are whole, as `Harvest.times`."""
+    times: dict[tuple[Any, ...], Timing] = {}
+    for row in rows:
+        with suppress(ValueError, KeyError, TypeError):
+            if as_row(row)["kind"] == "time":
+                keep_better(times, as_timing(row))
+    return list(times.values())
 
 
 def positive(row: Mapping[str, Any], name: str) -> float:

@@ -1,22 +1,35 @@
-"""Records and a page from what a harvest brought home: python bench/harvest.py --report DIR
+"""Records and a page from what a harvest brought home: python bench/harvest.py --report DIR [SECOND]
 
 The page says what failed, what to change first, how each figure stands against its target, what every attention kernel
-reached of its floors, and which launch configurations won. A figure that did not come back is "not measured". Needs the
-standard library alone; floors that no record holds are compiled where Triton is installed.
+reached of its floors, and which launch configurations won. A figure that did not come back is "not measured". Of two
+calls the page is one, and says of which call each figure is; each keeps its own records. Needs the standard library
+alone; floors that no record holds are compiled where Triton is installed.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench import harvest_targets
-from bench.harvest_advice import Counters, advice, configurations, counters, shown, snippet, winners
-from bench.harvest_data import Harvest, Timing, read
+from bench.harvest_advice import Counters, Pair, advice, counters, pairs, shown, snippet, winners
+from bench.harvest_data import (
+    LEAST_REPEATS,
+    Harvest,
+    Refused,
+    Timing,
+    as_config,
+    base_part,
+    in_call,
+    noise_words,
+    read,
+    together,
+)
 from bench.harvest_floors import KERNELS, UNITS, Find, finder
 from bench.harvest_targets import NOT_MEASURED
 
@@ -24,38 +37,43 @@ RESULTS = Path(__file__).parent / "results"
 COMMAND = "python bench/harvest.py"
 TRACEBACK_LINES = 12
 """Of a failure that the page shows; the whole one is in the summary."""
+COMMIT_DIGITS = 12
 MOST_DAMAGE = 10
 """Lines that could not be read that the page names."""
 
 
-def report(folder: Path, results: Path | None = None, floors: Find | None = None) -> Path:
-    """Write the records and the page of the harvest in a folder; returns the page's path.
+def report(*folders: Path, results: Path | None = None, floors: Find | None = None) -> Path:
+    """Write the records and the page of the harvests in these folders; returns the page's path.
 
     Args:
-        folder: what came back: harvest.tar.gz, or summary.json and parts/.
-        results: folder for both; bench/results, or of a dry run, which measured nothing, the harvest's own.
+        folders: what came back of a call each: harvest.tar.gz, or summary.json and parts/.
+        results: folder for both; bench/results, or of a dry run, which measured nothing, that of the last call.
         floors: (op, configuration, shape, dtype) -> floors; of the records and the compiler unless it is given.
 
     Raises:
-        ValueError: the folder holds no harvest.
+        Refused: a folder holds no harvest, or one of a machine without a GPU is to go into bench/results.
         FileExistsError: there is a record of this name with other content; records are never changed.
     """
-    folder = Path(folder)
-    harvest = read(folder)
-    results = results or (folder if harvest.summary.get("dry_run") else RESULTS)
+    found = {Path(folder): read(Path(folder)) for folder in folders}
+    harvest = together(list(found.values()))
+    results = results or (list(found)[-1] if harvest.dry_run else RESULTS)
+    for folder, call in found.items():
+        if call.found_no_gpu and results.resolve() == RESULTS.resolve():
+            raise Refused(f"the harvest in {folder} found no GPU and measured nothing: no page of it in bench/results/")
     results.mkdir(parents=True, exist_ok=True)
     floors = floors or finder(
         RESULTS, harvest.device, harvest.versions.get("triton"), str(harvest.summary.get("commit") or "")
     )
-    written = [keep(record, suite, harvest, results) for suite, record in records(harvest).items()]
+    calls = harvest.calls or [harvest]
+    written = [keep(record, suite, call, results) for call in calls for suite, record in records(call).items()]
     path = results / f"harvest_{label(harvest)}_{stamp(harvest)}.md"
-    path.write_text("\n".join(page(harvest, floors, written)) + "\n")
+    path.write_text("\n".join(page(harvest, floors, written, list(found)[-1])) + "\n")
     return path
 
 
 def label(harvest: Harvest) -> str:
     """The device in a file name: h200 of "NVIDIA H200"; cpu of a dry run."""
-    if harvest.summary.get("dry_run"):
+    if harvest.dry_run:
         return "dry_run"
     words = harvest.device.lower().removeprefix("nvidia ")
     return re.sub(r"[^a-z0-9]+", "_", words).strip("_")
@@ -91,13 +109,14 @@ def head(harvest: Harvest) -> dict[str, Any]:
     """What every record says of its run."""
     summary, machine = harvest.summary, (harvest.of("machine") or [{}])[0]
     return {
-        "command": f"{COMMAND} --minutes {summary.get('minutes', '?')}",
+        "command": summary.get("command") or f"{COMMAND} (its options are not known)",
+        "call": summary.get("call", 1),
         "commit": summary.get("commit", ""),
         "time": summary.get("started"),
         "device": harvest.device,
-        "device_type": "cpu" if summary.get("dry_run") else "cuda",
-        "measured_on": "cpu" if summary.get("dry_run") else "cuda",
-        "dry_run": bool(summary.get("dry_run")),
+        "device_type": "cpu" if harvest.dry_run else "cuda",
+        "measured_on": "cpu" if harvest.dry_run else "cuda",
+        "dry_run": harvest.dry_run,
         "cores": machine.get("cores"),
         "threads": machine.get("threads"),
         "versions": harvest.versions,
@@ -214,11 +233,11 @@ def kmeans_contests(harvest: Harvest) -> list[dict[str, Any]]:
     return list(contests.values())
 
 
-def page(harvest: Harvest, floors: Find, written: Sequence[str]) -> list[str]:
-    """The lines of the page."""
+def page(harvest: Harvest, floors: Find, written: Sequence[str], folder: Path = Path("DIR")) -> list[str]:
+    """The lines of the page. folder: of the last call, as the command that follows it names it."""
     sections: Sequence[tuple[str, Callable[[], Iterable[str]]]] = (
         ("What failed", lambda: failed(harvest)),
-        ("What to change first", lambda: first(harvest)),
+        ("What to change first", lambda: [*first(harvest), *after(harvest, folder)]),
         ("Kernels", lambda: [*targets(harvest_targets.KERNELS, harvest), "", *peers(harvest)]),
         ("Training step", lambda: training(harvest)),
         ("Memory", lambda: targets(harvest_targets.MEMORY, harvest)),
@@ -243,26 +262,42 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 def introduction(harvest: Harvest, written: Sequence[str]) -> list[str]:
     """What was measured, where and with what; what could not be read."""
-    summary = harvest.summary
-    versions = ", ".join(f"{name} {version}" for name, version in harvest.versions.items())
-    counts = {}
-    for outcome in harvest.outcomes.values():
-        counts[outcome.get("status")] = counts.get(outcome.get("status"), 0) + 1
-    lines = [f"# Harvest of {harvest.device}, {summary.get('started', 'time unknown')}", ""]
-    if summary.get("dry_run"):
+    calls = harvest.calls or [harvest]
+    devices = ", then ".join(dict.fromkeys(call.device for call in calls))
+    started = " and ".join(str(call.summary.get("started", "time unknown")) for call in calls)
+    which = f"{len(calls)} calls, " if harvest.calls else "second call, " if harvest.is_second else ""
+    lines = [f"# Harvest of {devices}, {which}{started}", ""]
+    if harvest.dry_run:
         lines += ["**A dry run on a CPU with small sizes: no figure here means anything.**", ""]
+    if harvest.calls:
+        lines += [f"- Call {number}, {call.device}: {run_of(call)}" for number, call in enumerate(calls, 1)]
+        lines += ["", "A figure is of the call that stands beside it or in the name of its part."]
+    else:
+        lines += [run_of(harvest)]
+        if harvest.is_second:
+            lines += ["", "Of the second call alone; `--report FIRST SECOND` makes the page of both."]
     lines += [
-        f"Commit `{summary.get('commit') or 'unknown'}`; {versions or 'versions unknown'}. Parts: "
-        + (", ".join(f"{count} {status}" for status, count in counts.items()) or "unknown")
-        + ". Times are medians, noise is (p80 - p20) / p50; ratios are of times measured in turn in one part.",
+        "", "Times are medians, noise is (p80 - p20) / p50, \"-\" of fewer than "
+        f"{LEAST_REPEATS} repeats; ratios are of times measured in turn in one part.",
         "",
         "Records: " + (", ".join(f"`{name}`" for name in written) or "none, as nothing came back") + ".",
-    ]
+    ]  # fmt: skip
     if harvest.damage:
         lines += ["", f"Could not be read, {len(harvest.damage)} in all:", ""]
         lines += [f"- {line}" for line in harvest.damage[:MOST_DAMAGE]]
         lines += [f"- and {len(harvest.damage) - MOST_DAMAGE} more"] if len(harvest.damage) > MOST_DAMAGE else []
     return lines
+
+
+def run_of(call: Harvest) -> str:
+    """Commit, versions, and how many parts ended how."""
+    commit = str(call.summary.get("commit") or "unknown")[:COMMIT_DIGITS]
+    versions = ", ".join(f"{name} {version}" for name, version in call.versions.items())
+    counts: dict[Any, int] = {}
+    for outcome in call.outcomes.values():
+        counts[outcome.get("status")] = counts.get(outcome.get("status"), 0) + 1
+    parts = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"commit `{commit}`; {versions or 'versions unknown'}. Parts: {parts or 'unknown'}."
 
 
 def failed(harvest: Harvest) -> list[str]:
@@ -308,8 +343,24 @@ def last_words(outcome: Mapping[str, Any]) -> list[str]:
 
 def first(harvest: Harvest) -> list[str]:
     """The ranked list."""
+    if harvest.dry_run:
+        return ["A dry run asks for no change."]
     found = advice(harvest)
     return [f"{n}. {x.text}" for n, x in enumerate(found, 1)] or ["Nothing that came back asks for a change."]
+
+
+def after(harvest: Harvest, folder: Path) -> list[str]:
+    """Of a first call, how the second is called."""
+    if harvest.dry_run or harvest.calls or harvest.is_second:
+        return []
+    # The page is kept in the repository, where a path of another machine says nothing.
+    name = folder.name if folder.is_absolute() else str(folder)
+    first, second = shlex.quote(name), shlex.quote(f"{name}-second")
+    return [
+        "", "Then the second call (what failed, the fastest configurations with their neighbours, fp16, "
+        "compute-sanitizer), and the page of both:", "", "```sh",
+        f"{COMMAND} --second {first} --minutes 4 --output {second}", f"{COMMAND} --report {first} {second}", "```",
+    ]  # fmt: skip
 
 
 def targets(wanted: Sequence[harvest_targets.Target], harvest: Harvest) -> list[str]:
@@ -328,8 +379,8 @@ def peers(harvest: Harvest) -> list[str]:
     for time in sorted(times, key=lambda x: (not x.shape.is_target, x.shape.tokens, x.dtype, x.op)):
         base = ours.get((time.part, time.shape, time.dtype, time.op))
         rows.append((
-            time.shape, time.dtype, time.op, time.way, f"{time.p50:.4g}", f"{time.noise:.0%}", time.repeats,
-            f"{time.p50 / base:.3g}" if base else "",
+            time.shape, time.dtype, time.op, f"{time.way}{in_call(time.part)}", f"{time.p50:.4g}", time.shown_noise,
+            time.repeats, f"{time.p50 / base:.3g}" if base else "",
             f"{time.flop_per_s / 1e12:.3g}" if time.op in ("forward", "backward") else "",
         ))  # fmt: skip
     head = ("shape", "dtype", "op", "way", "ms", "noise", "repeats", "times ours", "TFLOP/s on visible pairs")
@@ -344,18 +395,29 @@ def training(harvest: Harvest) -> list[str]:
         *targets(harvest_targets.STEPS, harvest),
     ]  # fmt: skip
     if rows := harvest.of("step"):
-        newest = {(row.get("part"), row["model"], row["way"], row["mode"], row.get("dtype")): row for row in rows}
+        names = ("part", "model", "way", "mode", "dtype", "batch")
+        newest = {tuple(row.get(name) for name in names): row for row in rows}
         lines += ["", *table(
-            ("part", "model", "way", "mode", "dtype", "batch", "images/s", "ms", "noise", "peak GiB"),
+            (*names, "images/s", "ms", "noise", "peak GiB"),
             [
                 (
-                    row.get("part"), row["model"], row["way"], row["mode"], row.get("dtype"), row.get("batch"),
-                    f"{row['images_per_s']:,.0f}", f"{row['p50_ms']:.4g}", f"{quantiles(row)['noise']:.0%}",
+                    *key, f"{row['images_per_s']:,.0f}", f"{row['p50_ms']:.4g}",
+                    noise_words(quantiles(row)["noise"], row.get("repeats")),
                     f"{row['peak_bytes'] / 2**30:.1f}" if row.get("peak_bytes") else NOT_MEASURED,
                 )
-                for row in newest.values()
+                for key, row in newest.items()
             ],
         )]  # fmt: skip
+        lines += tuned_steps(rows)
+    return lines
+
+
+def tuned_steps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of each part that ran with another launch table than today's, its configurations."""
+    lines = []
+    for part, configs in {row.get("part"): row["configs"] for row in rows if row.get("configs")}.items():
+        told = "; ".join(f"{op} {as_config(config)}" for op, config in configs.items())
+        lines += ["", f"{part} ran with the fastest configurations of the first call: {told}."]
     return lines
 
 
@@ -368,8 +430,8 @@ def beside_floors(harvest: Harvest, floors: Find) -> list[str]:
     for time in times:
         found = floors(time.op, time.config, time.shape, time.dtype)
         measured = 1e3 * time.p50
-        config = f"{time.config}{'' if time.default else ' (fastest)'}"
-        row = [KERNELS[time.op], str(time.shape), time.dtype, config, f"{measured:.4g}", f"{time.noise:.0%}"]
+        config = f"{time.config}{'' if time.default else ' (fastest)'}{in_call(time.part)}"
+        row = [KERNELS[time.op], str(time.shape), time.dtype, config, f"{measured:.4g}", time.shown_noise]
         if found is None:
             rows.append([*row, *[""] * len(UNITS), "no static cost", ""])
             continue
@@ -417,30 +479,37 @@ def launch_configurations(harvest: Harvest) -> list[str]:
             for x in won
         ],
     )  # fmt: skip
-    if pasted := snippet(won):
+    if pasted := [] if harvest.dry_run else snippet(won):
         lines += ["", "For kernels/launch.py:", "", "```python", *pasted, "```"]
     for x in won:
-        timed = configurations(harvest, x.op, x.dtype)
-        shapes = sorted({shape for times in timed.values() for shape in times}, key=lambda shape: shape.tokens)
-        lines += ["", f"{KERNELS[x.op]}, {x.dtype}, microseconds:", ""]
+        _, timed = pairs(harvest, x.op, x.dtype, x.size)
+        shapes = sorted({shape for beside in timed.values() for shape in beside}, key=lambda shape: shape.tokens)
+        lines += ["", f"{KERNELS[x.op]}, {x.dtype}, D = {x.size}: microseconds, and how much faster than today's:", ""]
         lines += table(
-            ("configuration", *(f"N {shape.tokens}" for shape in shapes)),
+            ("configuration", *(shape.short for shape in shapes)),
             [
                 (
                     f"{config}{' (today)' if config == x.today else ''}",
-                    *(f"{1e3 * times[shape].p50:.4g}" if shape in times else NOT_MEASURED for shape in shapes),
+                    *(beside_today(beside[shape]) if shape in beside else NOT_MEASURED for shape in shapes),
                 )
-                for config, times in timed.items()
+                for config, beside in timed.items()
             ],
         )
     return lines
+
+
+def beside_today(pair: Pair) -> str:
+    """Microseconds, and of another configuration than today's its gain, as measured in turn with today's."""
+    gain = "" if pair.other == pair.today else f" ({pair.ratio - 1:+.1%})"
+    return f"{1e3 * pair.other.p50:.4g}{gain}{in_call(pair.other.part)}"
 
 
 def hardware(harvest: Harvest) -> list[str]:
     """Of each kernel, what the rules read."""
     found: list[Counters] = counters(harvest)
     if not found:
-        reason = harvest.outcomes.get("counters", {}).get("reason")
+        reasons = [x.get("reason") for name, x in harvest.outcomes.items() if base_part(name) == "counters"]
+        reason = reasons[-1] if reasons else None
         return [f"Counters: {NOT_MEASURED}{f' ({reason})' if reason else ''}."]
     return table(
         ("kernel", "issue slots", "tensor cores", "L2", "DRAM", "occupancy", "long scoreboard, of stalls"),
@@ -469,7 +538,7 @@ def check_row(row: Mapping[str, Any]) -> tuple[Any, ...]:
     figures = [f"{row[x]:.2e}" if isinstance(row.get(x), int | float) else "" for x in ("error", "allowed")]
     share = share_of_budget(row)
     return (
-        row["what"], row.get("dtype"), *figures, "" if share is None else f"{share:.0%}",
+        f"{row['what']}{in_call(row.get('part'))}", row.get("dtype"), *figures, "" if share is None else f"{share:.0%}",
         "yes" if row["ok"] else "**no**",
     )  # fmt: skip
 
@@ -485,4 +554,10 @@ def ceilings(harvest: Harvest) -> list[str]:
     names = dict.fromkeys(row["name"] for row in harvest.of("ceiling"))
     if not names:
         return [f"Ceilings: {NOT_MEASURED}."]
-    return table(("ceiling", "best"), [(name, f"{harvest.ceiling(name) / 1e12:.4g} T/s") for name in names])
+    head = ("ceiling", "best of all calls" if harvest.calls else "best")
+    return table(head, [(name, f"{harvest.ceiling(name) / 1e12:.4g} {rate_unit(name)}") for name in names])
+
+
+def rate_unit(ceiling: str) -> str:
+    """Of a ceiling's name, such as copy_bytes_per_s."""
+    return "TB/s" if ceiling.endswith("bytes_per_s") else "TFLOP/s"

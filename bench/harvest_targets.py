@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.harvest_data import Harvest, Timing
+from bench.harvest_data import Harvest, Timing, in_call
 
 NOT_MEASURED = "not measured"
 DTYPES = ("bf16", "fp16")
@@ -39,7 +39,7 @@ class Target:
         sign = "<=" if self.at_most else ">="
         steps = ", then ".join(number(step) for step in self.wanted)
         wanted = f"{sign} {steps} {self.unit}".rstrip()
-        found = None if harvest.summary.get("dry_run") else self.measure(harvest)
+        found = None if harvest.dry_run else self.measure(harvest)
         if found is None or isinstance(found, str):
             return self.name, self.known, wanted, f"{NOT_MEASURED}{f': {found}' if found else ''}", ""
         value, words = found
@@ -88,9 +88,12 @@ def rate(op: str) -> Callable[[Harvest], Found]:
 
     def measure(harvest: Harvest) -> Found:
         if time := most_repeats(at_target(harvest, op, "ours")):
-            return time.flop_per_s / 1e12, f"{time.p50:.4g} ms, {time.dtype}, noise {time.noise:.0%}"
+            return (
+                time.flop_per_s / 1e12,
+                f"{time.p50:.4g} ms, {time.dtype}, noise {time.shown_noise}{in_call(time.part)}",
+            )
         if op == "backward" and (parts := both_gradients(harvest, best=False)):
-            return backward_rate(parts), "dQ and dK/dV added up"
+            return backward_rate(parts), f"dQ and dK/dV added up{in_call(*(time.part for time in parts))}"
         return None
 
     return measure
@@ -102,9 +105,10 @@ def best_rate(op: str) -> Callable[[Harvest], Found]:
     def measure(harvest: Harvest) -> Found:
         if op == "backward":
             parts = both_gradients(harvest, best=True)
-            return (backward_rate(parts), "; ".join(f"{time.op} {time.config}" for time in parts)) if parts else None
+            words = "; ".join(f"{time.op} {time.config}{in_call(time.part)}" for time in parts)
+            return (backward_rate(parts), words) if parts else None
         time = fastest(harvest, op)
-        return (time.flop_per_s / 1e12, f"{time.config}") if time else None
+        return (time.flop_per_s / 1e12, f"{time.config}{in_call(time.part)}") if time else None
 
     return measure
 
@@ -137,7 +141,7 @@ def times_faster(op: str, peer: str) -> Callable[[Harvest], Found]:
         for theirs in sorted(at_target(harvest, op, peer), key=lambda time: -time.repeats):
             ours = [x for x in at_target(harvest, op, "ours", part=theirs.part) if x.dtype == theirs.dtype]
             if ours and (mine := most_repeats(ours)):
-                return theirs.p50 / mine.p50, f"{theirs.p50:.4g} ms beside {mine.p50:.4g} ms"
+                return theirs.p50 / mine.p50, f"{theirs.p50:.4g} ms beside {mine.p50:.4g} ms{in_call(mine.part)}"
         return failure(harvest, peer)
 
     return measure
@@ -146,7 +150,7 @@ def times_faster(op: str, peer: str) -> Callable[[Harvest], Found]:
 def failure(harvest: Harvest, way: str) -> str | None:
     """Why a way has no time, if a row says so."""
     rows = harvest.of("failure", way=way)
-    return f"{way}: {rows[-1].get('reason')}" if rows else None
+    return f"{way}: {rows[-1].get('reason')}{in_call(rows[-1].get('part'))}" if rows else None
 
 
 SHORTEST, LONGEST = 50, 1025
@@ -165,7 +169,7 @@ def scaling(op: str) -> Callable[[Harvest], Found]:
                 }
                 if {SHORTEST, LONGEST} <= set(pairs):
                     words = ", ".join(f"N {n}: {value:.3g}" for n, value in sorted(pairs.items()))
-                    return max(pairs.values()) / min(pairs.values()), f"ps a pair at {words}"
+                    return max(pairs.values()) / min(pairs.values()), f"ps a pair at {words}{in_call(part)}"
         return None
 
     return measure
@@ -176,7 +180,9 @@ def over_contiguous(harvest: Harvest) -> Found:
     for gathered in at_target(harvest, "forward", "ours_gather"):
         ours = [x for x in at_target(harvest, "forward", "ours", part=gathered.part) if x.dtype == gathered.dtype]
         if mine := most_repeats(ours):
-            return 100 * (gathered.p50 / mine.p50 - 1), f"{gathered.p50:.4g} ms beside {mine.p50:.4g} ms"
+            return 100 * (gathered.p50 / mine.p50 - 1), (
+                f"{gathered.p50:.4g} ms beside {mine.p50:.4g} ms{in_call(mine.part)}"
+            )
     return failure(harvest, "ours_gather")
 
 
@@ -185,7 +191,8 @@ def embedding(harvest: Harvest) -> Found:
     rows, copy = harvest.of("bandwidth", op="permuted_embed"), harvest.ceiling("copy_bytes_per_s")
     if not rows or not copy:
         return None
-    return 100 * rows[-1]["bytes_per_s"] / copy, f"{rows[-1]['bytes_per_s'] / 1e12:.3g} of {copy / 1e12:.3g} TB/s"
+    rate = rows[-1]["bytes_per_s"]
+    return 100 * rate / copy, f"{rate / 1e12:.3g} of {copy / 1e12:.3g} TB/s{in_call(rows[-1].get('part'))}"
 
 
 def kmeans_row(harvest: Harvest, way: str = "exact") -> dict[str, Any] | None:
@@ -203,7 +210,7 @@ def kmeans_rate(way: str) -> Callable[[Harvest], Found]:
 
     def measure(harvest: Harvest) -> Found:
         row = kmeans_row(harvest, way)
-        return (row["flops_per_s"] / 1e12, f"{row['p50_ms']:.4g} ms") if row else None
+        return (row["flops_per_s"] / 1e12, f"{row['p50_ms']:.4g} ms{in_call(row.get('part'))}") if row else None
 
     return measure
 
@@ -214,7 +221,7 @@ def kmeans_memory(harvest: Harvest) -> Found:
     if row is None or row.get("extra_bytes") is None or not row["shape"].get("rows"):
         return None
     matrix = 2 * row["shape"]["rows"] * row["shape"]["clusters"]
-    return 100 * row["extra_bytes"] / matrix, f"{row['extra_bytes'] / 2**20:,.0f} MiB"
+    return 100 * row["extra_bytes"] / matrix, f"{row['extra_bytes'] / 2**20:,.0f} MiB{in_call(row.get('part'))}"
 
 
 def kmeans_ids(harvest: Harvest) -> Found:
@@ -223,7 +230,7 @@ def kmeans_ids(harvest: Harvest) -> Found:
     if not rows:
         return None
     right = sum(bool(row["ok"]) for row in rows)
-    return 100 * right / len(rows), f"{right} of {len(rows)} checks"
+    return 100 * right / len(rows), f"{right} of {len(rows)} checks{in_call(*(row.get('part') for row in rows))}"
 
 
 MASKED = "irregular masks at best 75; unmasked 272 (FA3)"
@@ -274,11 +281,14 @@ OFFICIAL_STEP = 5.0
 """Times as fast as the official code, at least."""
 
 
-def best_step(harvest: Harvest, model: str, way: str = "ours") -> dict[str, Any] | None:
-    """The last row of the fastest mode; rows of another kind of device code (tuned tables, Volta's) are left out."""
+def best_step(harvest: Harvest, model: str, way: str = "ours", **more: Any) -> dict[str, Any] | None:
+    """The last row of the fastest mode; rows of another kind of device code (tuned tables, Volta's) are left out.
+
+    more: values that other fields must have.
+    """
     newest = {
         row["mode"]: row
-        for row in harvest.of("step", model=model, way=way)
+        for row in harvest.of("step", model=model, way=way, **more)
         if row.get("backend", "auto") == "auto" and not row.get("tuned") and row.get("dtype", "bf16") == "bf16"
     }
     return max(newest.values(), key=lambda row: row["images_per_s"], default=None)
@@ -295,13 +305,17 @@ def step_targets() -> Iterator[Target]:
             flop, ceiling = row["images_per_s"] * model.gflop * 1e9, harvest.ceiling("matmul_bf16_flops_per_s")
             share = f", {flop / ceiling:.0%} of the matmul ceiling" if ceiling else ""
             words = f"{row['mode']}, batch {row.get('batch')}, {flop / 1e12:.3g} TFLOP/s{share}"
-            return row["images_per_s"], f"{words}; {row['images_per_s'] / model.paper:.3g} times the paper's V100"
+            words += f"; {row['images_per_s'] / model.paper:.3g} times the paper's V100"
+            return row["images_per_s"], words + in_call(row.get("part"))
 
         def against(harvest: Harvest, name: str = name) -> Found:
-            ours, official = best_step(harvest, name), best_step(harvest, name, "official")
-            if ours is None or official is None:
-                return failure(harvest, "official")
-            return ours["images_per_s"] / official["images_per_s"], f"official {number(official['images_per_s'])}/s"
+            # Measured in turn: in one part, the last one that has both.
+            for part in reversed(dict.fromkeys(row.get("part") for row in harvest.of("step", model=name))):
+                ours, official = (best_step(harvest, name, way, part=part) for way in ("ours", "official"))
+                if ours is not None and official is not None:
+                    words = f"official {number(official['images_per_s'])}/s{in_call(part)}"
+                    return ours["images_per_s"] / official["images_per_s"], words
+            return failure(harvest, "official")
 
         known = f"paper, one V100: {model.paper}; {model.elsewhere}"
         yield Target(model.label, known, model.wanted, "images/s", speed)
@@ -325,15 +339,18 @@ def memory_targets() -> Iterator[Target]:
         def peak(harvest: Harvest, images: int = images, recompute: str = recompute) -> Found:
             row = memory_row(harvest, images, recompute)
             if row is not None and row.get("fits") is False:
-                return math.inf, "out of memory"
-            return (row["peak_bytes"] / 2**30, "") if row and row.get("peak_bytes") else None
+                return math.inf, f"out of memory{in_call(row.get('part'))}"
+            if row is None or not row.get("peak_bytes"):
+                return None
+            return row["peak_bytes"] / 2**30, in_call(row.get("part")).removeprefix(", ")
 
         def plan(harvest: Harvest, images: int = images, recompute: str = recompute) -> Found:
             row = memory_row(harvest, images, recompute)
             if row is None or not row.get("peak_bytes"):
                 return None
             off = 100 * abs(row["planned_bytes"] / row["peak_bytes"] - 1)
-            return off, f"planned {row['planned_bytes'] / 2**30:.2f} GiB, peak {row['peak_bytes'] / 2**30:.2f} GiB"
+            words = f"planned {row['planned_bytes'] / 2**30:.2f} GiB, peak {row['peak_bytes'] / 2**30:.2f} GiB"
+            return off, words + in_call(row.get("part"))
 
         name = f"ViT-B, micro-batch {images}, {words}"
         yield Target(f"{name}: peak", "the paper's batch is 32", (CAP / 2**30,), "GiB", peak, at_most=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import harvest
+from bench.harvesting import parts as registry
 from bench.harvesting.part import Part, read_records
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,56 @@ def test_time_that_is_left_over_goes_to_later_parts(toys, tmp_path: Path) -> Non
     assert [outcomes[name]["status"] for name in ("well", "raises", "not_here")] == ["ok", "failed", "skipped"]
     assert outcomes["well"]["limit"] == outcomes["raises"]["limit"] == pytest.approx(98 * 60 / 90, rel=0.05)
     assert outcomes["not_here"]["limit"] > 98 * 30 / 90 + 20
+
+
+def test_without_a_gpu_nothing_follows_the_machine(toys, tmp_path: Path) -> None:
+    """And a second call does again what was not begun. A dry run needs no GPU."""
+    parts = [Part("machine", "harvest_toys:not_here", 10), *toys("well")]
+    summary = harvest.run(parts, harvest.Call(60, tmp_path / "none", number=2, command="the command"))
+    assert harvest.no_gpu(summary) and (summary["call"], summary["command"]) == (2, "the command")
+    well = summary["parts"]["well"]
+    assert (well["status"], well["seconds"], well["returncode"]) == ("skipped", 0.0, None)
+    assert [part.name for part in registry.second({"parts": {**summary["parts"], "kmeans": well}}, [])].count("kmeans")
+    summary = harvest.run(parts, harvest.Call(60, tmp_path / "dry", dry=True))
+    assert summary["parts"]["well"]["status"] == "ok" and not harvest.no_gpu(summary)
+
+
+def refused(*arguments: object) -> str:
+    """The one line of a command that begins nothing."""
+    command = [sys.executable, str(ROOT / "bench/harvest.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_a_harvest_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / harvest.ARCHIVE).write_bytes(b"evidence")
+    for arguments in (["--output", tmp_path], ["--dry-run", "--second", tmp_path, "--output", tmp_path]):
+        assert "holds a harvest already (harvest.tar.gz)" in refused(*arguments)
+    unpacked = tmp_path / "unpacked"
+    (unpacked / "parts").mkdir(parents=True)
+    (unpacked / "summary.json").write_text('{"parts": {}}')
+    assert "holds a harvest already (summary.json)" in refused("--second", unpacked, "--output", unpacked)
+    assert (tmp_path / harvest.ARCHIVE).read_bytes() == b"evidence" and len(list(unpacked.iterdir())) == 2
+
+
+def test_a_harvest_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    nowhere, new = tmp_path / "nowhere", tmp_path / "new"
+    for arguments in (["--report", nowhere], ["--second", nowhere, "--output", new]):
+        assert f"{nowhere} holds no harvest: neither harvest.tar.gz nor summary.json" in refused(*arguments)
+    nowhere.mkdir()
+    (nowhere / harvest.ARCHIVE).write_bytes(b"cut off")
+    assert f"the harvest in {nowhere} cannot be read: ReadError" in refused("--second", nowhere, "--output", new)
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "0", "1e9"])
+def test_minutes_are_a_number_that_a_call_can_take(minutes: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench/harvest.py"), f"--minutes={minutes}", "--output", str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and "--minutes must be more than 0.1, at most 120" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def stopped(tmp_path: Path, number: int) -> tuple[dict, list[dict]]:

@@ -17,9 +17,10 @@ import pytest
 
 from bench import harvest_data, harvest_floors, report_data
 from bench.harvest_advice import advice, counted, winners
-from bench.harvest_data import Config, Shape, read
+from bench.harvest_data import Config, Refused, Shape, read
 from bench.harvest_floors import Floors
-from bench.harvest_report import label, page, records, report, stamp
+from bench.harvest_report import RESULTS, label, page, records, report, stamp
+from bench.harvesting.parts import best_configurations
 
 ROOT = Path(__file__).parent.parent
 TARGET = Shape(256, 12, 197, 50, 64)
@@ -160,7 +161,7 @@ def floors(op: str, config: Config, shape: Shape, dtype: str) -> Floors | None:
 
 
 def page_of(folder: Path, results: Path) -> str:
-    return report(folder, results, floors).read_text()
+    return report(folder, results=results, floors=floors).read_text()
 
 
 def line(text: str, start: str) -> list[str]:
@@ -267,21 +268,29 @@ def test_the_winning_configuration_is_named_and_ready_to_paste(whole: Path, tmp_
     assert line(table, "key_gradient_kernel")[3:5] == ["today's", "0.0%"]
     code = table.split("```python\n")[1].split("```")[0]
     assert code.splitlines() == [
-        "# attention_forward, bf16, head size 64, target.has_wgmma: 25.0% faster than 128x64, 8 warps, 2 stages",
+        "# attention_forward, measured at head size 64 in bf16, target.has_wgmma: 25.0% faster than 128x64, 8 warps, "
+        "2 stages",
         "return LaunchConfig(rows=64, keys=64, warps=4, stages=3)",
     ]
 
 
 def test_what_to_change_first_is_ranked(whole: Path, tmp_path: Path) -> None:
     text = section(page_of(whole, tmp_path), "What to change first")
-    found = [x.split(". ", 1)[1] for x in text.strip().splitlines()]
-    assert found[0].startswith("Step of ViT-B: compile by default on a GPU: 2,000 images/s in place of 1,500, 33.3%")
+    found = [x.split(". ", 1)[1] for x in text.strip().splitlines() if x[0:1].isdigit()]
+    assert found[0] == (
+        "Step of ViT-B (step_base, bf16, batch 128): compile by default on a GPU: 2,000 images/s in place of 1,500, "
+        "33.3% faster."
+    )
     assert found[1].startswith("attention_forward (bf16): 64x64, 4 warps, 3 stages in place of 128x64")
-    assert found[2].startswith("Step of ViT-B: speed.skip_dropped off by default in eager mode: 1,500")
+    assert "speed.skip_dropped off by default in eager mode: 1,500" in found[2]
     # Stalls: 3 of 4, as a warp that was selected does not wait.
     assert "forward_kernel: issue slots busy 81 % of the time: fewer instructions." in found
     assert any(x.startswith("forward_kernel: 75% of the stalls wait for global memory") for x in found)
     assert not any("keep K and V resident" in x for x in found), "L2 is busy 40 % of the time"
+    assert text.rstrip().endswith("""```sh
+python bench/harvest.py --second harvest --minutes 4 --output harvest-second
+python bench/harvest.py --report harvest harvest-second
+```""")
 
 
 def test_wrong_results_come_before_all(tmp_path: Path) -> None:
@@ -343,6 +352,12 @@ def test_parts_that_are_missing_read_not_measured(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "results").glob("*.json")} == {
         "harvest_attention_h200_20261201T102030.json", "harvest_device_h200_20261201T102030.json",
     }  # fmt: skip
+
+
+def test_ceilings_have_their_units(whole: Path, tmp_path: Path) -> None:
+    text = section(page_of(whole, tmp_path), "Ceilings of this machine")
+    assert line(text, "copy_bytes_per_s")[1] == "4.2 TB/s"
+    assert line(text, "matmul_bf16_flops_per_s")[1] == "800 TFLOP/s"
 
 
 def test_without_ceilings_only_their_share_is_missing(tmp_path: Path) -> None:
@@ -412,7 +427,7 @@ def test_no_value_in_a_row_or_the_summary_breaks_the_page(whole: Path) -> None:
 
 def archive(folder: Path, source: Path) -> Path:
     """The harvest as it comes back."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with tarfile.open(folder / harvest_data.ARCHIVE, "w:gz") as tar:
         for path in sorted(source.rglob("*")):
             if path.is_file():
@@ -421,7 +436,7 @@ def archive(folder: Path, source: Path) -> Path:
 
 
 def test_the_archive_gives_the_same_page(whole: Path, tmp_path: Path) -> None:
-    packed = archive(tmp_path / "packed", whole)
+    packed = archive(tmp_path / "packed" / whole.name, whole)
     assert page_of(packed, tmp_path / "a") == page_of(whole, tmp_path / "b")
 
 
@@ -508,22 +523,143 @@ def test_a_dry_run_measures_nothing(tmp_path: Path) -> None:
     assert line(text, "k-means ids equal to the float64 argmin")[3:] == ["not measured", ""]
 
 
+def test_a_dry_run_asks_for_no_change(tmp_path: Path) -> None:
+    text = report(keep(tmp_path / "harvest", all_rows(), dry_run=True), floors=floors).read_text()
+    assert section(text, "What to change first").strip() == "A dry run asks for no change."
+    assert "```python" not in text
+
+
+def two_calls(tmp_path: Path) -> tuple[Path, Path]:
+    """A first call whose k-means and step broke off, and a second that did them again, on a GPU twice as fast."""
+    rows = all_rows()
+    del rows["kmeans"]
+    first = keep(tmp_path / "first", rows, {part: outcome() for part in rows} | {"kmeans": outcome("timed out")})
+    kmeans = [row | {"p50_ms": 3.5} for row in other_rows()["kmeans"]]
+    tuned = configurations_at("forward", {TARGET: {TODAY: 0.19, OTHER: 0.188}}, part="tuned")
+    steps = [row | {"part": "step_tuned", "tuned": True} for row in step_rows()]
+    second = keep(
+        tmp_path / "second", {"kmeans": kmeans, "tuned": tuned, "step_tuned": steps},
+        {"kmeans": outcome(), "tuned": outcome(), "step_tuned": outcome("failed")},
+        call=2, started="2026-12-02T10:20:30+00:00", commit="a" * 40, command="python bench/harvest.py --second first",
+    )  # fmt: skip
+    return first, second
+
+
+def test_two_calls_make_one_page(tmp_path: Path) -> None:
+    """In whichever order they are given; each keeps its records, and each figure says its call."""
+    first, second = two_calls(tmp_path)
+    path = report(second, first, results=tmp_path / "results", floors=floors)
+    assert path.name == "harvest_h200_20261202T102030.md"
+    text = path.read_text()
+    assert text.startswith(
+        "# Harvest of NVIDIA H200, 2 calls, 2026-12-01T10:20:30+00:00 and 2026-12-02T10:20:30+00:00\n"
+    )
+    assert "- Call 1, NVIDIA H200: commit `c0ffee`" in text and "- Call 2, NVIDIA H200: commit `aaaaaaaaaaaa`" in text
+    assert line(text, "attention forward")[3] == "200 TFLOP/s (0.38 ms, bf16, noise 2%, call 1)"
+    assert line(text, "forward against FlexAttention")[3] == "2.5 times (0.95 ms beside 0.38 ms, call 1)"
+    assert line(text, "k-means, exact, D 4096, K 8192")[3] == "620 TFLOP/s (3.5 ms, call 2)"
+    assert line(text, "ViT-B, c = 60")[3].endswith("V100, call 1)")
+    assert line(text, "ViT-B, micro-batch 96, nothing recomputed: peak")[3] == "15 GiB (call 1)"
+    assert line(section(text, "Training step"), "step_tuned, call 2")[1] == "base"
+    # 25 % in the first call, 1 % and within the noise in the second, by as many repeats: the newer pair counts.
+    assert line(section(text, "Launch configurations"), "forward_kernel")[5] == "1.1%"
+    todo = section(text, "What to change first")
+    assert "Mend the part step_tuned, call 2: failed." in todo and "kmeans" not in todo and "--second" not in todo
+    assert line(section(text, "What failed"), "kmeans, call 1")[1] == "timed out"
+    names = {path.name for path in (tmp_path / "results").glob("harvest_kmeans*")}
+    assert names == {"harvest_kmeans_h200_20261202T102030.json"}, "the first call has none"
+    record = json.loads((tmp_path / "results" / names.pop()).read_text())
+    assert (record["call"], record["command"]) == (2, "python bench/harvest.py --second first")
+
+
+def test_a_second_call_alone_says_so(tmp_path: Path) -> None:
+    _, second = two_calls(tmp_path)
+    text = page_of(second, tmp_path / "results")
+    assert text.startswith("# Harvest of NVIDIA H200, second call, ") and "Of the second call alone" in text
+    assert "Then the second call" not in text and "a second call runs it again" not in text
+
+
+def test_a_machine_without_a_gpu_leaves_no_page_among_the_results(tmp_path: Path) -> None:
+    outcomes = {"machine": outcome("skipped", reason="torch finds no CUDA device"), "kmeans": outcome("skipped")}
+    folder = keep(tmp_path / "harvest", {}, outcomes, device=None)
+    before = set(RESULTS.iterdir())
+    with pytest.raises(Refused, match="found no GPU and measured nothing"):
+        report(folder)
+    assert set(RESULTS.iterdir()) == before
+    dry = keep(tmp_path / "dry", {}, outcomes, dry_run=True)
+    with pytest.raises(Refused, match="a dry run and a real one"):
+        report(folder, dry)
+
+
 def test_no_harvest_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no harvest: neither harvest\.tar\.gz nor summary\.json"):
-        report(tmp_path, tmp_path)
+        report(tmp_path, results=tmp_path)
 
 
-def test_only_configurations_timed_at_the_same_shapes_are_compared(tmp_path: Path) -> None:
-    """One that was timed at the target alone, as the time was over, does not win by being fast there."""
-    rows, long = configuration_rows()[:2], other_length(785, 199)
-    for config, ms in ((TODAY, 0.4), (OTHER, 0.35)):
-        rows.append(time_row("forward", "ours", ms, long, config, part="configurations", default=config == TODAY))
-    lucky = Config(64, 128, 4, 2)
-    rows.append(time_row("forward", "ours", 0.1, config=lucky, part="configurations", default=False))
-    rows.append(time_row("forward", "ours", 0.35, other_length(1025, 260), TODAY, part="configurations"))
+def configurations_at(op: str, by_shape: dict[Shape, dict[Config, float]], **more) -> list[dict]:
+    """Rows of a part "configurations", TODAY being today's."""
+    return [
+        time_row(op, "ours", ms, shape, config, **({"part": "configurations", "default": config == TODAY} | more))
+        for shape, times in by_shape.items()
+        for config, ms in times.items()
+    ]
+
+
+def test_configurations_are_compared_with_todays_where_both_were_timed(tmp_path: Path) -> None:
+    """One that lacks a length is not dropped, one that lacks the target is; the second call takes the same one."""
+    rows = configurations_at("forward", {
+        TARGET: {TODAY: 0.4, OTHER: 0.39, SMALL_CONFIG: 0.3},
+        other_length(785, 199): {TODAY: 0.5, OTHER: 0.49, Config(16, 16, 4, 1): 0.1},
+        other_length(1025, 260): {TODAY: 0.6, OTHER: 0.58, SMALL_CONFIG: 0.5},
+    })  # fmt: skip
     (found,) = winners(read(keep(tmp_path / "harvest", {"configurations": rows})))
-    # Three configurations were timed at the target, two at N = 785: there is nothing to compare the lucky one with.
-    assert found.shapes == 1 and found.best == lucky and found.at_target == pytest.approx(2.75)
+    assert (found.best, found.shapes, found.size) == (SMALL_CONFIG, 2, 64) and found.worth_it
+    assert found.at_target == pytest.approx(1 / 3) and found.gain == pytest.approx(math.sqrt(4 / 3 * 6 / 5) - 1)
+    assert best_configurations([*rows, {"kind": "time", "op": "dq"}]) == {"forward": SMALL_CONFIG._asdict()}
+
+
+def test_configurations_are_compared_within_one_part_and_dtype(tmp_path: Path) -> None:
+    """A candidate is held against today's of its own part: in the other, on a slower device, it would have lost."""
+    rows = configurations_at("forward", {TARGET: {TODAY: 0.4, OTHER: 0.3}})
+    rows += configurations_at("forward", {TARGET: {TODAY: 0.8, SMALL_CONFIG: 0.5}}, part="tuned")
+    rows += configurations_at("forward", {TARGET: {TODAY: 0.4, OTHER: 0.2}}, dtype="fp16")
+    bf16, fp16 = winners(read(keep(tmp_path / "harvest", {"configurations": rows})))
+    assert (bf16.best, bf16.gain, fp16.best) == (SMALL_CONFIG, pytest.approx(0.6), OTHER)
+    assert best_configurations(rows) == {"forward": SMALL_CONFIG._asdict()}
+
+
+def test_too_few_repeats_and_a_gain_within_the_noise_advise_nothing(tmp_path: Path) -> None:
+    few = [row | {"repeats": 2} for row in configuration_rows() + step_rows()]
+    noisy = [row | {"p20_ms": 0.5 * row["p50_ms"], "p80_ms": 2 * row["p50_ms"], "noise": 1.5} for row in step_rows()]
+    for name, rows in (("few", few), ("noisy", noisy)):
+        folder = keep(tmp_path / name, {"mixed": rows})
+        assert advice(read(folder)) == []
+        text = page_of(folder, tmp_path / f"{name}_results")
+        assert "```python" not in text and "Nothing that came back asks for a change." in text
+        noise = line(section(text, "Training step"), "step_base")[8]
+        assert noise == ("-" if name == "few" else "150%")
+
+
+def test_modes_are_compared_within_one_part_and_batch(tmp_path: Path) -> None:
+    """A faster rehearsal of a V100, or a part with another launch table, does not stand in for the step itself."""
+    own = [row for row in step_rows() if row["mode"] == "eager" and row["way"] == "ours"]
+    fast = next(row for row in step_rows() if row["mode"] == "compiled")
+    others = [
+        {**row, "part": part, "images_per_s": speed, **more}
+        for part, more in (
+            ("step_volta", {"dtype": "fp16", "batch": 32}), ("step_tuned", {"tuned": True}), ("step_new", {"batch": 64})
+        )
+        for row, speed in ((own[0], 100.0), (fast, 9000.0))
+    ]  # fmt: skip
+    found = advice(read(keep(tmp_path / "harvest", {"mixed": own + others})))
+    assert [x.text[:48] for x in found] == ["Step of ViT-B (step_new, bf16, batch 64): compil"]
+
+
+def test_the_page_says_which_configurations_a_tuned_step_had(tmp_path: Path) -> None:
+    row = {**step_rows()[0], "part": "step_tuned", "tuned": True, "configs": {"dq": OTHER._asdict()}}
+    text = page_of(keep(tmp_path / "harvest", {"step_tuned": [row]}), tmp_path)
+    told = "step_tuned ran with the fastest configurations of the first call: dq 64x64, 4 warps, 3 stages."
+    assert told in section(text, "Training step")
 
 
 def test_floors_come_from_records_of_the_same_kernels_and_triton(
@@ -604,8 +740,8 @@ class Nothing:
 
 sys.meta_path.insert(0, Nothing())
 sys.path.insert(0, {str(ROOT)!r})
-from bench.harvest_report import label, page, records, report, stamp
-print(report(Path({str(whole)!r}), Path({str(tmp_path / "out")!r})).read_text())
+from bench.harvest_report import report
+print(report(Path({str(whole)!r}), results=Path({str(tmp_path / "out")!r})).read_text())
 """
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ def command(ncu: str, seconds: float) -> list[str]:
     return [
         ncu, "--csv", "--page", "raw", "--clock-control", "none", *sections, "--profile-from-start", "off",
         "--target-processes", "all", "--kernel-name", f"regex:{'|'.join(WATCHED)}",
-        sys.executable, "-m", __name__, str(seconds),
+        sys.executable, "-m", __name__, f"{seconds:.1f}",
     ]  # fmt: skip
 
 

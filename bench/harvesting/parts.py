@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.harvest_advice import winners
+from bench.harvest_data import Harvest, timings_of
 from bench.harvesting.part import OK, SKIPPED, Part
 
 HERE = "bench.harvesting"
@@ -12,6 +14,8 @@ WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}
 FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
 """Of processes that compile side by side."""
 
+MACHINE = "machine"
+"""The first part of every call; without a GPU it is the last, too."""
 VARIANTS = ("plain", "last_block", "pim", "gather")
 
 
@@ -24,7 +28,7 @@ def _step(name: str, model: str, batch: int, seconds: float, **arguments: Any) -
 
 
 FIRST = (
-    Part("machine", f"{HERE}.machine:measure", 15),
+    Part(MACHINE, f"{HERE}.machine:measure", 15),
     *(_checks(f"attention_{variant}", "attention", variant=variant) for variant in VARIANTS),
     _checks("embedding_kmeans", "embedding_and_kmeans"),
     # Beside the checks, as they wait on each launch anyway: what later parts would lose their time with.
@@ -87,25 +91,5 @@ def _failed(outcome: dict[str, Any] | None) -> bool:
 
 
 def best_configurations(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By op, the launch configuration with the smallest product of times over the shapes that all were timed at."""
-    times: dict[str, dict[str, dict[str, float]]] = {}
-    configs: dict[str, dict[str, int]] = {}
-    for row in rows:
-        if row.get("kind") == "time" and row.get("way") == "ours" and row.get("config") and row.get("p50_ms"):
-            name = str(sorted(row["config"].items()))
-            configs[name] = row["config"]
-            times.setdefault(row["op"], {}).setdefault(name, {})[str(row["shape"])] = row["p50_ms"]
-    return {op: configs[_fastest(by_config)] for op, by_config in times.items()}
-
-
-def _fastest(by_config: dict[str, dict[str, float]]) -> str:
-    most = max(len(times) for times in by_config.values())
-    whole = {name: times for name, times in by_config.items() if len(times) == most}
-
-    def product(name: str) -> float:
-        result = 1.0
-        for value in whole[name].values():
-            result *= value
-        return result
-
-    return min(whole, key=product)
+    """By op, the fastest launch configuration, by the rule of the page; of bf16 where it was timed."""
+    return {x.op: x.best._asdict() for x in reversed(winners(Harvest(times=timings_of(rows))))}

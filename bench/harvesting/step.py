@@ -163,7 +163,7 @@ def rounds(run: Run, setting: Setting, steppers: Mapping[str, Stepper], repeats:
         run.record(
             "step", model=setting.sizes.model_name, batch=setting.sizes.batch, dtype=setting.sizes.dtype,
             mode="eager" if name == "official" else name, way="official" if name == "official" else "ours",
-            tuned=bool(run.arguments.get("best")), backend=setting.backend,
+            tuned=bool(run.arguments.get("best")), configs=run.arguments.get("best"), backend=setting.backend,
             images_per_s=setting.sizes.batch / figures["p50_ms"] * 1e3 if figures["p50_ms"] else None,
             peak_bytes=peak_of(steppers[name], setting.device, others), **figures,
         )  # fmt: skip
