@@ -1,7 +1,7 @@
 """python -m bench aot: compile the Triton kernels for GPUs that are not here, and tell what they cost at least.
 
 For every kernel at named shapes: what the assembler says, what the loops look like in machine code, and the time below
-which an H200 cannot go. Needs torch, triton and numpy only.
+which an H200 cannot go with today's tiles; other tiles have other floors. Needs torch, triton and numpy only.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def of_shapes(options: AotReport) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"unknown shapes {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     costs = [cost for name in options.shapes for cost in costs_of(name)]
     print(table(costs))
-    for line in (*backward_passes(costs), *remarks(costs)):
+    for line in (*legend(), *described(options.shapes), *backward_passes(costs), *remarks(costs)):
         print(line)
     results = {
         "triton": triton.__version__,
@@ -228,6 +228,34 @@ COLUMNS = (
     "instructions", "outside", "trips a program", "masks a program", "useful", "tensor (visible)", "exp2", "issue",
     "L2", "HBM", "binding",
 )  # fmt: skip
+
+
+LEGEND = {
+    "CTAs/SM": "programs that one processor holds at a time, by registers, shared memory and warps",
+    "spills": "bytes of registers stored to memory / loaded from it",
+    "in flight": "X of Y: X copies are under way at the head of a loop, one trip begins Y; / between two loops",
+    "instructions": "tile 331 + 66 + 66: of a trip of the loop over tiles without masks, + of the mask for what comes "
+    "before a window, + of that for what comes after (or of one for both); product: of the loop inside, over features",
+    "outside": "instructions in no loop, once a program",
+    "trips a program": "of each loop, on average",
+    "masks a program": "how often each mask is applied, on average, in the order of the instructions",
+    "useful": "pairs of a row and a key that are visible, of those in the tiles that are computed",
+    "tensor (visible)": "us of the tensor cores for the computed tiles (for the visible pairs alone)",
+    "exp2, issue, L2, HBM": "us of the exponentials, of issuing instructions, of moving bytes from and to L2 and HBM",
+    "binding": "the largest of these floors, which hold for the tiles in this table: other tiles have others",
+    "in one pass": "us of a single backward kernel of five products that computes visible pairs alone, in place of two",
+}
+"""Of the columns that need words, and of the lines on backward passes."""
+
+
+def legend() -> list[str]:
+    """Lines under the table."""
+    return ["", *(f"{column}: {words}" for column, words in LEGEND.items()), ""]
+
+
+def described(names: Sequence[str]) -> list[str]:
+    """A line a named shape, saying what it is."""
+    return [*(f"{name}: {CASES[name].described}" for name in names), ""]
 
 
 def table(costs: Sequence[Cost]) -> str:

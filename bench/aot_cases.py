@@ -63,6 +63,13 @@ class Attention:
     def mask_tokens(self) -> bool:
         return self.variant != "pim"
 
+    @property
+    def described(self) -> str:
+        """In words."""
+        op = "two-stream" if self.variant in TWO_STREAM_VARIANTS else "prefix-suffix"
+        sizes = f"B x H = {self.batch} x {self.heads} = {self.batch * self.heads}, N = {self.tokens}, c = {self.cut}"
+        return f"{op} attention, {self.variant}: {sizes}, D = {self.size}, {self.dtype}"
+
     def launches(self, target: Target) -> list[Launch]:
         """Forward, then the launches of the backward pass."""
         of_op = self._two_stream if self.variant in TWO_STREAM_VARIANTS else self._prefix_suffix
@@ -218,6 +225,12 @@ class KMeans:
     @property
     def size(self) -> int:
         return self.features
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        sizes = f"{self.rows} rows, {self.clusters} clusters, {self.features} features"
+        return f"k-means, {self.variant}: {sizes}, {self.dtype}"
 
     def launches(self, target: Target) -> list[Launch]:
         """In the order of the call."""

@@ -1,4 +1,4 @@
-"""What an attention kernel costs at least on an H200, for what a harvest measured.
+"""What an attention kernel with its tiles costs at least on an H200, for what a harvest measured.
 
 From records of `python -m bench aot`, or compiled now where no record holds that configuration and shape.
 """

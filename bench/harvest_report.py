@@ -19,6 +19,7 @@ from typing import Any
 from bench import harvest_targets
 from bench.harvest_advice import Counters, Pair, advice, counters, pairs, shown, snippet, winners
 from bench.harvest_data import (
+    HEAD_SIZE_FLOP,
     LEAST_REPEATS,
     Harvest,
     Refused,
@@ -31,7 +32,7 @@ from bench.harvest_data import (
     together,
 )
 from bench.harvest_floors import KERNELS, UNITS, Find, finder
-from bench.harvest_targets import NOT_MEASURED
+from bench.harvest_targets import NOT_MEASURED, at_target, most_repeats
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python bench/harvest.py"
@@ -238,7 +239,10 @@ def page(harvest: Harvest, floors: Find, written: Sequence[str], folder: Path = 
     sections: Sequence[tuple[str, Callable[[], Iterable[str]]]] = (
         ("What failed", lambda: failed(harvest)),
         ("What to change first", lambda: [*first(harvest), *after(harvest, folder)]),
-        ("Kernels", lambda: [*targets(harvest_targets.KERNELS, harvest), "", *peers(harvest)]),
+        (
+            "Kernels",
+            lambda: [*targets(harvest_targets.KERNELS, harvest), *beyond(harvest, floors), "", *peers(harvest)],
+        ),
         ("Training step", lambda: training(harvest)),
         ("Memory", lambda: targets(harvest_targets.MEMORY, harvest)),
         ("Every attention kernel beside its floors", lambda: beside_floors(harvest, floors)),
@@ -368,6 +372,30 @@ def targets(wanted: Sequence[harvest_targets.Target], harvest: Harvest) -> list[
     return table(harvest_targets.HEAD, harvest_targets.rows(wanted, harvest))
 
 
+def beyond(harvest: Harvest, floors: Find) -> list[str]:
+    """Wanted rates of attention that lie beyond a floor of today's tiles, whatever else is done."""
+    lines = []
+    for name, ops, wanted in (
+        ("forward", ("forward",), harvest_targets.FORWARD), ("backward", ("dq", "dkdv"), harvest_targets.BACKWARD)
+    ):  # fmt: skip
+        times = [most_repeats(at_target(harvest, op, "ours")) for op in ops]
+        if not all(time is not None and time.config is not None for time in times):
+            continue
+        found = [floors(time.op, time.config, time.shape, time.dtype) for time in times]
+        if None in found:
+            continue
+        shape, least = times[0].shape, sum(x.largest for x in found)
+        flop = HEAD_SIZE_FLOP[name] * shape.size * shape.visible_pairs
+        for rate in wanted:
+            if (microseconds := flop / (rate * 1e12) * 1e6) < least:
+                parts = [f"{x.largest:.0f} us of {KERNELS[op]} ({x.binding})" for op, x in zip(ops, found, strict=True)]
+                lines.append(
+                    f"- Attention {name} at {rate} TFLOP/s takes {microseconds:.0f} us and needs other tiles: today's "
+                    f"take {' + '.join(parts)} at least."
+                )
+    return ["", *lines] if lines else []
+
+
 def peers(harvest: Harvest) -> list[str]:
     """Every way of attention in the parts that timed peers, ours in today's configuration."""
     parts = {time.part for time in harvest.times if time.way != "ours"}
@@ -441,8 +469,10 @@ def beside_floors(harvest: Harvest, floors: Find) -> list[str]:
             f"{found.largest / measured:.0%}",
         ])  # fmt: skip
     head = ("kernel", "shape", "dtype", "configuration", "measured", "noise", *UNITS, "binding", "floor / measured")
-    text = "Microseconds. A floor is what one unit of an H200 would need if it never waited; the largest binds. Above "
-    text += "100 % either the time or the floor is wrong."
+    text = "Microseconds. A floor is what one unit of an H200 would need if it never waited, with the tiles of that "
+    text += (
+        "configuration; other tiles have other floors. The largest binds. Above 100 % the time or the floor is wrong."
+    )
     origin = f" Floors are of {', '.join(sources)}." if sources else ""
     return [text + origin, "", *table(head, rows)]
 

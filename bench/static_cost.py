@@ -1,7 +1,7 @@
 """What a kernel costs at least on a GPU that is not here: from its machine code and the tiles that it goes through.
 
 A floor is the time that one unit of the GPU would need if it never waited. The largest is the one that binds; measured
-times are above all of them.
+times are above all of them. Floors are of a kernel with its tiles, not of the GPU as such: other tiles have others.
 """
 
 from __future__ import annotations

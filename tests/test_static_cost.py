@@ -79,3 +79,17 @@ def test_loops_that_are_not_understood() -> None:
 def test_the_rates_are_those_of_the_data_sheet() -> None:
     """Dense 16-bit: 989 TFLOP/s at 1.83 GHz."""
     assert H200.tensor_flop * H200.processors * 1.83e9 == pytest.approx(989e12, rel=0.001)
+
+
+def test_the_table_says_what_its_columns_and_shapes_are() -> None:
+    pytest.importorskip("triton")
+    from bench import aot
+
+    assert {name for key in aot.LEGEND for name in key.split(", ")} <= {*aot.COLUMNS, "in one pass"}
+    assert aot.instructions_of("tile", {"instructions": 331, "branches": [66, 66]}) == "tile 331 + 66 + 66"
+    assert "tile 331 + 66 + 66" in aot.LEGEND["instructions"]
+    assert aot.described(["target", "kmeans_narrow"]) == [
+        "target: two-stream attention, plain: B x H = 256 x 12 = 3072, N = 197, c = 50, D = 64, bf16",
+        "kmeans_narrow: k-means, exact: 65536 rows, 8192 clusters, 64 features, bf16",
+        "",
+    ]
