@@ -18,6 +18,9 @@ LARGEST_MEMBER, LARGEST_TOTAL = 64 << 20, 256 << 20
 """Bytes that an archive may unpack to; what comes back is a few MiB."""
 LEAST_REPEATS = 3
 """Samples below which a median says nothing of its noise, and nothing is advised."""
+UNKNOWN_DEVICE = "unknown device"
+NO_FIGURES = {"failure", "warm"}
+"""Kinds of rows that hold no figure."""
 HEAD_SIZE_FLOP = {"forward": 4, "backward": 10}
 """FLOP of a visible pair and head size: two products forward, five backward."""
 
@@ -123,9 +126,9 @@ class Harvest:
 
     @property
     def device(self) -> str:
-        """Its name, or "unknown device"."""
+        """Its name, or UNKNOWN_DEVICE."""
         names = [self.summary.get("device"), *(row.get("device") for row in self.of("machine"))]
-        return next((name for name in names if isinstance(name, str) and name), "unknown device")
+        return next((name for name in names if isinstance(name, str) and name), UNKNOWN_DEVICE)
 
     @property
     def versions(self) -> dict[str, str]:
@@ -150,8 +153,10 @@ class Harvest:
 
     @property
     def found_no_gpu(self) -> bool:
-        """Whether no part could do anything, as on a machine without a GPU."""
-        return not self.dry_run and {x.get("status") for x in self.outcomes.values()} == {"skipped"}
+        """Whether no GPU is named and no figure came back, as from a machine without one."""
+        return (
+            not self.dry_run and self.device == UNKNOWN_DEVICE and not self.times and not self.rows.keys() - NO_FIGURES
+        )
 
     def of(self, kind: str, **wanted: Any) -> list[dict[str, Any]]:
         """Rows of a kind with these values."""

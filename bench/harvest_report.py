@@ -264,6 +264,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in cells]
 
 
+def figure(value: float) -> str:
+    """A time: four digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def introduction(harvest: Harvest, written: Sequence[str]) -> list[str]:
     """What was measured, where and with what; what could not be read."""
     calls = harvest.calls or [harvest]
@@ -277,7 +282,7 @@ def introduction(harvest: Harvest, written: Sequence[str]) -> list[str]:
         lines += [f"- Call {number}, {call.device}: {run_of(call)}" for number, call in enumerate(calls, 1)]
         lines += ["", "A figure is of the call that stands beside it or in the name of its part."]
     else:
-        lines += [run_of(harvest)]
+        lines += [f"Of {run_of(harvest)}"]
         if harvest.is_second:
             lines += ["", "Of the second call alone; `--report FIRST SECOND` makes the page of both."]
     lines += [
@@ -407,7 +412,7 @@ def peers(harvest: Harvest) -> list[str]:
     for time in sorted(times, key=lambda x: (not x.shape.is_target, x.shape.tokens, x.dtype, x.op)):
         base = ours.get((time.part, time.shape, time.dtype, time.op))
         rows.append((
-            time.shape, time.dtype, time.op, f"{time.way}{in_call(time.part)}", f"{time.p50:.4g}", time.shown_noise,
+            time.shape, time.dtype, time.op, f"{time.way}{in_call(time.part)}", figure(time.p50), time.shown_noise,
             time.repeats, f"{time.p50 / base:.3g}" if base else "",
             f"{time.flop_per_s / 1e12:.3g}" if time.op in ("forward", "backward") else "",
         ))  # fmt: skip
@@ -429,7 +434,7 @@ def training(harvest: Harvest) -> list[str]:
             (*names, "images/s", "ms", "noise", "peak GiB"),
             [
                 (
-                    *key, f"{row['images_per_s']:,.0f}", f"{row['p50_ms']:.4g}",
+                    *key, f"{row['images_per_s']:,.0f}", figure(row["p50_ms"]),
                     noise_words(quantiles(row)["noise"], row.get("repeats")),
                     f"{row['peak_bytes'] / 2**30:.1f}" if row.get("peak_bytes") else NOT_MEASURED,
                 )
@@ -459,7 +464,7 @@ def beside_floors(harvest: Harvest, floors: Find) -> list[str]:
         found = floors(time.op, time.config, time.shape, time.dtype)
         measured = 1e3 * time.p50
         config = f"{time.config}{'' if time.default else ' (fastest)'}{in_call(time.part)}"
-        row = [KERNELS[time.op], str(time.shape), time.dtype, config, f"{measured:.4g}", time.shown_noise]
+        row = [KERNELS[time.op], str(time.shape), time.dtype, config, figure(measured), time.shown_noise]
         if found is None:
             rows.append([*row, *[""] * len(UNITS), "no static cost", ""])
             continue
@@ -531,7 +536,7 @@ def launch_configurations(harvest: Harvest) -> list[str]:
 def beside_today(pair: Pair) -> str:
     """Microseconds, and of another configuration than today's its gain, as measured in turn with today's."""
     gain = "" if pair.other == pair.today else f" ({pair.ratio - 1:+.1%})"
-    return f"{1e3 * pair.other.p50:.4g}{gain}{in_call(pair.other.part)}"
+    return f"{figure(1e3 * pair.other.p50)}{gain}{in_call(pair.other.part)}"
 
 
 def hardware(harvest: Harvest) -> list[str]:

@@ -19,7 +19,7 @@ from bench import harvest_data, harvest_floors, report_data
 from bench.harvest_advice import advice, counted, winners
 from bench.harvest_data import Config, Refused, Shape, read
 from bench.harvest_floors import Floors
-from bench.harvest_report import RESULTS, label, page, records, report, stamp
+from bench.harvest_report import RESULTS, figure, label, page, records, report, stamp
 from bench.harvesting.parts import best_configurations
 
 ROOT = Path(__file__).parent.parent
@@ -533,6 +533,10 @@ def test_a_dry_run_measures_nothing(tmp_path: Path) -> None:
     assert line(text, "k-means ids equal to the float64 argmin")[3:] == ["not measured", ""]
 
 
+def test_times_are_written_out() -> None:
+    assert [figure(x) for x in (81672.4, 1000.0, 380.25, 0.38)] == ["81,672", "1,000", "380.2", "0.38"]
+
+
 def test_a_dry_run_asks_for_no_change(tmp_path: Path) -> None:
     text = report(keep(tmp_path / "harvest", all_rows(), dry_run=True), floors=floors).read_text()
     assert section(text, "What to change first").strip() == "A dry run asks for no change."
@@ -596,6 +600,9 @@ def test_a_machine_without_a_gpu_leaves_no_page_among_the_results(tmp_path: Path
     with pytest.raises(Refused, match="found no GPU and measured nothing"):
         report(folder)
     assert set(RESULTS.iterdir()) == before
+    hung = keep(tmp_path / "hung", {}, {"machine": outcome("timed out"), "kmeans": outcome("failed")}, device=None)
+    with pytest.raises(Refused, match="found no GPU"):
+        report(hung)
     dry = keep(tmp_path / "dry", {}, outcomes, dry_run=True)
     with pytest.raises(Refused, match="a dry run and a real one"):
         report(folder, dry)
