@@ -324,8 +324,8 @@ def failed(harvest: Harvest) -> list[str]:
     for name, outcome in bad.items():
         if trace := last_words(outcome):
             lines += [
-                "", f"{name}; the whole is `parts.{name}` of summary.json in the harvest's archive:", "", "```text",
-                *trace, "```",
+                "", f"{name}; the whole is `parts.{base_part(name)}` of summary.json in the harvest's archive:", "",
+                "```text", *trace, "```",
             ]  # fmt: skip
     if rows := harvest.of("failure"):
         lines += ["", "Ways that a part did not measure:", ""]

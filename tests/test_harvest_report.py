@@ -553,7 +553,7 @@ def two_calls(tmp_path: Path) -> tuple[Path, Path]:
     steps = [row | {"part": "step_tuned", "tuned": True} for row in step_rows()]
     second = keep(
         tmp_path / "second", {"kmeans": kmeans, "tuned": tuned, "step_tuned": steps},
-        {"kmeans": outcome(), "tuned": outcome(), "step_tuned": outcome("failed")},
+        {"kmeans": outcome(), "tuned": outcome(), "step_tuned": outcome("failed", traceback="Error: x")},
         call=2, started="2026-12-02T10:20:30+00:00", commit="a" * 40, command="python bench/harvest.py --second first",
     )  # fmt: skip
     return first, second
@@ -580,6 +580,7 @@ def test_two_calls_make_one_page(tmp_path: Path) -> None:
     todo = section(text, "What to change first")
     assert "Mend the part step_tuned, call 2: failed." in todo and "kmeans" not in todo and "--second" not in todo
     assert line(section(text, "What failed"), "kmeans, call 1")[1] == "timed out"
+    assert "step_tuned, call 2; the whole is `parts.step_tuned` of summary.json" in text
     names = {path.name for path in (tmp_path / "results").glob("harvest_kmeans*")}
     assert names == {"harvest_kmeans_h200_20261202T102030.json"}, "the first call has none"
     record = json.loads((tmp_path / "results" / names.pop()).read_text())
