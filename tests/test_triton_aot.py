@@ -21,13 +21,13 @@ from mapet_kernels import launch
 ROOT = Path(__file__).parent.parent
 OLDER = Path(sys.prefix, "triton36")
 
-# Sizes, dtypes and variants that between them meet every branch of the kernels and every entry of the launch table.
+# Sizes, dtypes and variants that between them meet every branch of the kernels and most entries of the launch table.
 MATRIX = (
-    ((64,), ("fp16",), ("plain", "gather", "last_block", "pim", "single_per_image")),
+    ((64,), ("fp16",), ("plain", "gather", "single_per_image")),
     ((64,), ("bf16",), ("single",)),
-    ((16, 32, 64, 128), ("fp32",), ("plain",)),
+    ((64, 128), ("fp32",), ("plain",)),
     ((16,), ("tf32",), ("single",)),
-    ((16, 32, 128), ("fp16",), ("plain",)),
+    ((16, 128), ("fp16",), ("plain",)),
 )
 
 COMPILE = """
