@@ -181,11 +181,12 @@ def of_shapes(options: AotReport) -> tuple[dict[str, Any], list[str]]:
     return results, [problem for cost in costs for problem in cost.compiled.problems()]
 
 
-def costs_of(name: str, target: Target = launch.TARGETS[90]) -> Iterator[Cost]:
-    """The cost of every kernel at a named shape."""
+def costs_of(name: str, target: Target = launch.TARGETS[90], products: bool = False) -> Iterator[Cost]:
+    """The cost of every kernel at a named shape, or only of those with products of matrices."""
     case = CASES[name]
     for part in case.launches(target):
-        yield cost_of(name, case, part, target)
+        if not products or case.work(part) is not None:
+            yield cost_of(name, case, part, target)
 
 
 def cost_of(name: str, case: Attention | KMeans, part: Launch, target: Target) -> Cost:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tarfile
 import tempfile
 import zlib
@@ -16,6 +15,9 @@ from typing import Any, NamedTuple
 ARCHIVE = "harvest.tar.gz"
 LARGEST_MEMBER, LARGEST_TOTAL = 64 << 20, 256 << 20
 """Bytes that an archive may unpack to; what comes back is a few MiB."""
+LARGEST_NUMBER, LARGEST_SIZE = 1e18, 1 << 13
+MOST_DIGITS = 19
+"""Above all that a GPU of today can bring, in FLOP and bytes a second; above every size of a shape or a tile."""
 LEAST_REPEATS = 3
 """Samples below which a median says nothing of its noise, and nothing is advised."""
 UNKNOWN_DEVICE = "unknown device"
@@ -242,7 +244,10 @@ def unpack(archive: Path, folder: Path) -> list[str]:
                 elif member.size > LARGEST_MEMBER or total > LARGEST_TOTAL:
                     left_out.append(f"{ARCHIVE}: {member.name} is too large ({member.size} bytes)")
                 else:
-                    tar.extract(member, folder, filter="data")
+                    try:
+                        tar.extract(member, folder, filter="data")
+                    except (tarfile.FilterError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+                        left_out.append(f"{ARCHIVE}: {member.name} cannot be unpacked: {error}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         left_out.append(f"{ARCHIVE} cannot be read to its end: {type(error).__name__}: {error}")
     return left_out
@@ -252,25 +257,30 @@ def read_files(folder: Path) -> Harvest:
     """summary.json and parts/*.jsonl."""
     harvest = Harvest()
     try:
-        harvest.summary = as_summary(json.loads((folder / "summary.json").read_text()), harvest.damage)
+        harvest.summary = as_summary(parsed((folder / "summary.json").read_bytes()), harvest.damage)
     except FileNotFoundError:
         harvest.damage.append("summary.json is missing: what failed is not known")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         harvest.damage.append(f"summary.json is damaged: {error}")
     times: dict[tuple[Any, ...], Timing] = {}
     for path in sorted((folder / "parts").glob("*.jsonl")):
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
-                row = as_row(json.loads(line))
+                row = as_row(parsed(line))
                 if row["kind"] == "time":
                     time = as_timing(row)
                     keep_better(times, time)
                 else:
                     harvest.rows.setdefault(row["kind"], []).append(row)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 harvest.damage.append(f"{path.name}, line {number}: {type(error).__name__}: {error}")
     harvest.times = list(times.values())
     return harvest
+
+
+def parsed(text: bytes) -> Any:
+    """JSON, with integers that no size or time has as floats, infinite if need be, so that all of them can be shown."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
 
 
 def keep_better(times: dict[tuple[Any, ...], Timing], time: Timing) -> None:
@@ -345,7 +355,7 @@ def as_timing(row: Mapping[str, Any]) -> Timing:
         part=row["part"],
         op=row["op"],
         way=row["way"],
-        shape=Shape(**{name: int(positive(row["shape"], name)) for name in Shape._fields}),
+        shape=Shape(**{name: int(positive(row["shape"], name, LARGEST_SIZE)) for name in Shape._fields}),
         dtype=row["dtype"],
         config=None if config is None else as_config(config),
         default=bool(row.get("default", True)),
@@ -358,7 +368,7 @@ def as_timing(row: Mapping[str, Any]) -> Timing:
 
 def as_config(value: Mapping[str, Any]) -> Config:
     """ValueError, KeyError or TypeError for what is none."""
-    return Config(**{name: int(positive(value, name)) for name in Config._fields})
+    return Config(**{name: int(positive(value, name, LARGEST_SIZE)) for name in Config._fields})
 
 
 def timings_of(rows: Iterable[Any]) -> list[Timing]:
@@ -371,9 +381,9 @@ def timings_of(rows: Iterable[Any]) -> list[Timing]:
     return list(times.values())
 
 
-def positive(row: Mapping[str, Any], name: str) -> float:
-    """A number above 0; ValueError for anything else."""
+def positive(row: Mapping[str, Any], name: str, most: float = LARGEST_NUMBER) -> float:
+    """A number above 0 and up to `most`; ValueError for anything else."""
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}, not a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise ValueError(f"{name} is {str(value)[:40]}, not a number above 0 and at most {most:g}")
     return float(value)

@@ -39,6 +39,8 @@ COMMAND = "python bench/harvest.py"
 TRACEBACK_LINES = 12
 """Of a failure that the page shows; the whole one is in the summary."""
 COMMIT_DIGITS = 12
+LONGEST_LABEL = 60
+"""Characters of a device's name in a file name."""
 MOST_DAMAGE = 10
 """Lines that could not be read that the page names."""
 
@@ -77,7 +79,7 @@ def label(harvest: Harvest) -> str:
     if harvest.dry_run:
         return "dry_run"
     words = harvest.device.lower().removeprefix("nvidia ")
-    return re.sub(r"[^a-z0-9]+", "_", words).strip("_")
+    return re.sub(r"[^a-z0-9]+", "_", words).strip("_")[:LONGEST_LABEL]
 
 
 def stamp(harvest: Harvest) -> str:

@@ -38,9 +38,9 @@ def with_needs(names: Iterable[str]) -> set[str]:
     return found
 
 
-def absent() -> set[str]:
-    """Top-level modules that are installed here and not there."""
-    there = with_needs(PRESENT) | {canonical(name) for name in ALONE}
+def absent(present: Iterable[str] = PRESENT, alone: Iterable[str] = ALONE) -> set[str]:
+    """Top-level modules that are installed here and not there: neither `present`, with needs, nor `alone`, without."""
+    there = with_needs(present) | {canonical(name) for name in alone}
     owners = importlib.metadata.packages_distributions()
     missing = {module for module, names in owners.items() if not there & {canonical(name) for name in names}}
     return missing - set(OURS)
@@ -59,7 +59,11 @@ class Without:
         return getattr(self.finder, name)
 
 
-def pytest_configure() -> None:
-    """From now on none of them can be imported."""
-    missing = absent()
+def hide(missing: set[str]) -> None:
+    """From now on none of these modules can be imported."""
     sys.meta_path[:] = [Without(finder, missing) for finder in sys.meta_path]
+
+
+def pytest_configure() -> None:
+    """Where this is a plugin."""
+    hide(absent())

@@ -39,7 +39,7 @@ print(json.dumps([dataclasses.asdict(row) for row in aot.compile_all(aot.AotRepo
 COSTS = """
 import dataclasses, json, sys
 from bench import aot
-costs = [cost for name in json.loads(sys.argv[1]) for cost in aot.costs_of(name)]
+costs = [cost for name in json.loads(sys.argv[1]) for cost in aot.costs_of(name, products=True)]
 print(json.dumps([dataclasses.asdict(cost) | {"problems": cost.compiled.problems()} for cost in costs]))
 """
 
@@ -101,16 +101,17 @@ def test_what_hopper_executes(folder: Path | None) -> None:
         pytest.skip("Triton 3.6 is the installed one")
     if folder is not None and not (folder / "triton/__init__.py").exists():
         pytest.skip(f"no Triton 3.6 in {folder}: make test puts it there")
-    names = ("target", "gather", "last_block", "pim")
-    costs = in_process(COSTS, names, folder)
-    assert len(costs) == 3 * len(names)
+    attention, assignment = ("target", "gather", "last_block", "pim"), ("kmeans_exact", "kmeans_fast", "kmeans_narrow")
+    costs = in_process(COSTS, attention + assignment, folder)
+    assert len(costs) == 3 * len(attention) + len(assignment)
     for cost in costs:
         assert cost["problems"] == [], cost
         assert cost["hgmma"] and cost["notes"] == [], cost
-        assert cost["loops"]["tile"]["tensor"] > 0 and cost["floors"][cost["binding"]] == max(cost["floors"].values())
-        assert cost["loops"]["tile"]["trips"] >= cost["programs"] / 2 > 0
+        loop = cost["loops"].get("product", cost["loops"]["tile"])
+        assert loop["tensor"] > 0 and cost["floors"][cost["binding"]] == max(cost["floors"].values())
+        assert loop["trips"] >= cost["programs"] / 2 > 0
         # While a tile is computed, the next one is on its way.
-        assert cost["loops"]["tile"]["copies_in_flight"] >= cost["loops"]["tile"]["copies"] > 0, cost
+        assert loop["copies_in_flight"] >= loop["copies"] > 0, cost
         assert 0 < cost["visible"] <= cost["executed"]
         assert cost["floors"]["tensor cores"] >= cost["tensor_visible"] > 0
         assert cost["resident"] >= 1

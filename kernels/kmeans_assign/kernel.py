@@ -217,23 +217,25 @@ def scores_kernel(
             b_s = b_s * b_scale[:, None] + b_bias[None, :] - b_radius[:, None] * b_slope[None, :]
             b_min = tl.min(b_s, 1)
             m_hit = _hits(b_min, b_reach, b_held, b_lowest, CAPACITY)
-            while tl.max(m_hit.to(tl.int32), 0) > 0:
-                # The lowest id at the minimum of the rows that are hit.
-                i_min = tl.min(tl.where(b_s == b_min[:, None], k[None, :], NO_ID), 1)
-                o_min = i_group * padded_clusters + i_min
-                b_width = b_radius * tl.load(slope + o_min, mask=m_hit, other=0.0)
-                b_width += tl.load(slack + o_min, mask=m_hit, other=0.0)
-                b_upper = b_min + 2 * b_width
-                b_reach = tl.where(m_hit, tl.minimum(b_reach, b_upper), b_reach)
-                b_held = tl.where(m_hit & (b_lowest > b_reach), 0, b_held)  # all that was held is out
-                m_kept = m_hit & (b_held < CAPACITY)
-                tl.store(best + o_list + b_held * list_rows, b_min, mask=m_kept)
-                tl.store(ids + o_list + b_held * list_rows, i_min, mask=m_kept)
-                b_held = tl.where(m_hit, tl.minimum(b_held + 1, CAPACITY + 1), b_held)
-                b_lowest = tl.where(m_hit, tl.minimum(b_lowest, b_min), b_lowest)
-                b_s = tl.where(k[None, :] == i_min[:, None], float("inf"), b_s)
-                b_min = tl.min(b_s, 1)
-                m_hit = _hits(b_min, b_reach, b_held, b_lowest, CAPACITY)
+            # Triton keeps no copies in flight in a loop that has another right in its body: this one is in a branch.
+            if tl.max(m_hit.to(tl.int32), 0) > 0:
+                while tl.max(m_hit.to(tl.int32), 0) > 0:
+                    # The lowest id at the minimum of the rows that are hit.
+                    i_min = tl.min(tl.where(b_s == b_min[:, None], k[None, :], NO_ID), 1)
+                    o_min = i_group * padded_clusters + i_min
+                    b_width = b_radius * tl.load(slope + o_min, mask=m_hit, other=0.0)
+                    b_width += tl.load(slack + o_min, mask=m_hit, other=0.0)
+                    b_upper = b_min + 2 * b_width
+                    b_reach = tl.where(m_hit, tl.minimum(b_reach, b_upper), b_reach)
+                    b_held = tl.where(m_hit & (b_lowest > b_reach), 0, b_held)  # all that was held is out
+                    m_kept = m_hit & (b_held < CAPACITY)
+                    tl.store(best + o_list + b_held * list_rows, b_min, mask=m_kept)
+                    tl.store(ids + o_list + b_held * list_rows, i_min, mask=m_kept)
+                    b_held = tl.where(m_hit, tl.minimum(b_held + 1, CAPACITY + 1), b_held)
+                    b_lowest = tl.where(m_hit, tl.minimum(b_lowest, b_min), b_lowest)
+                    b_s = tl.where(k[None, :] == i_min[:, None], float("inf"), b_s)
+                    b_min = tl.min(b_s, 1)
+                    m_hit = _hits(b_min, b_reach, b_held, b_lowest, CAPACITY)
         else:
             b_s = b_s * b_scale[:, None] + b_bias[None, :]
             b_min = tl.min(b_s, 1)
