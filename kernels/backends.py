@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mapet_kernels.flash_providers import reason_against_flash
+from mapet_kernels.flash_providers import constant_in_graphs, reason_against_flash
 
 ATTENTION_BACKENDS = ("reference", "sdpa")
 """Backends of every attention op."""
@@ -86,7 +86,7 @@ def _gpu(device: torch.device) -> tuple[str, tuple[int, int]]:
     return _once(torch.cuda.get_device_name, index), _once(torch.cuda.get_device_capability, index)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def reason_against_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why Triton kernels do not run on this device (in this dtype), or None."""
     if _once(importlib.util.find_spec, "triton") is None:
@@ -107,7 +107,7 @@ def reason_against_triton(device: torch.device, dtype: torch.dtype | None) -> st
     return "takes float16, bfloat16 and float32, not float64" if dtype == torch.float64 else None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def reason_against_cuda(device: torch.device, dtype: torch.dtype | None, products: bool = True) -> str | None:
     """Why the CUDA C++ kernels do not run on this device (in this dtype), or None.
 
@@ -218,7 +218,7 @@ def _too_large(size: int | None, most: int) -> str | None:
     return None if size is None or size <= most else f"takes head sizes up to {most}, not {size}"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _capability(device: torch.device) -> tuple[int, int]:
     return _gpu(device)[1] if torch.cuda.is_available() else (0, 0)
 

@@ -21,10 +21,12 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Called = TypeVar("Called", bound=Callable[..., Any])
 
 MAX_HEAD_SIZE = 256
 HEAD_SIZE_MULTIPLE = 8
@@ -84,7 +86,13 @@ def provider_for(device: torch.device | str, dtype: torch.dtype | None = None) -
     return found
 
 
-@torch.compiler.assume_constant_result
+def constant_in_graphs(function: Called) -> Called:
+    """As torch.compiler.assume_constant_result, which would load the compiler with every import: two seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_in_graphs
 def reason_against_flash(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why no provider of FlashAttention runs on this device (in this dtype), or None."""
     found = choose_provider(describe(device), dtype)

@@ -159,7 +159,7 @@ def test_2_hangs():
 def test_3_is_late():
     pass
 """
-    output, kept = run_pytest(tmp_path, source, "-n", "1", "--stop-after", "20")
+    output, kept = run_pytest(tmp_path, source, "-n", "1", "--stop-after", "10")
     assert "2 failed, 1 skipped" in output and "early" in output
     assert "test_2_hangs still ran 2 s after the end of the run" in kept and "in test_2_hangs" in kept
 

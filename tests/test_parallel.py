@@ -21,8 +21,6 @@ from mapet.schedule import plan_steps
 from mapet.train import pretrain
 
 SHARDED = {**CHANGES, "train.micro_batch": 1, "train.parallel": "fsdp"}
-FOUR = ("fp16",)
-"""Variants that are also run with 4 processes."""
 
 
 @pytest.fixture(scope="module")
@@ -73,31 +71,28 @@ def test_a_run_goes_from_one_process_to_parts_and_back(cache, tmp_path):
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def found(request, cache, tmp_path_factory) -> dict[str, object]:
-    """What tests/parallel_rank.py found, with the number of processes."""
+@pytest.fixture(scope="module")
+def found(cache, tmp_path_factory) -> dict[str, object]:
+    """What two processes of tests/parallel_rank.py found."""
     folder = tmp_path_factory.mktemp("found")
     pretrain(make_config(cache, folder / "one", **parallel_rank.CHANGES, **{"train.max_steps": 2}))
-    variants = FOUR if request.param == 4 else parallel_rank.VARIANTS
-    arguments = (cache, folder / "one/checkpoints", folder / "report.json", *variants)
-    run_ranks(*arguments, size=request.param, script=Path(parallel_rank.__file__))
-    return {"size": request.param, **json.loads((folder / "report.json").read_text())}
+    arguments = (cache, folder / "one/checkpoints", folder / "report.json", *parallel_rank.VARIANTS)
+    run_ranks(*arguments, size=2, script=Path(parallel_rank.__file__))
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_every_variant_of_a_step_is_the_same_in_parts(found):
     variants = found["variants"]
-    assert variants.keys() == set(FOUR if found["size"] == 4 else parallel_rank.VARIANTS)
+    assert variants.keys() == set(parallel_rank.VARIANTS)
     assert [name for name, v in variants.items() if not v["difference"] <= 1.0] == []
     assert [name for name, v in variants.items() if v["losses"][0] != pytest.approx(v["losses"][1], rel=1e-5)] == []
-    compiled = [name for name, v in variants.items() if v["graphs"]]
-    assert compiled == (["compile"] if found["size"] == 2 else [])
+    assert [name for name, v in variants.items() if v["graphs"]] == ["compile"]
 
 
 def test_a_gradient_broken_in_one_part_calls_the_whole_update_off(found):
-    size = found["size"]
     overflow, nan = found["fp16 overflow"], found["fp32 nan"]
-    assert overflow == {"changed": [], "scales": [[65536.0, 32768.0]] * size, "failed": [None] * size}
-    assert nan == {"changed": [], "scales": [[1.0, 1.0]] * size, "failed": [2] * size}
+    assert overflow == {"changed": [], "scales": [[65536.0, 32768.0]] * 2, "failed": [None] * 2}
+    assert nan == {"changed": [], "scales": [[1.0, 1.0]] * 2, "failed": [2] * 2}
 
 
 def test_clipping_takes_the_norm_over_all_parts(found):
@@ -107,15 +102,15 @@ def test_clipping_takes_the_norm_over_all_parts(found):
 
 
 def test_a_checkpoint_is_the_same_after_loading_and_saving_in_parts(found):
-    assert found["loaded"] == [[]] * found["size"]
+    assert found["loaded"] == [[]] * 2
 
 
 def test_each_process_holds_the_part_that_is_planned(found):
     changes = {**parallel_rank.CHANGES, "train.parallel": "fsdp"}
-    size = step_size(make_config(Path("c"), Path("o"), **changes), found["size"])
+    size = step_size(make_config(Path("c"), Path("o"), **changes), 2)
     planned = next(in_parts(size, moment) for moment in moments(size) if moment.moment == "update")
     expected = {name: getattr(planned, name) for name in ("weights", "gradients", "optimizer", "average")}
-    assert found["held"] == [expected] * found["size"]
+    assert found["held"] == [expected] * 2
 
 
 @pytest.mark.parametrize(
