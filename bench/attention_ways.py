@@ -14,7 +14,6 @@ from functools import cached_property, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.guard import Unavailable
 from bench.official_way import batch_masks
@@ -270,6 +269,8 @@ FLEX_SETTINGS = {
 
 def flex(setting: FlexSetting, operands: Operands) -> Way:
     """FlexAttention with a block mask of the same rule, one for all images and heads."""
+    from torch.nn.attention.flex_attention import flex_attention  # here, as it takes most of a second
+
     shape, device = operands.shape, operands.k.device
     if device.type == "cpu" and setting.compiled:
         raise Unavailable("compiled FlexAttention has no backward pass on a CPU")
@@ -307,6 +308,8 @@ def _flex_call(call, kernel_options, q: Tensor, k: Tensor, v: Tensor, mask) -> T
 
 
 def _block_mask(shift: Tensor, operands: Operands, block: int):
+    from torch.nn.attention.flex_attention import create_block_mask
+
     mask_mod = flex_mask_mod(shift, operands.shape.cuts, operands.shape.tokens)
     rows, keys = shift.numel(), operands.content_rows
     return create_block_mask(mask_mod, None, None, rows, keys, device=shift.device, BLOCK_SIZE=block)
