@@ -21,7 +21,7 @@ TEST = "tests/triton_cases.py::test_random_shapes"
 
 @dataclass(frozen=True)
 class RandomShapes:
-    """How many shapes to try. 10,000 take about 40 minutes on one core."""
+    """How many shapes to try. 10,000 take about 80 minutes on one core."""
 
     count: int = 10_000
 
