@@ -20,6 +20,8 @@ from mapet.distributed import store_of_attempt
 from mapet.errors import MapetError
 from mapet.train import pretrain
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "elastic_rank.py"
 CHANGES = {"train.ema_decay": 0.9, "optim.eps": 1e-3, "train.max_steps": 8, "train.save_every": 2}
 PATIENCE = timedelta(seconds=20)

@@ -70,7 +70,7 @@ def test_a_dry_run_goes_through_every_part_of_both_calls(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_torch_triton_and_numpy_are_enough_for_the_kernels(tmp_path: Path) -> None:
     """With no other package to be found, parts on the whole step are skipped, and say for want of what."""
-    kernels = ["machine", "check_embedding_kmeans", "attention"]
+    kernels = ["machine", "check_embedding_kmeans"]
     wanted = [*kernels, "step_tiny"]
     summary, _, _ = dry_run(tmp_path / "bare", "--parts", *wanted, path=str(ROOT / "tests/bare_python"))
     assert statuses(summary) == {name: "ok" if name in kernels else "skipped" for name in wanted}

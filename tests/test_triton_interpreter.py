@@ -17,6 +17,8 @@ CASES = [(f"triton_{name}cases.py", "") for name in NAMES]
 CASES += [("triton_cases.py", "random or budget"), ("triton_cases.py", "not (random or budget)")]
 FOLDER = Path(__file__).parent
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("cases", "chosen"), CASES)
 def test_kernels_in_the_interpreter(cases: str, chosen: str) -> None:

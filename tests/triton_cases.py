@@ -40,7 +40,7 @@ TINY = {
     "last_block": TwoStreamShape(7, 3, batch=1, heads=2, size=4, with_content=False),
     "pim_blind_row": TwoStreamShape(5, 0, batch=1, heads=1, size=4, mask_tokens=False),
 }
-RANDOM_SHAPES = int(os.environ.get("TRITON_RANDOM_SHAPES", "60"))
+RANDOM_SHAPES = int(os.environ.get("TRITON_RANDOM_SHAPES", "40"))
 
 
 @pytest.fixture
@@ -65,11 +65,9 @@ def test_head_sizes(poisoned: None, size: int) -> None:
     check_error_budget(SPEC, SPEC.make_case(TwoStreamShape(19, 6, size=size, batch=1), torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "cut", "with_content"), [(1025, 1000, True), (1025, 700, False), (2048, 1990, False)]
-)
+@pytest.mark.parametrize(("tokens", "cut", "with_content"), [(577, 560, True), (1025, 700, False), (2048, 1990, False)])
 def test_long_sequences(poisoned: None, tokens: int, cut: int, with_content: bool) -> None:
-    """512-pixel images and beyond; the tiles of the launch table."""
+    """384-pixel images and beyond; the tiles of the launch table."""
     shape = TwoStreamShape(tokens, cut, 1, 1, size=16, with_content=with_content)
     check_error_budget(SPEC, SPEC.make_case(shape, torch.float16), torch.float16)
 

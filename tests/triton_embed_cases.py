@@ -44,7 +44,7 @@ def test_error_budget(name: str, dtype: torch.dtype) -> None:
     check_error_budget(SPEC.make_case(SPEC.shapes[name], dtype), dtype)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed: int) -> None:
     choose = random.Random(seed)
     patch, grid, class_token = choose.choice((1, 2, 3, 4, 8)), choose.randint(2, 4), choose.random() < 0.5

@@ -53,7 +53,7 @@ def losses(backend: str, name: str, steps: int, *, compiled: bool = False) -> li
     return curve
 
 
-@pytest.mark.parametrize(("name", "steps"), [("mapet", 20), ("pim", 5)])
+@pytest.mark.parametrize(("name", "steps"), [("mapet", 10), ("pim", 5)])
 def test_loss_curve_of_the_reference_backend(name: str, steps: int) -> None:
     expected = losses("reference", name, steps)
     assert losses("triton", name, steps) == pytest.approx(expected, rel=1e-5)
