@@ -5,16 +5,15 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-gpu harvest harvest-second harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
 
-# Python compiles the modules that are imported, once; compiling all that is installed takes a minute.
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --editable '.[test,demo]'
+	$(BIN)/pip install --quiet --editable '.[test,demo]'
 	touch $@
 
 # Another Triton beside the installed one, of which tests see what it makes of the kernels; 190 MB.
 $(VENV)/triton36/.installed: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-compile --no-deps --upgrade --target $(@D) triton==3.6.0
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==3.6.0
 	touch $@
 
 demo: $(VENV)/.installed
