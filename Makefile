@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu harvest harvest-second harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
+.PHONY: demo test test-all test-gpu harvest harvest-second harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
@@ -20,8 +20,14 @@ demo: $(VENV)/.installed
 	$(BIN)/mapet demo --output runs/demo
 
 # A process for each core, and one thread in it: the tests' sizes gain nothing from more threads.
+# Tests marked long are left to test-all.
+TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE= \
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.installed $(VENV)/triton36/.installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
+	$(TESTS) -m "not long"
+
+test-all: $(VENV)/.installed $(VENV)/triton36/.installed
+	$(TESTS)
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
 # (CONTRIBUTING.md, On a GPU machine). Each is meant to end within 10 minutes.

@@ -395,6 +395,7 @@ def test_pytest_runs_the_same_contests(tmp_path: Path) -> None:
     assert "skipped" in done.stdout, "a backend that is not there"
 
 
+@pytest.mark.long
 def test_pytest_refuses_unknown_suites(tmp_path: Path) -> None:
     done = bench_pytest(tmp_path, "--suite", "steps", "--device", "cpu")
     assert done.returncode != 0 and "--suite takes kernels, step, pretrain" in done.stdout + done.stderr

@@ -354,6 +354,7 @@ class TestPretrain:
         more = ("--set=optim.cooldown_epochs=10000", "--max-steps", step + 1)
         assert f"going on from step {step}" in mapet.succeed(*training, *more).out
 
+    @pytest.mark.long
     def test_two_processes_of_torchrun(self, cache, tmp_path):
         training = ("pretrain", "--cache", cache, "--output", tmp_path / "run", *TRAINING, "--max-steps", 2)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mapet"]

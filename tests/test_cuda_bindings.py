@@ -101,7 +101,7 @@ def has_float16() -> bool:
     return "__FLT16_MAX__" in macros.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not has_float16(), reason="needs a C++ compiler with _Float16")
 @pytest.mark.skipif(not (PYTHON / "Python.h").is_file(), reason="needs Python.h")
 def test_operators_on_cpu_tensors(tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ def test_shared_memory_is_within_every_limit(library: ctypes.CDLL, size: int) ->
         assert 0 < library.host_key_gradient_bytes(size, stages) <= device.shared_limit
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(("architecture", "elements"), [(75, ("Half",)), (90, ("Bfloat",))])
 def test_nvcc_compiles_without_spills(architecture: int, elements: tuple[str, ...], tmp_path: Path) -> None:

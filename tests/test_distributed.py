@@ -86,6 +86,7 @@ def check_steps(output: Path, *, size: int, steps: int) -> list[dict[str, int]]:
     return [line["collectives"] for rank in ranks for line in rank]
 
 
+@pytest.mark.long
 def test_four_ranks_are_one_process_and_wait_for_each_other_once_a_step(cache, tmp_path):
     changes = {**CHANGES, "train.micro_batch": 1}
     processes = start_ranks(cache, tmp_path / "four", json.dumps(changes), size=4)

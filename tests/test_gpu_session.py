@@ -146,6 +146,7 @@ def test_2_is_late():
     assert not kept
 
 
+@pytest.mark.long
 def test_a_worker_that_hangs_ends_and_the_run_with_it(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     (tmp_path / "conftest.py").write_text("import gpu_session\ngpu_session.GRACE = 2.0\n")

@@ -21,6 +21,7 @@ def command(job: dict, paths: list[Path]) -> list:
     return [sys.executable, SCRIPT, json.dumps(job), *map(str, paths)]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, whose RLIMIT_DATA counts all memory")
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_more_rows_than_memory(tmp_path, in_memory):

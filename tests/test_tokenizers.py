@@ -301,7 +301,7 @@ def test_kclip_without_weights_names_the_file(tmp_path: Path) -> None:
         make_tokenizer("kclip", weights=tmp_path / "RN50x64.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kclip_at_its_true_size(monkeypatch: pytest.MonkeyPatch) -> None:
     state = random_weights(**RN50X64)
     names = [name for name in state if "running" not in name and "num_batches" not in name]

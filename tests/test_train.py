@@ -296,7 +296,7 @@ def test_a_cache_for_another_model_is_refused(model, message, cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_assertion_20_soak(cache, tmp_path, before_step):
     resident, process = {}, psutil.Process()
     before_step(lambda learner, step, batch: resident.update({step: process.memory_info().rss}))

@@ -18,6 +18,8 @@ import pytest
 
 from mapet_kernels import launch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 OLDER = Path(sys.prefix, "triton36")
 
@@ -100,8 +102,6 @@ import json, triton
 from triton.backends.compiler import GPUTarget
 from bench import aot, aot_compile
 from mapet_kernels.launch import TARGETS, Target
-
-pytestmark = pytest.mark.slow
 found = {}
 for target in (TARGETS[86], TARGETS[120], Target(90, 99 * 1024)):
     for part in aot.launches(128, "fp16", "gather", target):
