@@ -375,6 +375,7 @@ def test_switches_are_those_of_the_configuration() -> None:
         ablation.switches(ablation.Ablation(only=("nothing",)))
 
 
+@pytest.mark.long
 def test_pytest_runs_the_same_contests(tmp_path: Path) -> None:
     """pytest-benchmark's statistics are made of our durations, with our quantiles beside them."""
     done = bench_pytest(

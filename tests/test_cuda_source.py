@@ -236,6 +236,7 @@ def test_nvrtc_12_compiles_for_volta_without_spills() -> None:
         assert "wmma.mma.sync.aligned" in body
 
 
+@pytest.mark.long
 def test_bindings_compile_against_this_torch() -> None:
     include_paths = pytest.importorskip("torch.utils.cpp_extension").include_paths  # needs setuptools
     python = Path(sysconfig.get_paths()["include"])

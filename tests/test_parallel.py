@@ -59,6 +59,7 @@ def test_parts_are_one_process(cache, tmp_path):
     assert {(counts["all_reduce"], counts["allreduce_"]) for counts in collectives} == {(1, 1)}
 
 
+@pytest.mark.long
 def test_a_run_goes_from_one_process_to_parts_and_back(cache, tmp_path):
     pretrain(make_config(cache, tmp_path / "run", **{**CHANGES, "train.max_steps": 2}))
     printed = run_ranks(cache, tmp_path / "run", json.dumps({**SHARDED, "train.max_steps": 5}), size=2)
