@@ -13,6 +13,14 @@ class ConfigError(MapetError, ValueError):
     exit_code = 2
 
 
+class FieldError(ConfigError):
+    """A value that its field does not allow. `name` is the field's; the text begins with it."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        super().__init__(text)
+
+
 class DataError(MapetError):
     """Images, labels, tokens or a cache that cannot be used as given."""
 

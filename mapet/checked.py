@@ -1,0 +1,178 @@
+"""One check of values: that they have the type and range which their annotation says, and are finite.
+
+    epochs: Annotated[int, at_least(1)] = 300
+
+`check_fields` is called when a configuration is made; `conform` makes values of types out of JSON, checked alike.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from mapet.errors import FieldError
+
+SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, these included unless `open_low`, `open_high`; None for no limit."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
+        return above and (self.high is None or value < self.high or (value == self.high and not self.open_high))
+
+    def __str__(self) -> str:
+        if self.high is None:
+            if self.low == 0:
+                return "positive" if self.open_low else "not negative"
+            return f"above {self.low}" if self.open_low else f"at least {self.low}"
+        if self.low is None:
+            return f"below {self.high}" if self.open_high else f"at most {self.high}"
+        return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+
+
+def at_least(low: float, most: float | None = None) -> Range:
+    """From `low` on, up to `most`."""
+    return Range(low, most)
+
+
+def above(low: float, most: float | None = None) -> Range:
+    """More than `low`, up to `most`."""
+    return Range(low, most, open_low=True)
+
+
+def fraction(*, one: bool = True, zero: bool = True) -> Range:
+    """From 0 to 1; whether these two belong to it."""
+    return Range(0, 1, open_low=not zero, open_high=not one)
+
+
+SEED = Range(0, 2**63 - 1)
+"""Seeds that every random generator takes."""
+
+
+def check_fields(values: Any, prefix: str = "") -> None:
+    """FieldError unless every field of a dataclass fits its annotation; `prefix` goes before its name in the text."""
+    for name, hint in _hints(type(values)).items():
+        try:
+            conform(hint, getattr(values, name), f"{prefix}{name}")
+        except ValueError as error:
+            raise FieldError(f"{prefix}{name}", str(error)) from None
+
+
+def conform(hint: Any, value: Any, name: str) -> Any:
+    """The value as its annotation says: numbers, text, bool, None, Path, Literal, list, tuple, dict, dataclass, Any.
+
+    Lists become tuples, text paths, dicts dataclasses, where that is the type; numbers are finite. ValueError names
+    what does not fit.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        result = conform(arguments[0], value, name)
+        for limit in arguments[1:]:
+            if isinstance(limit, Range) and result is not None and result not in limit:
+                raise ValueError(f"{name} must be {limit}, got {_shown(value)}")
+        return result
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(arguments, value, name)
+    if origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
+            return value
+        raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, name)
+    if origin in (list, tuple):
+        return _sequence(origin, arguments, value, name)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be a mapping, got {_shown(value)}")
+        key, kind = arguments
+        return {conform(key, k, f"a key of {name}"): conform(kind, v, f"{name}.{k}") for k, v in value.items()}
+    return _plain(hint, value, name)
+
+
+def _plain(kind: Any, value: Any, name: str) -> Any:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int) and abs(value) > 2**1023:
+            raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+        return float(value)
+    if kind is Path and isinstance(value, str | os.PathLike):
+        if "\0" in os.fspath(value):
+            raise ValueError(f"{name} must not hold a NUL, got {_shown(value)}")
+        return Path(value)
+    if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
+        return int(value)
+    if kind in (str, bool, dict, list) and isinstance(value, kind):
+        return value
+    if kind in (type(None), None) and value is None:
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    raise ValueError(f"{name} must be {words.get(kind, getattr(kind, '__name__', kind))}, got {_shown(value)}")
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
+    errors = []
+    for kind in kinds:
+        try:
+            return conform(kind, value, name)
+        except ValueError as error:
+            errors.append((kind is type(None), str(error)))
+    raise ValueError(min(errors)[1])
+
+
+def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, got {_shown(value)}")
+    if origin is tuple and (len(kinds) != 2 or kinds[1] is not Ellipsis):
+        if len(kinds) != len(value):
+            raise ValueError(f"{name} must have {len(kinds)} entries, got {len(value)}")
+        return tuple(conform(kind, part, f"{name}[{i}]") for i, (kind, part) in enumerate(zip(kinds, value)))  # noqa: B905
+    return origin(conform(kinds[0], part, f"{name}[{i}]") for i, part in enumerate(value))
+
+
+def _build(kind: type, values: Any, name: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a mapping, got {_shown(values)}")
+    hints = _hints(kind)
+    if unknown := [key for key in values if key not in hints]:
+        raise ValueError(f"{name} has an unknown entry {_shown(unknown[0])}")
+    needed = {field.name for field in dataclasses.fields(kind) if not _has_default(field)}
+    if missing := sorted(needed - values.keys()):
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    return kind(**{key: conform(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
