@@ -48,6 +48,7 @@ MAY_CHANGE = frozenset(
         # The cache may move; its content may not, and the run checks that against the fingerprint in trainer.pt.
         "data.cache",
         "data.workers",
+        "data.patience",
         "train.output",
         "train.device",
         "train.parallel",

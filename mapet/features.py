@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
 from mapet.data.journal import Journal, write_whole
 from mapet.data.manifest import Skipped
@@ -151,6 +152,7 @@ def sample_features(
     max_patches: int = MAX_PATCHES,
     batch_size: int = 64,
     workers: int = 2,
+    patience: float = PATIENCE,
     max_skipped: float = 0.01,
     world: World | None = None,
 ) -> FeatureFiles:
@@ -163,6 +165,7 @@ def sample_features(
         limit: draw from so many images, themselves drawn at random; 0 for all.
         max_patches: about how many vectors to keep; the part kept is rounded to 0.1 %.
         batch_size: images of a pass through the network, at most a group of 40.
+        patience: seconds that a worker may take for one image.
     Returns:
         The sample, the same in every process.
     Raises:
@@ -175,7 +178,7 @@ def sample_features(
     world = world or World(torch.device("cpu"))
     images = min(limit or len(source), len(source))
     plan = SamplePlan(len(source), images, tokenizer.grid**2, max_patches, seed)
-    job = _Job(source, tokenizer, Path(folder), plan, min(batch_size, GROUP), workers, max_skipped, world)
+    job = _Job(source, tokenizer, Path(folder), plan, min(batch_size, GROUP), workers, patience, max_skipped, world)
     try:
         with job.disk_errors():
             found = world.on_main(job.begin)
@@ -196,6 +199,7 @@ class _Job:
     plan: SamplePlan
     batch_size: int
     workers: int
+    patience: float
     max_skipped: float
     world: World
 
@@ -247,17 +251,23 @@ class _Job:
     def write(self, numbers: Sequence[int]) -> TimeUse:
         shards = self.shards()
         groups = [group for number in numbers for group in shards[number]]
-        loader = prepared_batches(
-            self.source,
-            [self.groups[group] for group in groups],
-            prepare=self.tokenizer.prepare,
-            workers=self.workers,
-            pin_memory=self.world.device.type == "cuda",
-        )
         clock, start = StageClock(), time.perf_counter()
         images = sum(len(self.groups[group]) for group in groups)
-        prepared = iter(loader)  # forks the workers before the progress bar starts its thread
-        with torch.inference_mode(), clock.running(), progress(images, "features for the fit") as advance:
+        # The workers are forked before the progress bar starts its thread.
+        with (
+            prepared_batches(
+                self.source,
+                [self.groups[group] for group in groups],
+                prepare=self.tokenizer.prepare,
+                input_size=self.tokenizer.input_size,
+                workers=self.workers,
+                pin_memory=self.world.device.type == "cuda",
+                patience=self.patience,
+            ) as prepared,
+            torch.inference_mode(),
+            clock.running(),
+            progress(images, "features for the fit") as advance,
+        ):
             for number in numbers:
                 self._write_shard(number, shards[number], prepared, advance)
         waited = clock.seconds()
