@@ -146,11 +146,11 @@ class Run:
                 reporting = done + 1 == last or (done + 1) % train.log_every == 0
                 self.learner.step(done, batch, with_accuracy=reporting)
                 done += 1
+                if reporting:
+                    metrics = self.report(done, clock)
                 if done < last:
                     batch, failure = take(batches, clock)
                 stop.post(lacking=done < last and batch is None)
-                if reporting:
-                    metrics = self.report(done, clock)
                 verdict = stop.agreed()
                 if done == last or done % train.save_every == 0 or verdict.signal:
                     saved = self.save(done)

@@ -33,6 +33,8 @@ PATIENCE = 20.0
 START_UP = 6
 """A worker that has yet to begin, and may be importing, has so many times the patience."""
 POLL_SECONDS = 0.2
+TAKE_SECONDS = 1
+"""The thread, which may be waiting for a batch, looks so often whether it is still wanted."""
 AHEAD = 2
 """Batches that a worker makes ahead; torch's own number."""
 HELD = 2
@@ -125,6 +127,7 @@ class Feed(Generic[T]):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
+            timeout=TAKE_SECONDS if workers else 0,
             pin_memory=pin_memory,
             multiprocessing_context="fork" if fork and workers else None,
             worker_init_fn=leave_signals_to_parent,
@@ -182,9 +185,9 @@ class Feed(Generic[T]):
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.join(timeout=1.0)
-        with suppress(queue.Empty):
-            self._ready.get_nowait()
+            process.join(timeout=TAKE_SECONDS)
+        # A thread within torch while the interpreter ends would abort the process.
+        self._thread.join(timeout=3 * TAKE_SECONDS)
 
     def _start(self, loader: DataLoader) -> list[multiprocessing.Process]:
         """Start the workers: in this thread, where torch makes a signal handler that would raise anywhere, also in the
@@ -201,16 +204,19 @@ class Feed(Generic[T]):
 
     def _take(self) -> None:
         """The thread: batches into the queue, one ahead of the process."""
-        end = _Raised(None)
-        try:
-            for batch in self._batches:
-                self._put(_Raised(batch) if isinstance(batch, MapetError) else batch)
-                self._taken += 1
-                if self._closed or isinstance(batch, MapetError):
-                    return
-        except BaseException as error:
-            end = _Raised(error)
-        self._put(end)
+        while not self._closed:
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                return self._put(_Raised(None))
+            except BaseException as error:
+                if str(error).startswith("DataLoader timed out"):
+                    continue
+                return self._put(_Raised(error))
+            if isinstance(batch, MapetError):
+                return self._put(_Raised(batch))
+            self._put(batch)
+            self._taken += 1
 
     def _put(self, value: object) -> None:
         while not self._closed:
