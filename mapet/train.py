@@ -197,7 +197,7 @@ class Run:
         what = (
             str(failure) if failure else "another process of this run has no data to go on with; its message says why"
         )
-        kept = f"the checkpoint of step {saved} is kept, and the same command goes on from it" if saved else ""
+        kept = f"The checkpoint of step {saved} is kept, and the same command goes on from it" if saved else ""
         return f"{what}. {kept or 'There is no checkpoint yet'}"
 
     def report(self, done: int, clock: Clock) -> StepMetrics:

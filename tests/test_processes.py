@@ -84,7 +84,7 @@ def test_assertion_22_a_worker_dies_or_stalls(number, text, cache, tmp_path):
     assert code == 1 and errors.count("\n") == 1 and "Traceback" not in errors
     assert f"data worker 1 of 2 (process {worker.pid}) {text}" in errors
     (saved,) = CheckpointStore(tmp_path / "checkpoints").steps()
-    assert f"the checkpoint of step {saved} is kept" in errors and saved == last_step(tmp_path)
+    assert f"The checkpoint of step {saved} is kept" in errors and saved == last_step(tmp_path)
     again = start(cache, tmp_path, **{"train.max_steps": saved + 2})
     assert outcome(again, 60)[0] == 0
     assert CheckpointStore(tmp_path / "checkpoints").steps()[-1] == saved + 2
@@ -130,7 +130,7 @@ def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_assertion_22_under_torchrun_the_job_ends_and_restarts(number, cache, tmp_path):
     process = start(cache, tmp_path, launcher=(*TORCHRUN, "--max-restarts", "1"), **{"train.max_steps": 600})
     wait_for(trains(tmp_path))

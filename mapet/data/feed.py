@@ -237,13 +237,16 @@ class Feed(Generic[T]):
             raise WorkerFailure(
                 f"reading data has made no progress for {waited:.0f} s; {look_at_the_disk(self.patience)}"
             )
-        name = f"data worker {turn} of {self.workers} (process {self._pid(turn)})"
+        # The batch of another may be in the way: they come through one queue.
+        states = [state_of(process.pid) for process in self._processes]
+        turn = states.index("T") if "T" in states else turn
+        name = f"data worker {turn} of {self.workers} (process {self._processes[turn].pid})"
         if (free := free_shared_memory()) is not None and free < self.batch_bytes:
             raise WorkerFailure(
                 f"{name} cannot hand over its batch: {SHARED_MEMORY} has {size(free)} free, a batch takes "
                 f"{size(self.batch_bytes)}; {more_shared_memory(self.option)}"
             )
-        state = {"T": ", it is stopped (SIGSTOP)", "D": ", it waits for a disk"}.get(state_of(self._pid(turn)), "")
+        state = {"T": ", it is stopped (SIGSTOP)", "D": ", it waits for a disk"}.get(states[turn], "")
         raise WorkerFailure(f"{name} has made no progress for {waited:.0f} s{state}; {look_at_the_disk(self.patience)}")
 
     def _check_alive(self) -> None:
@@ -253,9 +256,6 @@ class Feed(Generic[T]):
                     f"data worker {turn} of {self.workers} (process {process.pid}) {ended(process.exitcode)}; "
                     f"or take fewer {self.option}"
                 )
-
-    def _pid(self, turn: int) -> int:
-        return self._processes[turn].pid if turn < len(self._processes) else 0
 
 
 def leave_signals_to_parent(worker: int) -> None:
