@@ -97,7 +97,7 @@ class Feed(Generic[T]):
         patience: seconds without progress after which a worker counts as stalled.
         stopped: asked while no batch is there; FeedStopped where it says yes.
         fork: whether workers are forked whatever the system's habit is.
-        option: what the person changes to have fewer workers.
+        prefix: of the options `workers` and `patience` that the person changes.
     Raises:
         ConfigError: free shared memory is less than the batches need.
         WorkerFailure: from `next`; the text says which worker, what happened and what to do.
@@ -115,10 +115,10 @@ class Feed(Generic[T]):
         stopped: Callable[[], bool] = lambda: False,
         pin_memory: bool = False,
         fork: bool = False,
-        option: str = "workers",
+        prefix: str = "",
     ) -> None:
-        check_shared_memory(workers, batch_bytes, option=option)
-        self.workers, self.patience, self.stopped, self.option = workers, patience, stopped, option
+        check_shared_memory(workers, batch_bytes, prefix=prefix)
+        self.workers, self.patience, self.stopped, self.prefix = workers, patience, stopped, prefix
         self.batch_bytes, self.keys = batch_bytes, keys
         self.pulse = Pulse(workers)
         loader = DataLoader(
@@ -234,9 +234,7 @@ class Feed(Generic[T]):
         if waited < self.patience * (1 if begun else START_UP):
             return
         if not self.workers:
-            raise WorkerFailure(
-                f"reading data has made no progress for {waited:.0f} s; {look_at_the_disk(self.patience)}"
-            )
+            raise WorkerFailure(f"reading data has made no progress for {waited:.0f} s; {self._advice()}")
         # The batch of another may be in the way: they come through one queue.
         states = [state_of(process.pid) for process in self._processes]
         turn = states.index("T") if "T" in states else turn
@@ -244,17 +242,23 @@ class Feed(Generic[T]):
         if (free := free_shared_memory()) is not None and free < self.batch_bytes:
             raise WorkerFailure(
                 f"{name} cannot hand over its batch: {SHARED_MEMORY} has {size(free)} free, a batch takes "
-                f"{size(self.batch_bytes)}; {more_shared_memory(self.option)}"
+                f"{size(self.batch_bytes)}; {more_shared_memory(self.prefix)}"
             )
         state = {"T": ", it is stopped (SIGSTOP)", "D": ", it waits for a disk"}.get(states[turn], "")
-        raise WorkerFailure(f"{name} has made no progress for {waited:.0f} s{state}; {look_at_the_disk(self.patience)}")
+        raise WorkerFailure(f"{name} has made no progress for {waited:.0f} s{state}; {self._advice()}")
+
+    def _advice(self) -> str:
+        return (
+            "look at the disk or network that the data is on, or, if it is that slow, raise "
+            f"{self.prefix}patience ({self.patience:g} s)"
+        )
 
     def _check_alive(self) -> None:
         for turn, process in enumerate(self._processes):
             if process.exitcode not in (None, 0):
                 raise WorkerFailure(
                     f"data worker {turn} of {self.workers} (process {process.pid}) {ended(process.exitcode)}; "
-                    f"or take fewer {self.option}"
+                    f"or take fewer {self.prefix}workers"
                 )
 
 
@@ -278,11 +282,6 @@ def ended(code: int) -> str:
     return f"was killed by signal {-code}. Mend that"
 
 
-def look_at_the_disk(patience: float) -> str:
-    """What to do about data that does not come."""
-    return f"look at the disk or network that the data is on, or, if it is that slow, raise patience ({patience:g} s)"
-
-
 def state_of(pid: int) -> str:
     """The letter that Linux has for what a process is doing; empty for unknown."""
     try:
@@ -299,7 +298,7 @@ def free_shared_memory() -> int | None:
         return None
 
 
-def check_shared_memory(workers: int, batch_bytes: int, *, option: str = "workers") -> None:
+def check_shared_memory(workers: int, batch_bytes: int, *, prefix: str = "") -> None:
     """ConfigError unless the batches that workers of all processes of this machine have under way fit."""
     free = free_shared_memory()
     if not workers or free is None:
@@ -314,14 +313,14 @@ def check_shared_memory(workers: int, batch_bytes: int, *, option: str = "worker
     raise ConfigError(
         f"{workers} data workers have up to {under_way} batches of {size(batch_bytes)} under way{several}, "
         f"{size(needed)} in all, and {SHARED_MEMORY} has {size(free)} free: "
-        + (f"{option} {fewer} fits; or " if 0 < fewer < workers else "")
-        + more_shared_memory(option)
+        + (f"{prefix}workers {fewer} fits; or " if 0 < fewer < workers else "")
+        + more_shared_memory(prefix)
     )
 
 
-def more_shared_memory(option: str) -> str:
+def more_shared_memory(prefix: str) -> str:
     """What to do where there is too little."""
-    return f"take smaller batches, {option} 0, or more shared memory (docker run --shm-size 8g)"
+    return f"take smaller batches, {prefix}workers 0, or more shared memory (docker run --shm-size 8g)"
 
 
 def size(number: int) -> str:

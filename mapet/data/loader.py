@@ -168,5 +168,5 @@ def make_loader(
         patience=patience,
         stopped=stopped,
         pin_memory=torch.cuda.is_available(),
-        option="data.workers",
+        prefix="data.",
     )

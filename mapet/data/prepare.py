@@ -99,7 +99,7 @@ def prepared_batches(
         pin_memory=pin_memory,
         # A forked worker shares the tokenizer's weights with its parent; a spawned one would be sent a copy of them.
         fork=sys.platform == "linux",
-        option="--workers",
+        prefix="--",
     )
 
 
