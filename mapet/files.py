@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ def unreadable(path: str | os.PathLike, error: BaseException, advice: str = "") 
     missing = isinstance(error, FileNotFoundError)
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
+    elif isinstance(error, pickle.UnpicklingError):
+        reason = "it holds more than tensors, numbers and text, so that it could run code"
     elif isinstance(error, RecursionError):
         reason = "it is nested too deeply"
     elif isinstance(error, MemoryError):

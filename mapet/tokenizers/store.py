@@ -6,19 +6,20 @@ import dataclasses
 import hashlib
 import json
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet import __version__
+from mapet.checked import conform
 from mapet.codebook import CodebookUsage, FitReport
 from mapet.errors import DataError
+from mapet.files import UnreadableFile, one_line, read_json, read_tensors, sha256_of, tensors_metadata
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
@@ -32,7 +33,7 @@ class StoredTokenizer:
     """tokenizer.json: what makes the tokenizer again, what it is, and where its codebook came from."""
 
     name: str
-    settings: dict[str, Any]
+    settings: dict[str, int | str | None]
     input_size: int
     grid: int
     features: int
@@ -79,36 +80,38 @@ def read_manifest(folder: Path) -> StoredTokenizer:
     """tokenizer.json of the folder. DataError where it is missing, malformed or of another format."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        values = read_json(path)
+    except UnreadableFile as error:
+        if error.missing:
+            raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
+        raise
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else None
         raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}")
     fields = {field.name for field in dataclasses.fields(StoredTokenizer)}
     if different := fields ^ set(values):
         raise DataError(f"{path} is damaged: it lacks, or does not know, {', '.join(sorted(different))}")
-    return StoredTokenizer(**values)
+    try:
+        return conform(StoredTokenizer, values, "its content")
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
     """Manifest, codebook (K, F) and fit report of the folder. DataError names the file that is missing or damaged."""
     stored = read_manifest(folder)
     path = folder / CODEBOOK
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the codebook {path}: {error.strerror or error}") from error
-    if (digest := hashlib.sha256(payload).hexdigest()) != stored.codebook_sha256:
+    digest = sha256_of(path)[1]
+    if digest != stored.codebook_sha256:
         raise DataError(f"{path} is damaged, or not the one of {MANIFEST}: its sha256 is {digest}")
+    tensors = read_tensors(path)
     try:
-        tensors = safetensors.torch.load(payload)
         codebook = tensors["codebook"]
-        report = _fit_from_json(stored.fit, tensors["usage_counts"]) if stored.fit is not None else None
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no codebook of a tokenizer: {error}") from error
+        if codebook.dim() != 2 or codebook.dtype != torch.float32:
+            raise ValueError(f"it is {codebook.dtype} {tuple(codebook.shape)}, must be float32 (entries, features)")
+        report = None if stored.fit is None else _fit_from_json(stored.fit, tensors["usage_counts"], len(codebook))
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{path} is no codebook of a tokenizer: {one_line(error)}") from error
     return stored, codebook, report
 
 
@@ -118,10 +121,9 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     DataError names a file that cannot be read or says nothing.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})[PROVENANCE])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no codebook with its provenance: {error}") from error
+        return conform(dict[str, Any], json.loads(tensors_metadata(path)[PROVENANCE]), "it")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} is no codebook with its provenance: {one_line(error)}") from error
 
 
 def _provenance(stored: StoredTokenizer) -> dict[str, Any]:
@@ -141,7 +143,17 @@ def _fit_to_json(report: FitReport) -> dict[str, Any]:
     return {**values, "repeated": usage.repeated, "perplexity": usage.perplexity, "dead": len(usage.dead)}
 
 
-def _fit_from_json(values: dict[str, Any], counts: Tensor) -> FitReport:
-    usage = CodebookUsage(counts.numpy(), values["repeated"])
-    kept = {name: value for name, value in values.items() if name not in ("repeated", "perplexity", "dead")}
-    return FitReport(**{**kept, "objectives": tuple(map(tuple, values["objectives"])), "usage": usage})
+def _fit_from_json(values: dict[str, Any], counts: Tensor, entries: int) -> FitReport:
+    """ValueError or KeyError where it is none."""
+    if counts.dtype != torch.int64 or tuple(counts.shape) != (entries,) or counts.min() < 0:
+        raise ValueError(f"usage_counts is {counts.dtype} {tuple(counts.shape)}, must be int64 ({entries},) from 0")
+    usage = CodebookUsage(counts.numpy(), conform(int, values["repeated"], "repeated"))
+    hints = typing.get_type_hints(FitReport)
+    kept = {name: conform(hints[name], value, f"fit.{name}") for name, value in values.items() if name in hints}
+    try:
+        report = FitReport(**kept, usage=usage)
+    except TypeError as error:
+        raise ValueError(f"fit is incomplete: {error}") from error
+    if not 0 <= report.redo < len(report.objectives) or not all(report.objectives):
+        raise ValueError("fit has no objectives of the redo that was kept")
+    return report

@@ -13,12 +13,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from mapet.checked import at_least
 from mapet.data.npyfile import NpyAppender
 from mapet.errors import ConfigError, DataError
+from mapet.files import UnreadableFile, read_record
 from mapet_kernels.kmeans import NpyRows
 
 FOLDER = "fit"
@@ -32,6 +34,15 @@ class Sample:
     rows: Tensor
     images: int
     patches: int
+
+
+@dataclass(frozen=True)
+class _Described:
+    """sample.json."""
+
+    images: Annotated[int, at_least(1)]
+    patches: Annotated[int, at_least(1)]
+    settings: dict[str, Any]
 
 
 class UnfinishedFit:
@@ -89,8 +100,8 @@ class UnfinishedFit:
 
     def _saved(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._description.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
+            return vars(read_record(self._description, _Described))
+        except UnreadableFile as error:
+            if error.missing:
+                return None
             raise DataError(f"the unfinished fit in {self.folder} is damaged, remove it: {error}") from error
