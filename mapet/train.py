@@ -33,6 +33,7 @@ from mapet.precision import settled
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
 from mapet.schedule import StepPlan, learning_rate, plan_steps
+from mapet.words import say
 
 SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
 IDS_SHOWN = 32
@@ -87,7 +88,7 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
             config, decision = budgeted(config, world, cache, steps, clocks)
             steps = plan_steps(config, len(cache), world.size)
             if world.is_main:
-                print(decision, flush=True)
+                say(decision)
         run = Run(config, world, cache, steps)
         start = run.resume({"train.precision": f"{why}; to go on here, name the earlier one"} if why else {})
         if world.is_main:

@@ -12,6 +12,7 @@ import numpy as np
 import timm
 import torch
 
+from mapet import words
 from mapet.checkpoint import load_weights
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, open_source
@@ -155,7 +156,7 @@ def draw_pictures(folder: DemoFolder, recipe: Recipe, results: Sequence[SeedResu
 
 def say(text: str) -> None:
     """A plain line for the person watching."""
-    print(f"demo: {text}", flush=True)
+    words.say(f"demo: {text}")
 
 
 @contextmanager
