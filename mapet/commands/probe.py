@@ -132,11 +132,12 @@ def open_labelled(spec: str, size: int) -> LabelledImages:
 
 def check_one_part(spec: str, source: ImageSource) -> None:
     """DataError for a folder of several parts of a set: a probe must not train on what it is tested on."""
-    if parts := getattr(source, "parts", ()):
-        one, *others = (shlex.quote(str(Path(spec) / part)) for part in parts)
-        test = f" --test-images {others[0]}" if others else ""
+    parts = getattr(source, "parts", ())
+    if len(parts) > 1:
+        train, test, *_ = (shlex.quote(str(Path(spec) / part)) for part in parts)
         raise DataError(
-            f"{spec} holds the parts of a set ({', '.join(parts)}), which would be mixed: give --images {one}{test}"
+            f"{spec} holds the parts of a set ({', '.join(parts)}), which would be mixed: give "
+            f"--images {train} --test-images {test}"
         )
 
 

@@ -83,9 +83,9 @@ class FileSource(ImageSource):
 def folder_source(root: str | Path) -> FileSource:
     """All images below a folder, sorted by name.
 
-    Images are labelled by the first folder below the root when every image lies in one, else unlabelled; where the first
-    folders are the parts of a set (train, val, ...), by the folder below, with a warning. Hidden files and files with
-    other extensions are left out. Links are followed, but each folder is entered once, with a warning.
+    Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Where the
+    first folders are the parts of a set (train, val, ...) it is the folder below them, with a warning. Hidden files and
+    files with other extensions are left out. Links are followed, but each folder is entered once, with a warning.
 
     Raises:
         DataError: no such folder, no image in it, or a folder that cannot be listed or that links back into itself.
