@@ -31,10 +31,22 @@ class Range:
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
+    absurd_above: bool = False
+    """Whether `high` only keeps out absurd values: an error then names the limit that was passed, not both."""
 
     def __contains__(self, value: float) -> bool:
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        return above and (self.high is None or value < self.high or (value == self.high and not self.open_high))
+        return self._high_enough(value) and (
+            self.high is None or value < self.high or (value == self.high and not self.open_high)
+        )
+
+    def allowed_near(self, value: float) -> str:
+        """What would be allowed, for a value that is not."""
+        if not self.absurd_above:
+            return str(self)
+        return f"at most {self.high}" if self._high_enough(value) else str(Range(self.low, open_low=self.open_low))
+
+    def _high_enough(self, value: float) -> bool:
+        return self.low is None or value > self.low or (value == self.low and not self.open_low)
 
     def __str__(self) -> str:
         if self.high is None:
@@ -47,13 +59,13 @@ class Range:
 
 
 def at_least(low: float, most: float | None = None) -> Range:
-    """From `low` on, up to `most`."""
-    return Range(low, most)
+    """From `low` on, up to `most`, which keeps out absurd values."""
+    return Range(low, most, absurd_above=most is not None)
 
 
 def above(low: float, most: float | None = None) -> Range:
-    """More than `low`, up to `most`."""
-    return Range(low, most, open_low=True)
+    """More than `low`, up to `most`, which keeps out absurd values."""
+    return Range(low, most, open_low=True, absurd_above=most is not None)
 
 
 def fraction(*, one: bool = True, zero: bool = True) -> Range:
@@ -85,7 +97,7 @@ def conform(hint: Any, value: Any, name: str) -> Any:
         result = conform(arguments[0], value, name)
         for limit in arguments[1:]:
             if isinstance(limit, Range) and result is not None and result not in limit:
-                raise ValueError(f"{name} must be {limit}, got {_shown(value)}")
+                raise ValueError(f"{name} must be {limit.allowed_near(result)}, got {shown(value)}")
         return result
     if hint is Any:
         return value
@@ -94,14 +106,14 @@ def conform(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
-        raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, got {shown(value)}")
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, name)
     if origin in (list, tuple):
         return _sequence(origin, arguments, value, name)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be a mapping, got {_shown(value)}")
+            raise ValueError(f"{name} must be a mapping, got {shown(value)}")
         key, kind = arguments
         return {conform(key, k, f"a key of {name}"): conform(kind, v, f"{name}.{k}") for k, v in value.items()}
     return _plain(hint, value, name)
@@ -110,13 +122,13 @@ def conform(hint: Any, value: Any, name: str) -> Any:
 def _plain(kind: Any, value: Any, name: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, int) and abs(value) > 2**1023:
-            raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         return float(value)
     if kind is Path and isinstance(value, str | os.PathLike):
         if "\0" in os.fspath(value):
-            raise ValueError(f"{name} must not hold a NUL, got {_shown(value)}")
+            raise ValueError(f"{name} must not hold a NUL, got {shown(value)}")
         return Path(value)
     if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
         return int(value)
@@ -125,7 +137,7 @@ def _plain(kind: Any, value: Any, name: str) -> Any:
     if kind in (type(None), None) and value is None:
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    raise ValueError(f"{name} must be {words.get(kind, getattr(kind, '__name__', kind))}, got {_shown(value)}")
+    raise ValueError(f"{name} must be {words.get(kind, getattr(kind, '__name__', kind))}, got {shown(value)}")
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
@@ -140,7 +152,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
 
 def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{name} must be a list, got {_shown(value)}")
+        raise ValueError(f"{name} must be a list, got {shown(value)}")
     if origin is tuple and (len(kinds) != 2 or kinds[1] is not Ellipsis):
         if len(kinds) != len(value):
             raise ValueError(f"{name} must have {len(kinds)} entries, got {len(value)}")
@@ -150,10 +162,10 @@ def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> An
 
 def _build(kind: type, values: Any, name: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a mapping, got {_shown(values)}")
+        raise ValueError(f"{name} must be a mapping, got {shown(values)}")
     hints = _hints(kind)
     if unknown := [key for key in values if key not in hints]:
-        raise ValueError(f"{name} has an unknown entry {_shown(unknown[0])}")
+        raise ValueError(f"{name} has an unknown entry {shown(unknown[0])}")
     needed = {field.name for field in dataclasses.fields(kind) if not _has_default(field)}
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{name} lacks {', '.join(missing)}")
@@ -170,7 +182,8 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for an error, not endlessly long."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints

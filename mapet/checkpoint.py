@@ -81,6 +81,23 @@ class CheckpointState:
     ema: dict[str, Tensor] | None = None
 
 
+def not_finite(state: CheckpointState) -> str:
+    """The first tensor with a NaN or an infinity, in words; empty where there is none. A device is waited for once."""
+    tensors = {f"weight {name}": tensor for name, tensor in state.model.items()}
+    tensors |= {f"the moving average of {name}": tensor for name, tensor in (state.ema or {}).items()}
+    moments = state.trainer.get("optimizer", {}).get("state", {})
+    tensors |= {f"the optimizer's {name} of weight {i}": t for i, part in moments.items() for name, t in part.items()}
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            by_device.setdefault(tensor.device, {})[name] = torch.isfinite(tensor).all()
+    for finite in by_device.values():
+        for name, is_finite in zip(finite, torch.stack(list(finite.values())).tolist(), strict=True):
+            if not is_finite:
+                return name
+    return ""
+
+
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """A checkpoint as read: `step` optimizer steps were done when it was saved."""

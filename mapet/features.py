@@ -36,6 +36,7 @@ from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
 from mapet.rng import step_generator
 from mapet.stages import StageClock, stage
+from mapet.words import say
 
 GROUP = 40
 """Images of which vectors are drawn together."""
@@ -230,7 +231,7 @@ class _Job:
             self.journal.begin()
         found = list(self.journal.parts())
         if found:
-            print(f"going on from {len(found)} of {len(self.shards())} files in {self.folder}", flush=True)
+            say(f"going on from {len(found)} of {len(self.shards())} files in {self.folder}")
         return found
 
     def shards(self) -> list[range]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from signal import Signals
 
 from mapet.budget import Clocks, budgeted
-from mapet.checkpoint import FOLDER, CheckpointStore
+from mapet.checkpoint import FOLDER, CheckpointStore, not_finite
 from mapet.config import RunConfig, to_dict
 from mapet.data.cache import TokenCache
 from mapet.data.feed import Feed, FeedStopped
@@ -34,6 +34,7 @@ from mapet.precision import settled
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
 from mapet.schedule import StepPlan, learning_rate, plan_steps
+from mapet.words import say
 
 SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
 IDS_SHOWN = 32
@@ -89,7 +90,7 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
             config, decision = budgeted(config, world, cache, steps, clocks, stop)
             steps = plan_steps(config, len(cache), world.size)
             if world.is_main:
-                print(decision, flush=True)
+                say(decision)
         run = Run(config, world, cache, steps)
         start = run.resume({"train.precision": f"{why}; to go on here, name the earlier one"} if why else {})
         if world.is_main:
@@ -229,12 +230,27 @@ class Run:
         return metrics
 
     def save(self, done: int) -> int:
-        """Write a checkpoint, and say of which step; TrainingError instead if an update was called off before it."""
+        """Write a checkpoint, and say of which step.
+
+        TrainingError instead if an update was called off before it, or something in it is not finite.
+        """
         self.check()
         state = self.learner.state()
+        if broken := self.world.on_main(lambda: not_finite(state)):
+            raise TrainingError(
+                f"after step {done}: {broken} is not finite, so that no checkpoint was written. Lower optim.lr or "
+                f"optim.weight_decay; {self.earlier()}"
+            )
         state.trainer["data"] = cache_fingerprint(self.cache)
         self.world.on_main(lambda: self.store.save(done, state))
         return done
+
+    def earlier(self) -> str:
+        """What there is to go on from after a failure."""
+        steps = self.store.steps()
+        if not steps:
+            return f"there is no checkpoint in {self.store.folder} yet"
+        return f"the checkpoints in {self.store.folder} are from before, the newest of step {steps[-1]}"
 
     def tell(self, text: str) -> None:
         """A line for the person watching."""
@@ -246,6 +262,11 @@ class Run:
         failure = self.learner.failed()
         if failure is None:
             return
+        state = self.learner.state()
+        broken = self.world.on_main(lambda: not_finite(state))
+        weights = "The run stopped before the weights changed."
+        if broken:
+            weights = f"An update before it was too large: {broken} is not finite any more."
         batch = self.config.optim.global_batch
         ids = step_ids(len(self.cache), seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
         images = ", ".join(map(str, ids[:IDS_SHOWN]))
@@ -256,8 +277,7 @@ class Run:
             images += f", ... (all {len(ids)} in {path})"
         raise TrainingError(
             f"step {failure.step} (counted from 0): loss {failure.loss:g}, gradient norm {failure.gradient_norm:g}. "
-            f"The run stopped before the weights changed. Images of its batch: {images}. Lower optim.lr or set "
-            f"optim.clip; the checkpoints in {self.store.folder} are from before the failure"
+            f"{weights} Images of its batch: {images}. Lower optim.lr or set optim.clip; {self.earlier()}"
         )
 
 

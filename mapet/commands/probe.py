@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.checkpoint import load_weights
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
+from mapet.data.images import ImageSource, open_source
 from mapet.data.manifest import MANIFEST
 from mapet.distributed import pick_device
 from mapet.errors import CheckpointError, DataError
@@ -43,6 +45,7 @@ from mapet.model import MaskedTokenViT
 from mapet.options import Probe
 from mapet.rng import seed_global_generators
 from mapet.timm_folder import is_timm_folder, read_timm_folder
+from mapet.words import in_line, say
 
 SCORES = "scores.json"
 
@@ -71,7 +74,7 @@ def run(options: Probe) -> int:
     results = {name: score(options, extract, images, test, device) for name, extract in features.items()}
     Console(width=None if sys.stdout.isatty() else 120).print(as_table(results))
     write_scores(options, results)
-    print(f"scores: {options.output / SCORES}; frozen features: {features_folder(options)}")
+    say(f"scores: {options.output / SCORES}; frozen features: {features_folder(options)}")
     return 0
 
 
@@ -100,6 +103,7 @@ def open_labelled(spec: str, size: int) -> LabelledImages:
         fingerprint = fingerprint_of(cache.manifest.files)
     else:
         source = open_source(spec)
+        check_one_part(spec, source)
         labels, classes, view = source.labels, source.classes, lambda ids: SourceImages(source, size, ids)
         fingerprint = source.fingerprint()
     if labels is None or classes is None:
@@ -108,6 +112,17 @@ def open_labelled(spec: str, size: int) -> LabelledImages:
             f"{spec}/CLASS/IMAGE, and no image beside them"
         )
     return LabelledImages(spec, labels, classes, view, fingerprint)
+
+
+def check_one_part(spec: str, source: ImageSource) -> None:
+    """DataError for a folder of several parts of a set: a probe must not train on what it is tested on."""
+    parts = getattr(source, "parts", ())
+    if len(parts) > 1:
+        train, test, *_ = (shlex.quote(str(Path(spec) / part)) for part in parts)
+        raise DataError(
+            f"{spec} holds the parts of a set ({', '.join(parts)}), which would be mixed: give "
+            f"--images {train} --test-images {test}"
+        )
 
 
 def frozen(
@@ -196,7 +211,7 @@ def as_table(results: dict[str, EvaluationResult]) -> Table:
     sizes = f"{first.train_images} training images, {first.test_images} test images, {first.classes} classes"
     table = Table("method", "labels", title=f"top-1 in percent: {sizes}", title_justify="left", show_edge=False)
     for name in results:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(in_line(name)), justify="right", overflow="fold")
     for row in zip(*(result.scores for result in results.values()), strict=True):
         cells = [f"{100 * one.accuracy:.1f}" + (f" ({one.note})" if "best" in one.method else "") for one in row]
         table.add_row(row[0].method, row[0].labels, *cells)

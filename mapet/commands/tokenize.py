@@ -27,6 +27,7 @@ from mapet.progress import duration
 from mapet.tokenize import FitBatches, fit_batches, tokenize
 from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
 from mapet.tokenizers.unfinished import FOLDER, UnfinishedFit
+from mapet.words import say
 from mapet_kernels.kmeans import Iteration, NpyRows, share_of_rows
 
 SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
@@ -46,8 +47,8 @@ def run(options: Tokenize) -> int:
             return 0
         report = import_tokens(options, world) if options.import_tokens else tokenize_images(options, world)
         if world.is_main:
-            print(report.summary())
-            print(f"next: {pretrain_line(report.output)}")
+            say(report.summary())
+            say(f"next: {pretrain_line(report.output)}")
     return 0
 
 
@@ -95,8 +96,6 @@ def tokenize_images(options: Tokenize, world: World) -> TokenizeReport:
     source = open_source(options.images)
     tokenizer = find_tokenizer(options, source, world)
     if options.compile:
-        if not isinstance(tokenizer, KClipTokenizer):
-            raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
         tokenizer.compile(options.batch_size)
     return tokenize(
         source,
@@ -117,17 +116,18 @@ def find_tokenizer(options: Tokenize, source: ImageSource, world: World) -> Toke
     """The tokenizer in --codebook, or one with the centroids there, or a new one, fitted and saved there."""
     folder = options.codebook or options.output.with_name(f"{options.output.name}_tokenizer")
     if folder.suffix == ".npy":
-        return new_tokenizer(options, world.device, folder)
+        return check_compile(options, new_tokenizer(options, world.device, folder))
     is_saved = (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite)
     if world.on_main(lambda: is_saved):
         check_same(options, folder)
         tokenizer = load_tokenizer(folder, device=world.device, weights=options.weights)
         if world.is_main:
             UnfinishedFit(folder, {}).remove()
-            print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
-        return tokenizer
+            say(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
+        return check_compile(options, tokenizer)
     world.on_main(lambda: check_places(options, folder))
     tokenizer = new_tokenizer(options, world.device)
+    check_compile(options, tokenizer)  # before a long fit, not after it
     if features_folder(options, source, tokenizer):
         fit_files(options, source, tokenizer, folder, world)
         return tokenizer
@@ -207,7 +207,7 @@ def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, fold
     )
     checkpoint = files.folder / "kmeans" if options.fit_save_every > 0 else None
     if world.is_main:
-        print(files.summary(), flush=True)
+        say(files.summary())
         if checkpoint and options.overwrite:
             checkpoint.unlink(missing_ok=True)
     tokenizer.fit_rows(
@@ -229,7 +229,7 @@ def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, fold
 def save_fitted(tokenizer: Tokenizer, folder: Path) -> None:
     """Save it, and say how the fit went."""
     tokenizer.save(folder)
-    print(f"{tokenizer.report.summary()}\nsaved in {folder}", flush=True)
+    say(f"{tokenizer.report.summary()}\nsaved in {folder}")
 
 
 def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None = None) -> Tokenizer:
@@ -241,6 +241,13 @@ def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None
         codebook=codebook,
         **{name: value for name in SETTINGS if (value := getattr(options, name)) is not None},
     )
+
+
+def check_compile(options: Tokenize, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer; ConfigError when --compile is for another kind."""
+    if options.compile and not isinstance(tokenizer, KClipTokenizer):
+        raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
+    return tokenizer
 
 
 def check_same(options: Tokenize, folder: Path) -> None:
@@ -280,7 +287,7 @@ def iteration_lines(options: Tokenize) -> Callable[[Iteration], None]:
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_ITERATIONS:
             last = time.monotonic()
-            print(iteration_line(done, options), file=sys.stderr, flush=True)
+            say(iteration_line(done, options), file=sys.stderr)
 
     return tell
 

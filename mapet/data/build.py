@@ -30,6 +30,7 @@ from mapet.data.report import TimeUse, TokenizeReport
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
 from mapet.stages import StageClock, stage
+from mapet.words import say
 
 
 def build_cache(
@@ -130,9 +131,9 @@ class _Job:
     def say(self, found: Sequence[int]) -> None:
         """What `begin` found, where that is anything."""
         if self.world.is_main and self.writer.dropped:
-            print(f"dropped unfinished work in {self.writer.work}: {'; '.join(self.writer.dropped)}")
+            say(f"dropped unfinished work in {self.writer.work}: {'; '.join(self.writer.dropped)}")
         if self.world.is_main and found:
-            print(f"going on from {len(found)} of {self.writer.shards} shards in {self.writer.work}", flush=True)
+            say(f"going on from {len(found)} of {self.writer.shards} shards in {self.writer.work}")
 
     def missing(self, found: Sequence[int]) -> list[int]:
         """Shards to be written; the processes share the checking of those found, and warn of damaged ones."""
