@@ -107,7 +107,7 @@ def export(
     Args:
         name: what the weights are called in config.json (timm's pretrained tag).
 
-    Raises MapetError (CheckpointError, ConfigError, DataError) and leaves `folder` as it was when anything does not fit.
+    Raises MapetError (CheckpointError, ConfigError, DataError), with `folder` as it was, when anything does not fit.
     """
     folder = Path(folder)
     staging = Staging(folder, EXPORT, _files)

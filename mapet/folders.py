@@ -203,7 +203,7 @@ class Staging:
         self.replaced = self.path.with_name(f".{self.path.name}.replaced")
 
     def earlier(self, folder: Path | None = None) -> Sequence[str] | None:
-        """Files of the one that is there; None where nothing or an empty folder is. DataError, naming it, for others."""
+        """Files of the one that is there; None where nothing or an empty folder is. DataError, by name, for others."""
         folder = folder or self.path
         if not os.path.lexists(folder):
             return None
@@ -221,8 +221,8 @@ class Staging:
         foreign = [name for name in names if name not in files or not (folder / name).is_file()]
         if foreign:
             raise DataError(
-                f"{folder} holds other things than a {self.kind}: {_listed(folder, foreign)}; it is left as it is: move "
-                "them away, or give another output folder"
+                f"{folder} holds other things than a {self.kind}: {_listed(folder, foreign)}; it is left as it is: "
+                "move them away, or give another output folder"
             )
         return files
 
@@ -272,7 +272,7 @@ class Staging:
 
 
 def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
-    """Move those of `names` (patterns) that are in a folder into `before_1` in it, or `before_2`, ...; None for nothing.
+    """Move those of `names` (patterns) that are in a folder into `before_1` (`before_2`, ...) in it; None for nothing.
 
     The last pattern is moved last. A call that was killed is completed by the next one. DataError where the disk does
     not take it.

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from mapet.errors import ConfigError, MapetError
+from mapet.files import write_whole
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME, BOARD = "metrics.jsonl", "tensorboard"
 PROJECT = "mapet"
 NO_CURVE = ("step", "eta_seconds")
 
@@ -80,7 +80,7 @@ class MetricsLog:
             for line in keep_until(folder / FILE_NAME, start):
                 self.best_loss.consider(line["step"], line["loss"])
             self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
         self._trackers = [_start(module, folder, config or {}) for module in modules]
 
     def __enter__(self) -> MetricsLog:
@@ -128,9 +128,7 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         if line["step"] <= step:
             kept.append(line)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 
