@@ -28,6 +28,7 @@ from mapet.data.feed import FeedStopped
 from mapet.data.loader import make_loader
 from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError
+from mapet.files import write_whole
 from mapet.learner import Learner
 from mapet.schedule import StepPlan
 from mapet.units import duration, parse_duration
@@ -165,6 +166,8 @@ def _decided(
     config: RunConfig, path: Path, steps: StepPlan, seconds: float, started: float, clocks: Clocks
 ) -> Decision:
     decision = decide(config, steps, seconds, started, clocks.wall())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(decision), indent=1))
+    try:
+        write_whole(path, json.dumps(dataclasses.asdict(decision), indent=1))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     return decision

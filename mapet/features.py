@@ -5,7 +5,8 @@ each group a fixed part at random. The folder:
 
     features_00007.npy   float16 (rows, F), the sample of 100 groups
     features.json        the files in order, with their hashes, and what they are a sample of; written last
-    plan.json, part_*.json, lock   the journal (mapet/data/journal.py): a killed run goes on with the same call
+    plan.json, part_*.json   the journal (mapet/data/journal.py): a killed run goes on with the same call
+    kmeans               state of the k-means over it, while that runs
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
-from mapet.data.journal import Journal, write_whole
+from mapet.data.journal import Journal
 from mapet.data.manifest import Skipped
 from mapet.data.npyfile import FileRecord, NpyAppender, map_array
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
@@ -34,6 +35,8 @@ from mapet.data.progress import progress
 from mapet.data.report import TimeUse
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
+from mapet.files import write_whole
+from mapet.folders import SAMPLE, check_place
 from mapet.rng import step_generator
 from mapet.stages import StageClock, stage
 from mapet.words import say
@@ -176,6 +179,7 @@ def sample_features(
     """
     if limit < 0:
         raise ConfigError(f"limit must not be negative, got {limit}")
+    check_place(folder, SAMPLE, option="--features-dir")
     world = world or World(torch.device("cpu"))
     images = min(limit or len(source), len(source))
     plan = SamplePlan(len(source), images, tokenizer.grid**2, max_patches, seed)
@@ -216,7 +220,8 @@ class _Job:
             "source_fingerprint": self.source.fingerprint(),
             "group": GROUP,
         }
-        return Journal(self.folder, {**made_from, **asdict(self.plan), "rate": self.plan.rate})
+        plan = {**made_from, **asdict(self.plan), "rate": self.plan.rate}
+        return Journal(self.folder, plan, SAMPLE, ("features_*.npy", MANIFEST, "kmeans"))
 
     @cached_property
     def groups(self) -> list[list[int]]:

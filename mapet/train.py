@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
+from mapet.budget import FILE as BUDGET
 from mapet.budget import Clocks, budgeted
 from mapet.checkpoint import FOLDER, CheckpointStore, not_finite
 from mapet.config import RunConfig, to_dict
@@ -27,9 +28,11 @@ from mapet.data.feed import Feed, FeedStopped
 from mapet.data.loader import Batch, make_loader, step_ids
 from mapet.distributed import StopRequest, World, connect
 from mapet.errors import CheckpointError, DataError, TrainingError
+from mapet.files import write_whole
+from mapet.folders import check_place, locked, set_aside
 from mapet.learner import Learner
 from mapet.limits import cap_memory
-from mapet.metrics import MetricsLog, StepMetrics, import_trackers
+from mapet.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, import_trackers
 from mapet.precision import settled
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
@@ -38,6 +41,9 @@ from mapet.words import say
 
 SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
 IDS_SHOWN = 32
+FAILURE = "failed_step_{step}.json"
+RUN_FILES = (FAILURE.format(step="*"), BUDGET, BOARD, FILE_NAME, FOLDER)
+"""All that a run writes into its folder, as patterns."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,13 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
 
     Raises:
         ConfigError: options that cannot work, here, together or with this data.
-        DataError: the cache is damaged, or not for this model; or a data worker died or stalled, in some process. What
-            was learned is saved before.
+        DataError: the cache is damaged, or not for this model; another process is at work in the run's folder, or it
+            cannot be written; or a data worker died or stalled, in some process. What was learned is saved before.
         CheckpointError: every checkpoint is damaged, one is of another configuration, or one cannot be written.
         TrainingError: a loss or gradient norm is not finite; the text names step and images.
         OutOfMemory: a step does not fit the device; the text says what to change.
     """
+    check_place(config.train.output, "run")
     with ExitStack() as stack:
         world = stack.enter_context(connect(config.train.device))
         stop = stack.enter_context(StopRequest(world))
@@ -86,6 +93,7 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         config, why = settled(config, world)
         steps = plan_steps(config, len(cache), world.size)
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
+        world.on_main(lambda: take_folder(config, stack))
         if config.train.budget:
             config, decision = budgeted(config, world, cache, steps, clocks, stop)
             steps = plan_steps(config, len(cache), world.size)
@@ -104,6 +112,13 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         return run.loop(start, stop)
 
 
+def take_folder(config: RunConfig, stack: ExitStack) -> None:
+    """Lock the run's folder until the stack ends, and set an earlier run aside that is not wanted."""
+    stack.enter_context(locked(config.train.output, "run"))
+    if not config.train.resume:
+        set_aside(config.train.output, RUN_FILES)
+
+
 class Run:
     """The loop around a learner: data in, numbers and checkpoints out. The main process has `log` and `display`."""
 
@@ -116,8 +131,7 @@ class Run:
 
     def resume(self, notes: Mapping[str, str] | None = None) -> int:
         """Load the newest valid checkpoint where there is one and it is wanted; the steps done. `notes`: see there."""
-        if not self.config.train.resume:
-            self.world.on_main(self.store.set_aside)
+        if not self.config.train.resume:  # what was there has been set aside
             return 0
         newest = self.world.on_main(self.store.newest_valid)
         if newest is None:
@@ -271,10 +285,14 @@ class Run:
         ids = step_ids(len(self.cache), seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
         images = ", ".join(map(str, ids[:IDS_SHOWN]))
         if len(ids) > IDS_SHOWN:
-            path = self.config.train.output / f"failed_step_{failure.step}.json"
+            path = self.config.train.output / FAILURE.format(step=failure.step)
+            where = f"in {path}"
             if self.world.is_main:
-                path.write_text(json.dumps({"step": failure.step, "ids": ids}))
-            images += f", ... (all {len(ids)} in {path})"
+                try:
+                    write_whole(path, json.dumps({"step": failure.step, "ids": ids}))
+                except OSError as error:  # the failure itself is still to be told
+                    where = f"not kept: {error.strerror or error}"
+            images += f", ... (all {len(ids)} {where})"
         raise TrainingError(
             f"step {failure.step} (counted from 0): loss {failure.loss:g}, gradient norm {failure.gradient_norm:g}. "
             f"{weights} Images of its batch: {images}. Lower optim.lr or set optim.clip; {self.earlier()}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +40,8 @@ from mapet.evaluate import (
     split,
 )
 from mapet.export import from_timm, to_timm
+from mapet.files import UnreadableFile, read_json, write_whole
+from mapet.folders import check_place, locked
 from mapet.model import MaskedTokenViT
 from mapet.options import Probe
 from mapet.rng import seed_global_generators
@@ -48,6 +49,7 @@ from mapet.timm_folder import is_timm_folder, read_timm_folder
 from mapet.words import in_line, say
 
 SCORES = "scores.json"
+KIND = "probe"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ class LabelledImages:
 
 def run(options: Probe) -> int:
     """Score the checkpoint, and the baselines if wanted; print a table and write scores.json."""
+    check_place(options.output, KIND)
+    check_ours(options.output)
+    with locked(options.output, KIND):
+        check_ours(options.output)
+        for left in features_folder(options).glob(".features_*.partial"):  # of a killed process
+            left.unlink(missing_ok=True)
+        return measure(options)
+
+
+def measure(options: Probe) -> int:
+    """As `run`, in a folder that is this process's."""
     device = pick_device(options.device, None)
     model = load_model(options.checkpoint, ema=options.ema).to(device)
     images = open_labelled(options.images, model.patch_embed.img_size[0])
@@ -225,16 +238,21 @@ def write_scores(options: Probe, results: dict[str, EvaluationResult]) -> None:
         "options": dataclasses.asdict(options),
         "results": {name: dataclasses.asdict(result) for name, result in results.items()},
     }
-    partial = path.with_name(f".{SCORES}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
     except OSError as error:
-        raise DataError(f"could not write {path}: {error}") from error
+        raise DataError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def check_ours(output: Path) -> None:
+    """DataError where the folder has a file of another origin under a name of ours."""
+    try:
+        values = read_json(output / SCORES)
+    except UnreadableFile as error:
+        values = {"options": {}, "results": {}} if error.missing else None
+    if not isinstance(values, dict) or set(values) != {"options", "results"}:
+        raise DataError(f"{output / SCORES} was not written by mapet probe, so it stays: name another --output")
 
 
 def features_folder(options: Probe) -> Path:

@@ -120,12 +120,12 @@ class _Job:
 
     def reuse(self, output: Path) -> TokenizeReport | None:
         """The report of the cache that is at `output`; None where there is none, or it is to be replaced."""
+        self.writer.sweep()
         if not os.path.exists(output / MANIFEST) or self.writer.overwrite:
             return None
         cache = TokenCache.open(output)
         cache.check_description(self.writer.description)
         self.log.add(cache.manifest.skipped)
-        self.writer.sweep()
         return TokenizeReport(output, len(cache), tuple(self.log.skipped), count_usage(cache), reused=True)
 
     def say(self, found: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 from mapet.errors import DataError
 from mapet.evaluate import EvaluationResult
 from mapet.export import ExportReport
+from mapet.files import write_whole
 from mapet.report.markdown import table
 
 Verdict = Literal["better", "worse", "within the spread", "one seed"]
@@ -95,14 +96,9 @@ def compare(a: Spread, b: Spread) -> Verdict:
 def write_report(path: str | Path, results: DemoResults) -> Path:
     """Write report.md, whole or not at all. Raises DataError when it cannot be written."""
     path = Path(path)
-    staging = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            staging.write_text(render(results, path.parent), encoding="utf-8")
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+        write_whole(path, render(results, path.parent))
     except OSError as error:
         raise DataError(f"could not write the report {path}: {error}") from error
     return path
