@@ -165,6 +165,23 @@ def test_shared_memory_is_compared_with_the_batches_under_way(free, processes, t
     check_shared_memory(2, 2**50)
 
 
+def feed_in_a_child():
+    with fed(numbers) as batches:
+        assert read(batches) == list(range(8))
+    batches = fed(troubled(sleep))
+    assert int(next(batches)[0]) == 0  # and never closed
+
+
+def test_a_process_of_multiprocessing_feeds_too():
+    """Its children have other names, and it ends in another way than a program."""
+    child = multiprocessing.get_context("fork").Process(target=feed_in_a_child)
+    child.start()
+    child.join(30)
+    code = child.exitcode
+    child.kill()
+    assert code == 0
+
+
 def test_a_program_that_fails_with_workers_under_way_ends():
     script = (
         "from test_feed import *\n"

@@ -7,18 +7,19 @@ stands still for `patience` seconds, though its batch is waited for, is stalled,
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from ctypes import c_uint64
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -136,8 +137,6 @@ class Feed(Generic[T]):
         self._ready: queue.Queue = queue.Queue(maxsize=1)
         self._taken, self._closed = 0, False
         self._processes = self._start(loader)
-        # Else multiprocessing would wait, at the end of the program, for workers that ignore its SIGTERM.
-        atexit.register(self.close)
         # Not before the workers are forked.
         self._thread = threading.Thread(target=self._take, name="batches", daemon=True)
         self._thread.start()
@@ -181,11 +180,8 @@ class Feed(Generic[T]):
     def close(self) -> None:
         """End the workers, whatever they are doing; what they have made is lost."""
         self._closed = True
-        atexit.unregister(self.close)
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join(timeout=TAKE_SECONDS)
+        self._at_exit.cancel()
+        kill(self._processes)
         # A thread within torch while the interpreter ends would abort the process.
         self._thread.join(timeout=3 * TAKE_SECONDS)
 
@@ -199,8 +195,10 @@ class Feed(Generic[T]):
         finally:
             if handler is not None:
                 signal.signal(signal.SIGCHLD, handler)
-        started = [process for process in multiprocessing.active_children() if process not in before]
-        return sorted(started, key=lambda process: int(process.name.rpartition("-")[2]))  # named in order
+            started = [process for process in multiprocessing.active_children() if process not in before]
+            # Else multiprocessing would wait, at the end of the program, for workers that ignore its SIGTERM.
+            self._at_exit = Finalize(None, kill, [started], exitpriority=0)
+        return sorted(started, key=lambda process: int(re.findall(r"\d+", process.name)[-1]))  # numbered as started
 
     def _take(self) -> None:
         """The thread: batches into the queue, one ahead of the process."""
@@ -260,6 +258,14 @@ class Feed(Generic[T]):
                     f"data worker {turn} of {self.workers} (process {process.pid}) {ended(process.exitcode)}; "
                     f"or take fewer {self.prefix}workers"
                 )
+
+
+def kill(processes: Sequence[multiprocessing.Process]) -> None:
+    """End processes, whatever they are doing."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(timeout=TAKE_SECONDS)
 
 
 def leave_signals_to_parent(worker: int) -> None:
