@@ -85,7 +85,7 @@ def conform(hint: Any, value: Any, name: str) -> Any:
         result = conform(arguments[0], value, name)
         for limit in arguments[1:]:
             if isinstance(limit, Range) and result is not None and result not in limit:
-                raise ValueError(f"{name} must be {limit}, got {_shown(value)}")
+                raise ValueError(f"{name} must be {limit}, got {shown(value)}")
         return result
     if hint is Any:
         return value
@@ -94,14 +94,14 @@ def conform(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
-        raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, got {shown(value)}")
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, name)
     if origin in (list, tuple):
         return _sequence(origin, arguments, value, name)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be a mapping, got {_shown(value)}")
+            raise ValueError(f"{name} must be a mapping, got {shown(value)}")
         key, kind = arguments
         return {conform(key, k, f"a key of {name}"): conform(kind, v, f"{name}.{k}") for k, v in value.items()}
     return _plain(hint, value, name)
@@ -110,13 +110,13 @@ def conform(hint: Any, value: Any, name: str) -> Any:
 def _plain(kind: Any, value: Any, name: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, int) and abs(value) > 2**1023:
-            raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         return float(value)
     if kind is Path and isinstance(value, str | os.PathLike):
         if "\0" in os.fspath(value):
-            raise ValueError(f"{name} must not hold a NUL, got {_shown(value)}")
+            raise ValueError(f"{name} must not hold a NUL, got {shown(value)}")
         return Path(value)
     if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
         return int(value)
@@ -125,7 +125,7 @@ def _plain(kind: Any, value: Any, name: str) -> Any:
     if kind in (type(None), None) and value is None:
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    raise ValueError(f"{name} must be {words.get(kind, getattr(kind, '__name__', kind))}, got {_shown(value)}")
+    raise ValueError(f"{name} must be {words.get(kind, getattr(kind, '__name__', kind))}, got {shown(value)}")
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
@@ -140,7 +140,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
 
 def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{name} must be a list, got {_shown(value)}")
+        raise ValueError(f"{name} must be a list, got {shown(value)}")
     if origin is tuple and (len(kinds) != 2 or kinds[1] is not Ellipsis):
         if len(kinds) != len(value):
             raise ValueError(f"{name} must have {len(kinds)} entries, got {len(value)}")
@@ -150,10 +150,10 @@ def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> An
 
 def _build(kind: type, values: Any, name: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a mapping, got {_shown(values)}")
+        raise ValueError(f"{name} must be a mapping, got {shown(values)}")
     hints = _hints(kind)
     if unknown := [key for key in values if key not in hints]:
-        raise ValueError(f"{name} has an unknown entry {_shown(unknown[0])}")
+        raise ValueError(f"{name} has an unknown entry {shown(unknown[0])}")
     needed = {field.name for field in dataclasses.fields(kind) if not _has_default(field)}
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{name} lacks {', '.join(missing)}")
@@ -170,7 +170,8 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for an error, not endlessly long."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints

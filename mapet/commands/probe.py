@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.checkpoint import load_weights
@@ -44,6 +42,7 @@ from mapet.export import from_timm, to_timm
 from mapet.model import MaskedTokenViT
 from mapet.options import Probe
 from mapet.rng import seed_global_generators
+from mapet.timm_folder import is_timm_folder, read_timm_folder
 
 SCORES = "scores.json"
 
@@ -83,22 +82,7 @@ def load_model(path: Path, *, ema: bool) -> VisionTransformer:
         return to_timm(model, weights)
     if ema:
         raise CheckpointError(f"{path} is an exported model and has no moving average; leave out --ema")
-    try:
-        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"timm cannot load {path}: {error}") from error
-    if not isinstance(model, VisionTransformer):
-        raise CheckpointError(f"{path} holds a {type(model).__name__}, and only vision transformers can be probed")
-    return model
-
-
-def is_timm_folder(path: Path) -> bool:
-    """Whether config.json in the folder is timm's, not a checkpoint's."""
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architecture" in config
+    return read_timm_folder(path)
 
 
 def random_like(model: VisionTransformer, seed: int) -> VisionTransformer:

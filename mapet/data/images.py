@@ -76,8 +76,8 @@ class FileSource(ImageSource):
 def folder_source(root: str | Path) -> FileSource:
     """All images below a folder, sorted by name.
 
-    Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Hidden files
-    and files with other extensions are left out; links are followed.
+    Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Hidden files,
+    files with other extensions, named pipes and devices are left out; links are followed.
 
     Raises:
         DataError: no such folder, no image in it, or a folder that cannot be listed or that links back into itself.
@@ -116,7 +116,7 @@ def _walk(root: Path, below: str, parents: tuple[str, ...]) -> Iterator[str]:
             if real in parents:
                 raise DataError(f"image folder {entry.path} links back to {real}, which contains it; remove the link")
             yield from _walk(root, name, (*parents, real))
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not _is_special(entry):
             yield name
 
 
@@ -124,6 +124,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: no folder; with an image's name it is reported as a bad image
+        return False
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a named pipe, a socket or a device, which are passed by; links that lead nowhere are bad images."""
+    try:
+        return not stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
         return False
 
 

@@ -14,12 +14,15 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mapet.checked import conform
 from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
+from mapet.files import UnreadableFile, read_record, sync_folder, write_whole
 
 PLAN, LOCK = "plan.json", "lock"
 
@@ -29,7 +32,7 @@ class Part:
     """A finished part: its files, by path relative to the folder, and what else there is to remember."""
 
     files: dict[str, FileRecord]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Any
 
 
 class Journal:
@@ -38,10 +41,16 @@ class Journal:
     Args:
         folder: holds the journal and, below it, the files of the parts.
         plan: all that decides what the parts hold, as JSON values.
+        parts: how many there are.
+        files: the files of a part, by path relative to the folder.
+        facts: a dataclass, what else there is to remember of a part.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, plan: dict[str, Any], *, parts: int, files: Callable[[int], Sequence[str]], facts: type
+    ) -> None:
         self.folder, self.plan = folder, json.loads(json.dumps(plan))
+        self._count, self._files_of, self._facts = parts, files, facts
         self._lock = None
 
     def begin(self, *, restart: bool = False) -> list[str]:
@@ -87,8 +96,11 @@ class Journal:
             self._lock = None
 
     def read_plan(self) -> dict[str, Any] | None:
-        """The plan in the folder; None where there is none."""
-        return _read_json(self.folder / PLAN)
+        """The plan in the folder; None where there is none that can be read."""
+        try:
+            return read_record(self.folder / PLAN, dict[str, Any])
+        except UnreadableFile:
+            return None
 
     def differences(self, found: dict[str, Any]) -> list[str]:
         """In what a plan differs from this one, in words."""
@@ -102,7 +114,7 @@ class Journal:
         except OSError:  # not there yet, or not to be read, which `begin` reports
             return {}
         numbers = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"part_(\d+)\.json", name)))
-        parts = {number: self._read_part(number) for number in numbers}
+        parts = {number: self._read_part(number) for number in numbers if number < self._count}
         return {number: part for number, part in parts.items() if part is not None}
 
     def damage(self, part: Part) -> str | None:
@@ -110,25 +122,25 @@ class Journal:
         for name, record in part.files.items():
             try:
                 found = FileRecord.of(self.folder / name)
-            except OSError as error:
-                return f"{name} cannot be read: {error.strerror or error}"
+            except UnreadableFile as error:
+                return f"{name} cannot be read: {error.reason}"
             if found != record:
                 return f"{name} is not as it was written"
         return None
 
-    def finish(self, number: int, files: dict[str, FileRecord], **facts: Any) -> None:
+    def finish(self, number: int, files: dict[str, FileRecord], facts: Any) -> None:
         """Record a part whose files are on disk."""
         for name in files:
             sync_folder((self.folder / name).parent)
         write_whole(self.folder / _record_name(number), json.dumps(asdict(Part(files, facts)), indent=1))
 
     def _read_part(self, number: int) -> Part | None:
-        values = _read_json(self.folder / _record_name(number)) or {}
         try:
-            files = {name: FileRecord(**record) for name, record in values["files"].items()}
-            return Part(files, values["facts"])
-        except (AttributeError, KeyError, TypeError):  # damaged: the part is made again
-            return None
+            part = read_record(self.folder / _record_name(number), Part)
+            facts = conform(self._facts, part.facts, "facts")
+        except (UnreadableFile, ValueError):
+            return None  # damaged: the part is made again
+        return Part(part.files, facts) if set(part.files) == set(self._files_of(number)) else None
 
     def _take_lock(self) -> None:
         self._lock = open(self.folder / LOCK, "ab")  # noqa: SIM115, held until `end`
@@ -152,37 +164,5 @@ class Journal:
                 path.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file safely to disk, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder safely on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _record_name(number: int) -> str:
     return f"part_{number:05d}.json"
-
-
-def _read_json(path: Path) -> Any:
-    """None for a file that is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None

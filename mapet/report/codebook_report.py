@@ -24,8 +24,8 @@ from torch import Tensor
 from mapet.codebook import CodebookUsage, class_counts, pointwise_mutual_information, repeated_entries
 from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
-from mapet.data.journal import write_whole
 from mapet.errors import ConfigError, DataError
+from mapet.files import write_whole
 from mapet.report.codebook_pictures import draw_usage
 from mapet.report.markdown import table
 from mapet.report.report import Picture

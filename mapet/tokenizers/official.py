@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mapet.errors import DataError
+from mapet.files import UnreadableFile, map_array, unreadable
+from mapet_kernels.regular import open_regular
 
 FLAT_L2 = b"IxF2"
 """How a file of an IndexFlatL2 begins."""
+HEADER = struct.Struct("<iqqq?iQ")
+"""What follows: features, vectors, two numbers without meaning, whether trained, the metric, and how many numbers are
+in the rest of the file, all float32."""
+METRIC_L2 = 1
 
 
 def read_official_codebook(path: str | Path) -> Tensor:
     """The (K, F) float32 centroids in a .npy file or in a faiss IndexFlatL2, as the official k-CLIP code writes them.
 
-    That code gives the index, too, a name that ends in .npy; the two are told apart by their content. The index needs
-    the faiss package. DataError names the file.
+    That code gives the index, too, a name that ends in .npy; the two are told apart by their content. DataError names
+    the file.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
-        centroids = _read_index(path, start) if start[:2] in (b"Ix", b"IV", b"IB") else np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read the codebook {path}: {error}") from error
-    if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype != np.float32:
-        shape = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "no single array"
-        raise DataError(f"{path} must hold float32 centroids (entries, features), it holds {shape}")
+            centroids = _read_index(file, start) if start[:2] in (b"Ix", b"IV", b"IB") else np.array(map_array(path))
+    except UnreadableFile as error:
+        raise DataError(f"cannot read the codebook {path}: {error.reason}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the codebook {path}: {unreadable(path, error).reason}") from error
+    if centroids.ndim != 2 or centroids.dtype != np.float32:
+        raise DataError(
+            f"{path} must hold float32 centroids (entries, features), it holds {centroids.dtype} {centroids.shape}"
+        )
     return torch.from_numpy(centroids)
 
 
@@ -54,26 +65,33 @@ def write_faiss_index(path: str | Path, codebook: Tensor) -> None:
         faiss.write_index(index, str(partial))
 
 
-def _read_index(path: Path, start: bytes) -> np.ndarray:
-    kind = start.decode("latin-1")
-    if start != FLAT_L2:
-        raise DataError(f"{path} is an index of the faiss library of kind {kind}; only IndexFlatL2 holds a codebook")
-    faiss = _faiss(
-        f"{path} is an index of the faiss library ({kind}), not an array, despite its name. Give the file of centroids "
-        "that was written beside it (codebook_centroids_*.npy)"
-    )
-    try:
-        index = faiss.read_index(str(path))
-    except RuntimeError as error:
-        raise DataError(f"{path} is a damaged index of the faiss library: {error}") from error
-    return index.reconstruct_n(0, index.ntotal)
+def _read_index(file: BinaryIO, kind: bytes) -> np.ndarray:
+    """The vectors of an index whose file is at the end of its first four bytes. ValueError where there are none.
+
+    Read here, since the faiss library takes the sizes in a file at their word.
+    """
+    if kind != FLAT_L2:
+        raise ValueError(
+            f"it is an index of the faiss library of kind {kind.decode('latin-1')}; only IndexFlatL2 holds a codebook"
+        )
+    header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise ValueError("it is a damaged index of the faiss library: it ends within its header")
+    features, entries, _, _, _, metric, numbers = HEADER.unpack(header)
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if metric != METRIC_L2 or features < 1 or entries < 1 or numbers != features * entries or left != 4 * numbers:
+        raise ValueError(
+            f"it is a damaged index of the faiss library: {entries} vectors of {features} numbers, metric {metric}, "
+            f"{numbers} numbers in all, and {left} bytes of them"
+        )
+    return np.frombuffer(bytearray(file.read()), "<f4").reshape(entries, features)
 
 
 def _faiss(why: str) -> ModuleType:
     try:
         import faiss
     except ImportError as error:
-        raise DataError(f"{why}; or pip install faiss-cpu") from error
+        raise DataError(f"{why}: pip install faiss-cpu") from error
     return faiss
 
 

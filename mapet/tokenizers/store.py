@@ -8,17 +8,25 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import safetensors
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet import __version__
+from mapet.checked import conform
 from mapet.codebook import CodebookUsage, FitReport
 from mapet.errors import DataError
+from mapet.files import (
+    UnreadableFile,
+    check_like,
+    parsed_json,
+    read_record,
+    read_tensors,
+    sha256_of,
+    tensors_metadata,
+)
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
@@ -32,7 +40,7 @@ class StoredTokenizer:
     """tokenizer.json: what makes the tokenizer again, what it is, and where its codebook came from."""
 
     name: str
-    settings: dict[str, Any]
+    settings: dict[str, int | str]
     input_size: int
     grid: int
     features: int
@@ -79,37 +87,32 @@ def read_manifest(folder: Path) -> StoredTokenizer:
     """tokenizer.json of the folder. DataError where it is missing, malformed or of another format."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+        stored = read_record(path, StoredTokenizer, version=FORMAT)
+    except UnreadableFile as error:
+        if not error.missing:
+            raise
         raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else None
-        raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}")
-    fields = {field.name for field in dataclasses.fields(StoredTokenizer)}
-    if different := fields ^ set(values):
-        raise DataError(f"{path} is damaged: it lacks, or does not know, {', '.join(sorted(different))}")
-    return StoredTokenizer(**values)
+    if not isinstance(stored.settings.get("vocabulary"), int):
+        raise UnreadableFile(path, "its settings have no vocabulary")
+    return stored
 
 
 def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
     """Manifest, codebook (K, F) and fit report of the folder. DataError names the file that is missing or damaged."""
     stored = read_manifest(folder)
-    path = folder / CODEBOOK
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the codebook {path}: {error.strerror or error}") from error
-    if (digest := hashlib.sha256(payload).hexdigest()) != stored.codebook_sha256:
+    path, entries = folder / CODEBOOK, stored.settings["vocabulary"]
+    if (digest := sha256_of(path)[1]) != stored.codebook_sha256:
         raise DataError(f"{path} is damaged, or not the one of {MANIFEST}: its sha256 is {digest}")
+    examples = {"codebook": torch.empty(entries, stored.features, device="meta")}
+    if stored.fit is not None:
+        examples["usage_counts"] = torch.empty(entries, dtype=torch.int64, device="meta")
+    tensors = read_tensors(path, {name: tuple(example.shape) for name, example in examples.items()})
     try:
-        tensors = safetensors.torch.load(payload)
-        codebook = tensors["codebook"]
-        report = _fit_from_json(stored.fit, tensors["usage_counts"]) if stored.fit is not None else None
-    except (SafetensorError, KeyError, TypeError) as error:
+        check_like(tensors, examples, "it")
+        report = None if stored.fit is None else _fit_from_json(stored.fit, tensors["usage_counts"])
+    except ValueError as error:
         raise DataError(f"{path} is no codebook of a tokenizer: {error}") from error
-    return stored, codebook, report
+    return stored, tensors["codebook"], report
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
@@ -117,11 +120,11 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
 
     DataError names a file that cannot be read or says nothing.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})[PROVENANCE])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no codebook with its provenance: {error}") from error
+    text = tensors_metadata(path).get(PROVENANCE)
+    values = None if text is None else parsed_json(text, path)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is no codebook with its provenance")
+    return values
 
 
 def _provenance(stored: StoredTokenizer) -> dict[str, Any]:
@@ -142,6 +145,16 @@ def _fit_to_json(report: FitReport) -> dict[str, Any]:
 
 
 def _fit_from_json(values: dict[str, Any], counts: Tensor) -> FitReport:
-    usage = CodebookUsage(counts.numpy(), values["repeated"])
-    kept = {name: value for name, value in values.items() if name not in ("repeated", "perplexity", "dead")}
-    return FitReport(**{**kept, "objectives": tuple(map(tuple, values["objectives"])), "usage": usage})
+    """ValueError unless the values are what `_fit_to_json` makes, and counts are not negative."""
+    kinds = {**get_type_hints(FitReport), "repeated": int, "perplexity": float, "dead": int}
+    del kinds["usage"]
+    if different := kinds.keys() ^ values.keys():
+        raise ValueError(f"its fit lacks, or does not know, {', '.join(sorted(different))}")
+    if counts.min() < 0:
+        raise ValueError("usage_counts has negative numbers")
+    kept = {name: conform(kind, values[name], f"fit.{name}") for name, kind in kinds.items()}
+    usage = CodebookUsage(counts.numpy(), kept.pop("repeated"))
+    del kept["perplexity"], kept["dead"]  # which follow from the counts
+    if not 0 <= kept["redo"] < len(kept["objectives"]) or not all(kept["objectives"]):
+        raise ValueError("fit.redo is none of fit.objectives")
+    return FitReport(**kept, usage=usage)

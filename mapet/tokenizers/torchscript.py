@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from mapet.errors import DataError
+from mapet.files import unreadable
+from mapet_kernels.regular import check_backed, open_regular
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -34,17 +36,20 @@ STORAGES = {
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether the file is a zip with the records of a TorchScript archive."""
-    if not zipfile.is_zipfile(path):
+    """Whether the file is a zip with the records of a TorchScript archive. UnreadableFile where it is no file."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except Exception:  # no zip, or a damaged one
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Every tensor attribute of the archive's modules by dotted name, on the CPU. DataError names a file unfit."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
             root = next(name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
             with archive.open(_stored(archive, root)) as file:
                 module = _Unpickler(file, archive, root.removesuffix(".pkl")).load()
@@ -100,7 +105,9 @@ def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    return storage.as_strided(size, stride, offset)
+    tensor = storage.as_strided(size, stride, offset)
+    check_backed(tensor)
+    return tensor
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

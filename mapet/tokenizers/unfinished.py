@@ -8,17 +8,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from mapet.checked import at_least
 from mapet.data.npyfile import NpyAppender
 from mapet.errors import ConfigError, DataError
+from mapet.files import UnreadableFile, read_record
 from mapet_kernels.kmeans import NpyRows
 
 FOLDER = "fit"
@@ -34,6 +37,15 @@ class Sample:
     patches: int
 
 
+@dataclass(frozen=True)
+class Description:
+    """sample.json."""
+
+    images: Annotated[int, at_least(1)]
+    patches: Annotated[int, at_least(1)]
+    settings: dict[str, Any]
+
+
 class UnfinishedFit:
     """The folder `fit` in a tokenizer's folder. `settings` are all that the result depends on.
 
@@ -46,7 +58,7 @@ class UnfinishedFit:
         self.kmeans = self.folder / "kmeans"
         self._rows, self._description = self.folder / "sample.npy", self.folder / "sample.json"
         saved = self._saved()
-        before = {} if saved is None else saved["settings"]
+        before = {} if saved is None else saved.settings
         changed = [name for name in settings if saved is not None and before.get(name) != settings[name]]
         if changed and not overwrite:
             listed = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
@@ -66,7 +78,7 @@ class UnfinishedFit:
             source = NpyRows(self._rows)
         except (OSError, ValueError) as error:
             raise DataError(f"the unfinished fit in {self.folder} is damaged, remove it: {error}") from error
-        return Sample(source.read(0, source.shape[0]), saved["images"], saved["patches"])
+        return Sample(source.read(0, source.shape[0]), saved.images, saved.patches)
 
     def save(self, sample: Sample) -> None:
         """Keep the sample; what an earlier run left half-written goes."""
@@ -78,7 +90,7 @@ class UnfinishedFit:
             for rows in sample.rows.split(ROWS_AT_ONCE):
                 file.append(rows.numpy())
             file.close()
-        described = {"images": sample.images, "patches": sample.patches, "settings": self.settings}
+        described = dataclasses.asdict(Description(sample.images, sample.patches, self.settings))
         partial = self._description.with_suffix(".partial")
         partial.write_text(json.dumps(described, indent=1) + "\n")
         os.replace(partial, self._description)
@@ -87,10 +99,10 @@ class UnfinishedFit:
         """Forget it: the fit is done, or not wanted."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _saved(self) -> dict[str, Any] | None:
+    def _saved(self) -> Description | None:
         try:
-            return json.loads(self._description.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
+            return read_record(self._description, Description)
+        except UnreadableFile as error:
+            if error.missing:
+                return None
             raise DataError(f"the unfinished fit in {self.folder} is damaged, remove it: {error}") from error
