@@ -12,6 +12,7 @@ What is to take the place of a folder NAME is made in a hidden one beside it:
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -148,10 +149,9 @@ def check_name(path: str | Path, kind: str, *, staged: bool = False, option: str
         raise ConfigError(f"{option}: the name of the {kind} has {length} bytes, at most {most} will do: {path}")
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: {error.strerror or error}") from error
+    except OSError as error:  # others are met, and told, by those who write
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ConfigError(f"{option} {path}: {error.strerror}") from error
 
 
 def check_place(path: str | Path, kind: str, *, staged: bool = False, option: str = "--output") -> None:
@@ -222,7 +222,8 @@ class Staging:
             files = self._files(folder) if names else None
         except DataError as error:
             raise DataError(
-                f"{folder} is no {self.kind}; it is left as it is: give another output folder ({error})"
+                f"{folder} is no {self.kind}; it is left as it is, with {_listed(folder, names)}: give another output "
+                f"folder ({error})"
             ) from error
         if files is None:
             raise DataError(f"{folder} is no {self.kind}; it is left as it is: it is no folder")

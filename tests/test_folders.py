@@ -487,11 +487,11 @@ class TestExport:
         (folder / "config.json").write_text('{"architecture": "vit_base_patch16_224", "num_classes": 5}')
         save_file({"head.weight": torch.ones(5)}, folder / "model.safetensors")
         before = entries(tmp_path)
-        with pytest.raises(DataError, match=r"theirs is no exported model.*config.json does not say"):
+        with pytest.raises(ConfigError, match=r"theirs is no exported model.*config.json does not say"):
             export(MODEL, weights, folder)
         export(MODEL, weights, tmp_path / "ours")
         shutil.copy(tmp_path / "ours/config.json", folder / "config.json")
-        with pytest.raises(DataError, match=r"model.safetensors does not say"):
+        with pytest.raises(ConfigError, match=r"model.safetensors does not say"):
             export(MODEL, weights, folder)
         shutil.rmtree(tmp_path / "ours")
         assert entries(tmp_path)["theirs/model.safetensors"] == before["theirs/model.safetensors"]
@@ -500,7 +500,7 @@ class TestExport:
     def test_a_folder_with_the_name_of_a_file_is_not_deleted(self, name, weights, tmp_path):
         (tmp_path / "model" / name).mkdir(parents=True)
         (tmp_path / "model" / name / "thesis.tex").write_text(THESIS)
-        with pytest.raises(DataError, match=r"model is no exported model"):
+        with pytest.raises(ConfigError, match=r"model is no exported model"):
             export(MODEL, weights, tmp_path / "model")
         assert (tmp_path / "model" / name / "thesis.tex").read_text() == THESIS
 
