@@ -111,7 +111,10 @@ def export(
     """
     folder = Path(folder)
     staging = Staging(folder, EXPORT, _files)
-    staging.earlier()
+    try:
+        staging.earlier()
+    except DataError as error:
+        raise ConfigError(f"cannot export: {error}") from error
     weights = backbone(model, state_dict)
     config = _timm_config(model, weights, name, global_pool)
     try:

@@ -194,7 +194,7 @@ class Pretrain:
     set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
     """Any field of the configuration; the options above are short for some of them."""
     fresh: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Start again, setting earlier checkpoints in --output aside."""
+    """Start again, setting the earlier run in --output aside, into before_1 there."""
     list_options: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print every field, its value with the options given, and what it means; then stop."""
 
@@ -306,7 +306,7 @@ class Export:
     checkpoint: Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
     """A run folder, or one of its step_... folders."""
     output: Annotated[Path, arg(metavar="DIR")]
-    """The folder; an earlier export in it is replaced."""
+    """The folder; an earlier export of mapet there is replaced."""
     pool: Literal["avg", "token"] = "avg"
     """What the model returns: the mean of the patches, or the class token."""
     name: str = "mapet"

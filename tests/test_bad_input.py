@@ -294,7 +294,7 @@ class TestRuns:
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_write", full)
+        monkeypatch.setattr(checkpoint, "write_through", full)
         arguments = ("pretrain", "--cache", cache, "--output", run, *TRAINING, "--max-steps", 3)
         mapet.fail(*arguments, code=1, names=(run, "the disk is full", "step_000000002"))
         assert CheckpointStore(run / "checkpoints").steps() == [2]
@@ -306,7 +306,7 @@ class TestRuns:
         def full(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("mapet.commands.probe.os.replace", full)
+        monkeypatch.setattr("mapet.files.os.replace", full)
         given = ("--images", cache, "--output", tmp_path / "p", *PROBE)
         mapet.fail("probe", "--checkpoint", made / "run", *given, code=1, names=(tmp_path / "p", "No space left"))
         assert not [name for name in everything_in(tmp_path / "p") if "scores" in name or name.endswith(".npy")]
