@@ -26,6 +26,7 @@ from mapet.data.cache import TokenCache
 from mapet.data.loader import make_loader, step_ids
 from mapet.distributed import StopRequest, World, connect
 from mapet.errors import CheckpointError, TrainingError
+from mapet.files import write_whole
 from mapet.learner import Learner
 from mapet.limits import cap_memory
 from mapet.metrics import MetricsLog, StepMetrics, import_trackers
@@ -241,7 +242,7 @@ class Run:
         if len(ids) > IDS_SHOWN:
             path = self.config.train.output / f"failed_step_{failure.step}.json"
             if self.world.is_main:
-                path.write_text(json.dumps({"step": failure.step, "ids": ids}))
+                write_whole(path, json.dumps({"step": failure.step, "ids": ids}))
             images += f", ... (all {len(ids)} in {path})"
         raise TrainingError(
             f"step {failure.step} (counted from 0): loss {failure.loss:g}, gradient norm {failure.gradient_norm:g}. "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +42,7 @@ from mapet.evaluate import (
     split,
 )
 from mapet.export import from_timm, to_timm
+from mapet.files import write_whole
 from mapet.model import MaskedTokenViT
 from mapet.options import Probe
 from mapet.rng import seed_global_generators
@@ -241,14 +241,9 @@ def write_scores(options: Probe, results: dict[str, EvaluationResult]) -> None:
         "options": dataclasses.asdict(options),
         "results": {name: dataclasses.asdict(result) for name, result in results.items()},
     }
-    partial = path.with_name(f".{SCORES}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
     except OSError as error:
         raise DataError(f"could not write {path}: {error}") from error
 
