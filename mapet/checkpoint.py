@@ -31,16 +31,20 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, model_config_from_dict, to_dict
-from mapet.errors import CheckpointError
+from mapet.errors import CheckpointError, MapetError
+from mapet.files import sync_folder, write_through
 from mapet.settings import REPLACED
 
 FORMAT = 1
 FOLDER = "checkpoints"
 REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
 PARTIAL, REMOVED = ".partial_", ".removed_"
+ATTEMPTS = 20
+"""To read weights of a run that goes on, and removes what is being read."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 MAY_CHANGE = frozenset(
@@ -48,6 +52,7 @@ MAY_CHANGE = frozenset(
         # The cache may move; its content may not, and the run checks that against the fingerprint in trainer.pt.
         "data.cache",
         "data.workers",
+        "data.patience",
         "train.output",
         "train.device",
         "train.parallel",
@@ -121,7 +126,7 @@ class CheckpointStore:
         """Steps that have a folder, complete or damaged, in rising order of the number."""
         if not self.folder.is_dir():
             return []
-        matches = (re.fullmatch(r"step_(\d+)", entry.name) for entry in self.folder.iterdir())
+        matches = (re.fullmatch(r"step_(\d+)", entry.name) for entry in self.folder.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
     def path(self, step: int) -> Path:
@@ -166,6 +171,8 @@ class CheckpointStore:
             try:
                 self._verify_step(step)
             except DamagedCheckpoint as damage:
+                if not self.path(step).exists():  # the run that this belongs to has replaced it by a newer one
+                    return self.newest_valid()
                 damages.append(str(damage))
                 warnings.warn(f"{damage}; going back to the checkpoint before it", stacklevel=2)
             else:
@@ -204,15 +211,6 @@ class CheckpointStore:
         """Read the newest valid checkpoint, None where there is none; errors as `newest_valid` and `load`."""
         step = self.newest_valid()
         return None if step is None else self.load(step, config)
-
-    def set_aside(self) -> Path | None:
-        """Rename the folder, so that a fresh run never falls back to an earlier run; the new name, if there was one."""
-        if not self.steps():
-            return None
-        number = 1
-        while (aside := self.folder.with_name(f"{self.folder.name}_before_{number}")).exists():
-            number += 1
-        return self.folder.rename(aside)
 
     def _verify_step(self, step: int) -> None:
         folder = self.path(step)
@@ -275,10 +273,22 @@ def load_weights(
 ) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
     """Model configuration, objective and weights (official names, CPU) from a run folder or one checkpoint folder.
 
-    A run folder gives its newest valid checkpoint. `ema` takes the moving average instead of the weights.
+    A run folder gives its newest valid checkpoint, also while the run goes on and replaces it. `ema` takes the moving
+    average instead of the weights.
     CheckpointError when the path holds no checkpoint, the checkpoint is damaged, or it has no average.
     """
-    folder = _checkpoint_folder(Path(path))
+    for _ in range(ATTEMPTS):
+        folder = _checkpoint_folder(Path(path))
+        try:
+            return _weights_in(folder, ema)
+        except (OSError, MapetError, SafetensorError):
+            if folder.exists():
+                raise
+    raise CheckpointError(f"{path} is being trained, and its checkpoints go before they are read: raise train.keep")
+
+
+def _weights_in(folder: Path, ema: bool) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
+    """As `load_weights`, of one checkpoint folder."""
     verify(folder)
     config = json.loads((folder / "config.json").read_text())
     weights = folder / ("ema.safetensors" if ema else "model.safetensors")
@@ -328,11 +338,11 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
 def _write_files(folder: Path, step: int, state: CheckpointState) -> None:
     files = {}
     for name, payload in _payloads(state):
-        _write(folder / name, payload)
+        write_through(folder / name, payload)
         files[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     manifest = {"format": FORMAT, "step": step, "files": files}
-    _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    _sync_folder(folder)
+    write_through(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
 
 
 def _payloads(state: CheckpointState) -> Iterator[tuple[str, bytes | memoryview]]:
@@ -363,27 +373,12 @@ def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: value.detach().contiguous() for name, value in tensors.items()})
 
 
-def _write(path: Path, payload: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _rename_over(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`. A folder in the way is a damaged checkpoint of the same step, and goes."""
     if target.exists():
         _remove(target)
     partial.rename(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _remove(folder: Path) -> None:

@@ -146,6 +146,8 @@ class DataConfig:
     """Folder that `mapet tokenize` made: cropped uint8 images, uint16 tokens and a manifest."""
     workers: Workers = 2
     """Processes that read images ahead; 0 reads them in the process itself."""
+    patience: Annotated[float, above(0, 1e6)] = 20.0
+    """Seconds without progress after which a process that reads images counts as stalled, and the run ends."""
     color_jitter: Annotated[float, fraction()] = 0.4
     """Largest relative change of brightness, contrast and saturation, drawn per image; 0 turns it off."""
 

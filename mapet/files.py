@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +57,8 @@ def unreadable(path: str | os.PathLike, error: BaseException, advice: str = "") 
     missing = isinstance(error, FileNotFoundError)
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
+    elif isinstance(error, pickle.UnpicklingError):
+        reason = "it holds more than tensors, numbers and text, so that it could run code"
     elif isinstance(error, RecursionError):
         reason = "it is nested too deeply"
     elif isinstance(error, MemoryError):
@@ -220,9 +224,21 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file safely to disk, whole or not at all; text as UTF-8, other bytes in names escaped. OSError."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write, whose file then takes the place of `path`, safely on the disk, unless the block fails. OSError.
+
+    A file that a killed process left half-written is written again by the next call for the same path.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write_through(partial, content)
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from mapet.checked import at_least, conform
 from mapet.errors import ConfigError, MapetError
 from mapet.files import read_bytes, write_whole
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME, BOARD = "metrics.jsonl", "tensorboard"
 PROJECT = "mapet"
 NO_CURVE = ("step", "eta_seconds")
 NUMBERS = {"loss", "accuracy", "lr"}
@@ -85,7 +85,7 @@ class MetricsLog:
             for line in keep_until(folder / FILE_NAME, start):
                 self.best_loss.consider(line["step"], line.get("loss"))
             self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
         self._trackers = [_start(module, folder, config or {}) for module in modules]
 
     def __enter__(self) -> MetricsLog:

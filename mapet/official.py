@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, WeightsMissingError
+from mapet.files import UnreadableFile, read_pickle
 
 StateDict = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -182,14 +182,15 @@ def load_released(path: str | Path) -> tuple[ModelConfig, StateDict]:
     so no code in it can run. A leading "module." of the names is dropped.
     Raises WeightsMissingError without a file, CheckpointError when it is not such a checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsMissingError(f"no file {path}; the released classifiers are vit_standard_*_patch16_224_*.tar")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged, or holds more than weights and is refused: {error}") from error
+        content = read_pickle(path, classes=[argparse.Namespace])
+    except UnreadableFile as error:
+        if error.missing:
+            advice = "the released classifiers are vit_standard_*_patch16_224_*.tar"
+            raise WeightsMissingError(f"no file {path}; {advice}") from error
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than weights, and is refused: {error.reason}"
+        ) from error
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise CheckpointError(f"{path} has no 'state_dict' of tensors; expected a checkpoint of timm's CheckpointSaver")

@@ -130,6 +130,8 @@ class Tokenize:
     """auto, cpu, cuda or cuda:N."""
     workers: Workers = 2
     """Processes that decode images, for each GPU."""
+    patience: Annotated[float, above(0, 1e6)] = 20.0
+    """Seconds that one of them may take for an image; then it counts as stalled."""
     batch_size: BatchSize = 64
     """Images per batch."""
     shard_images: CountOrNone = 0

@@ -325,7 +325,7 @@ class TestPretrain:
         mapet.succeed(*training, "--max-steps", 2)
         mapet.succeed(*training, "--max-steps", 1, "--fresh")
         assert CheckpointStore(tmp_path / "run/checkpoints").steps() == [1]
-        assert CheckpointStore(tmp_path / "run/checkpoints_before_1").steps() == [2]
+        assert CheckpointStore(tmp_path / "run/before_1/checkpoints").steps() == [2]
 
     def test_only_the_main_process_reports(self, mapet, monkeypatch):
         result = SimpleNamespace(exit_code=143)

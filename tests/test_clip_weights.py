@@ -1,5 +1,6 @@
 """CLIP weights: found or missed with clear words, read without running code, and mapped onto timm's trunk exactly."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -178,7 +179,7 @@ def test_code_in_a_torchscript_archive_is_not_run(tmp_path: Path) -> None:
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     torch.save({"visual.conv1.weight": Trap(tmp_path / "sprung")}, tmp_path / "w.pt")
-    with pytest.raises(DataError, match=r"cannot read weights from .*w\.pt"):
+    with pytest.raises(DataError, match=r"cannot read .*w\.pt"):
         read_weights(tmp_path / "w.pt")
     assert not (tmp_path / "sprung").exists()
 
@@ -202,7 +203,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     texts = {"w.safetensors": b"not safe", "w.pt": b"hello", "empty.pt": b""}
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"cannot read weights from .*{name}"):
+        with pytest.raises(DataError, match=f"cannot read .*{name}"):
             read_weights(tmp_path / name)
     torch.save([torch.ones(3)], tmp_path / "list.pt")
     with pytest.raises(DataError, match=r"list\.pt holds a list, not a state dict"):
@@ -274,8 +275,13 @@ def test_cached_files_are_found(no_weights: Path, repository: str, name: str) ->
     assert find_clip_weights().read_bytes() == b"weights"
 
 
-def test_openais_own_cache_is_found(no_weights: Path) -> None:
+def test_openais_own_cache_is_found_and_is_what_openai_published(
+    no_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = no_weights / "clip" / "RN50x64.pt"
     path.parent.mkdir()
     path.write_bytes(b"weights")
+    with pytest.raises(DataError, match=r"RN50x64.pt is not OpenAI's file, or damaged: its SHA-256 is"):
+        find_clip_weights()
+    monkeypatch.setattr(clip_weights, "OPENAI_SHA256", hashlib.sha256(b"weights").hexdigest())
     assert find_clip_weights() == path

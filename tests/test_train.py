@@ -250,7 +250,7 @@ def test_not_resuming_starts_afresh_and_keeps_what_was(cache, tmp_path):
     assert pretrain(fresh).step == 3
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
     assert CheckpointStore(tmp_path / "checkpoints").steps() == [3]
-    assert CheckpointStore(tmp_path / "checkpoints_before_1").steps() == [6]
+    assert CheckpointStore(tmp_path / "before_1/checkpoints").steps() == [6]
 
 
 def test_a_checkpoint_of_other_options_or_data_is_refused(cache, tmp_path):

@@ -15,6 +15,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from mapet_kernels.regular import open_regular
+
 MAGIC = b"\x93NUMPY"
 DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
 LONGEST_HEADER = 10_000
@@ -88,7 +90,7 @@ class NpyRows:
 
 def open_npy(path: Path) -> NpyFile:
     """Read the header of a .npy file and check its size. Errors as for `NpyRows`."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         header = _read_header(path, file)
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     shape, dtype = header["shape"], DTYPES.get(header["descr"])
@@ -126,7 +128,7 @@ def _fill(out: Tensor, file: NpyFile, first: int) -> None:
     """Read rows into `out` (m, features), contiguous on the CPU, from row `first` of the file on."""
     size = out.numel() * out.element_size()
     buffer = memoryview((ctypes.c_char * size).from_address(out.data_ptr())).cast("B") if size else b""
-    with file.path.open("rb", buffering=0) as opened:
+    with open_regular(file.path, buffering=0) as opened:
         opened.seek(file.offset + first * file.features * file.dtype.itemsize)
         done = 0
         while done < size:

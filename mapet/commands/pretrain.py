@@ -115,7 +115,8 @@ def print_options(config: RunConfig) -> None:
 def summary(config: RunConfig, result: TrainResult) -> str:
     """Where the results are, and what can be done with them."""
     output = config.train.output
-    lines = [f"{result.step} of {result.last_step} steps are done; newest checkpoint: {result.checkpoint}"]
+    newest = result.checkpoint or "none yet"
+    lines = [f"{result.step} of {result.last_step} steps are done; newest checkpoint: {newest}"]
     if result.best_loss is not None:
         lines.append(f"smallest loss {result.best_loss:.4f}, at step {result.best_step}")
     lines.append(f"numbers: {output}/metrics.jsonl; curves: tensorboard --logdir {output}/tensorboard")

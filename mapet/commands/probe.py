@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.checkpoint import load_weights
@@ -42,13 +40,16 @@ from mapet.evaluate import (
     split,
 )
 from mapet.export import from_timm, to_timm
-from mapet.files import write_whole
+from mapet.files import UnreadableFile, read_json, write_whole
+from mapet.folders import check_place, locked
 from mapet.model import MaskedTokenViT
 from mapet.options import Probe
 from mapet.rng import seed_global_generators
+from mapet.timm_folder import is_timm_folder, read_timm_folder
 from mapet.words import in_line, say
 
 SCORES = "scores.json"
+KIND = "probe"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ class LabelledImages:
 
 def run(options: Probe) -> int:
     """Score the checkpoint, and the baselines if wanted; print a table and write scores.json."""
+    check_place(options.output, KIND)
+    check_ours(options.output)
+    with locked(options.output, KIND):
+        check_ours(options.output)
+        for left in features_folder(options).glob(".features_*.partial"):  # of a killed process
+            left.unlink(missing_ok=True)
+        return measure(options)
+
+
+def measure(options: Probe) -> int:
+    """As `run`, in a folder that is this process's."""
     device = pick_device(options.device, None)
     model = load_model(options.checkpoint, ema=options.ema).to(device)
     images = open_labelled(options.images, model.patch_embed.img_size[0])
@@ -86,22 +98,7 @@ def load_model(path: Path, *, ema: bool) -> VisionTransformer:
         return to_timm(model, weights)
     if ema:
         raise CheckpointError(f"{path} is an exported model and has no moving average; leave out --ema")
-    try:
-        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"timm cannot load {path}: {error}") from error
-    if not isinstance(model, VisionTransformer):
-        raise CheckpointError(f"{path} holds a {type(model).__name__}, and only vision transformers can be probed")
-    return model
-
-
-def is_timm_folder(path: Path) -> bool:
-    """Whether config.json in the folder is timm's, not a checkpoint's."""
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architecture" in config
+    return read_timm_folder(path)
 
 
 def random_like(model: VisionTransformer, seed: int) -> VisionTransformer:
@@ -245,7 +242,17 @@ def write_scores(options: Probe, results: dict[str, EvaluationResult]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
     except OSError as error:
-        raise DataError(f"could not write {path}: {error}") from error
+        raise DataError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def check_ours(output: Path) -> None:
+    """DataError where the folder has a file of another origin under a name of ours."""
+    try:
+        values = read_json(output / SCORES)
+    except UnreadableFile as error:
+        values = {"options": {}, "results": {}} if error.missing else None
+    if not isinstance(values, dict) or set(values) != {"options", "results"}:
+        raise DataError(f"{output / SCORES} was not written by mapet probe, so it stays: name another --output")
 
 
 def features_folder(options: Probe) -> Path:

@@ -2,26 +2,28 @@
 
     plan.json        what the job is; the same command finds it again
     part_00007.json  written when the files of part 7 are safely on disk, last and whole or not at all
-    lock             held by the main process while it runs; a killed process holds nothing
+    .mapet.lock      held by the main process while it runs; a killed process holds nothing (mapet/folders.py)
 
 A process that dies at any moment leaves its finished parts, and files without a record, which are made again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
+from mapet.files import sync_folder, write_whole
+from mapet.folders import FolderLock, claim, clear
 
-PLAN, LOCK = "plan.json", "lock"
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,16 @@ class Journal:
     Args:
         folder: holds the journal and, below it, the files of the parts.
         plan: all that decides what the parts hold, as JSON values.
+        what, place: what the job makes, in words, and where; by default in the folder.
+        names: patterns of what else the job puts into the folder.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
-        self.folder, self.plan = folder, json.loads(json.dumps(plan))
-        self._lock = None
+    def __init__(
+        self, folder: Path, plan: dict[str, Any], what: str, names: Sequence[str], place: Path | None = None
+    ) -> None:
+        self.folder, self.plan, self.what, self.place = folder, json.loads(json.dumps(plan)), what, place
+        self.names = (PLAN, "part_*.json", *names)
+        self._lock: FolderLock | None = None
 
     def begin(self, *, restart: bool = False) -> list[str]:
         """Take the lock, and write the plan where there is none; for the main process.
@@ -55,10 +62,7 @@ class Journal:
             DataError: another process holds the lock, the folder is that of another job (the text names what differs),
                 or it holds other things.
         """
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
-            raise DataError(f"{self.folder} exists and holds no work of mapet; move it away")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._lock = claim(self.folder, self.what, self.names, self.place)
         try:
             found = self.read_plan()
             differences = self.differences(found or {})
@@ -68,7 +72,7 @@ class Journal:
                     "that began it, or delete that folder"
                 )
             if differences:
-                self._clear()
+                clear(self.folder)
                 write_whole(self.folder / PLAN, json.dumps(self.plan, indent=1))
         except BaseException:
             self.end()
@@ -80,10 +84,13 @@ class Journal:
         """Whether this process holds the lock."""
         return self._lock is not None
 
-    def end(self) -> None:
-        """Give the lock back."""
+    def end(self, *, remove: bool = False) -> None:
+        """Give the lock back, if this process holds it; `remove` all that is in the folder first."""
         if self._lock is not None:
-            self._lock.close()
+            if remove:
+                with suppress(OSError):
+                    clear(self.folder)
+            self._lock.release()
             self._lock = None
 
     def read_plan(self) -> dict[str, Any] | None:
@@ -130,49 +137,9 @@ class Journal:
         except (AttributeError, KeyError, TypeError):  # damaged: the part is made again
             return None
 
-    def _take_lock(self) -> None:
-        self._lock = open(self.folder / LOCK, "ab")  # noqa: SIM115, held until `end`
-        try:
-            # Not flock, which the forked workers of a killed process would go on holding.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.end()
-            raise DataError(f"another process is at work in {self.folder}; wait for it, or end it") from error
-
     def forget(self, number: int) -> None:
         """Drop the record of a part."""
         (self.folder / _record_name(number)).unlink(missing_ok=True)
-
-    def _clear(self) -> None:
-        """Delete everything but the lock."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file safely to disk, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder safely on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _record_name(number: int) -> str:

@@ -28,6 +28,7 @@ from mapet.distributed import pick_device
 from mapet.errors import CheckpointError
 from mapet.evaluate import CacheImages, extract_features
 from mapet.export import TOLERANCE, ExportReport, export, to_timm
+from mapet.folders import check_place, locked
 from mapet.report.report import Picture, write_report
 
 THREADS = 1
@@ -65,7 +66,13 @@ def run_demo(options: DemoOptions) -> None:
     """
     recipe = QUICK if options.quick else FULL
     device = pick_device(options.device, None)
-    folder = DemoFolder(options.output)
+    check_place(options.output, "demo")
+    with locked(options.output, "demo"):
+        run_in(DemoFolder(options.output), options, recipe, device)
+
+
+def run_in(folder: DemoFolder, options: DemoOptions, recipe: Recipe, device: torch.device) -> None:
+    """As `run_demo`, in a folder that is this process's."""
     folder.claim(recipe, device.type)
     cost = "under a minute" if options.quick else f"about {1 + 1.5 * options.seeds:.0f} minutes on a CPU"
     say(f"{options.seeds} seeds on {device}, into {folder.root}; {cost}. Ctrl-C is safe: the same command goes on")

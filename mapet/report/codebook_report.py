@@ -2,7 +2,7 @@
 
 Everything is counted over all tokens of a token cache. The folder:
 
-    report.md          the numbers and the pictures
+    report.md          the numbers and the pictures; its first line says whose it is
     usage.png          sorted usage
     most_used.png, least_used.png, chosen.png, classes.png   patches of entries
     usage.csv          entry, tokens, share, the earlier entry that it repeats
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +29,18 @@ from mapet.config import Count, Rows
 from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, DataError
-from mapet.files import write_whole
+from mapet.files import UnreadableFile, read_bytes, write_whole
+from mapet.folders import check_place, locked
 from mapet.report.codebook_pictures import draw_usage
 from mapet.report.markdown import plain, table
 from mapet.report.report import Picture
 from mapet.tokenizers.gallery import GalleryRow, draw_gallery, most_used, share_text
 from mapet.words import in_line
 
+KIND = "codebook report"
+REPORT, USAGE, CLASSES = "report.md", "usage.csv", "classes.csv"
+PICTURES = ("usage", "most_used", "least_used", "chosen", "classes")
+MARK = "<!-- Written by mapet codebook, which will replace this file, and the pictures and tables beside it. -->"
 SHOWN_CLASSES = 100
 """Classes in the table of report.md, at most; classes.csv has them all."""
 SHOWN_IDS = 40
@@ -122,7 +129,7 @@ def write_codebook_report(
     seed: int = 0,
     command: str = "",
 ) -> Path:
-    """Write the report of a cache's codebook into a folder; report.md, whose path is returned, last.
+    """Write the report of a cache's codebook into a folder; the path of report.md is returned.
 
     Args:
         codebook: (K, F), for repeated entries.
@@ -131,23 +138,38 @@ def write_codebook_report(
         floor: as in CodebookStatistics.
         seed: picks the patches drawn.
     Raises:
-        ConfigError: a chosen entry outside the codebook, or rows or floor below 1.
-        DataError: files cannot be written.
+        ConfigError: a chosen entry outside the codebook, rows or floor below 1, or a folder inside another output.
+        DataError: files cannot be written, others have their names, or another process is at work there.
     """
     check(Rows, rows, "rows")
     if outside := [entry for entry in chosen if not 0 <= entry < cache.vocabulary]:
         raise ConfigError(f"entries {', '.join(map(str, outside))}: the codebook has 0 to {cache.vocabulary - 1}")
     output, found = Path(output), CodebookStatistics(cache, codebook, floor=floor)
+    check_place(output, KIND)
+    check_ours(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        pictures = list(_pictures(found, output, chosen, rows, seed))
-        write_whole(output / "usage.csv", _usage_csv(found))
-        if cache.labels is not None:
-            write_whole(output / "classes.csv", _classes_csv(found))
-        write_whole(output / "report.md", render(found, pictures, chosen, command))
+        with locked(output, KIND):
+            check_ours(output)
+            if not (output / REPORT).exists():  # the mark comes before what it is for
+                write_whole(output / REPORT, f"{MARK}\n\nThis report is not done.\n")
+            pictures = list(_pictures(found, output, chosen, rows, seed))
+            write_whole(output / USAGE, _usage_csv(found))
+            if cache.labels is not None:
+                write_whole(output / CLASSES, _classes_csv(found))
+            write_whole(output / REPORT, f"{MARK}\n\n{render(found, pictures, chosen, command)}")
     except OSError as error:
         raise DataError(f"could not write the codebook report {output}: {error.strerror or error}") from error
-    return output / "report.md"
+    return output / REPORT
+
+
+def check_ours(output: Path) -> None:
+    """DataError, naming it, where a file of another origin has a name of the report's."""
+    with suppress(UnreadableFile):
+        if read_bytes(output / REPORT).startswith(MARK.encode()):
+            return
+    for name in (REPORT, USAGE, CLASSES, *(f"{picture}.png" for picture in PICTURES)):
+        if os.path.lexists(output / name):
+            raise DataError(f"{output / name} was not written by mapet codebook, so it stays: name another folder")
 
 
 def render(found: CodebookStatistics, pictures: Sequence[Picture], chosen: Sequence[int], command: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.errors import DataError
+from mapet.files import replacing
 from mapet.words import in_line
 
 CELL = 112
@@ -213,7 +214,8 @@ class _Canvas:
         self.axes.text(LABEL + CELL / 2, HEADER - 10, "average", size=8, ha="center", va="center", color=GREY)
         self.axes.text(self._left(0), HEADER - 10, "examples, outlined", size=8, va="center", color=GREY)
         FigureCanvasAgg(self.figure)
-        self.figure.savefig(path, dpi=100)
+        with replacing(path) as partial:
+            self.figure.savefig(partial, dpi=100, format="png")
 
     def _top(self, row: int) -> int:
         return HEADER + row * (CELL + GAP)

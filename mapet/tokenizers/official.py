@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,28 +13,34 @@ import torch
 from torch import Tensor
 
 from mapet.errors import DataError
+from mapet.files import UnreadableFile, map_array, read_bytes, replacing, unreadable
+from mapet_kernels.regular import open_regular
 
 FLAT_L2 = b"IxF2"
-"""How a file of an IndexFlatL2 begins."""
+"""How a file of an IndexFlatL2 begins; then come HEADER, the COUNT of what follows, and the numbers, float32."""
+HEADER = struct.Struct("<iqqq?i")
+"""Features, entries, twice a number without meaning, whether it is trained, the metric."""
+COUNT = struct.Struct("<Q")
+L2 = 1
 
 
 def read_official_codebook(path: str | Path) -> Tensor:
     """The (K, F) float32 centroids in a .npy file or in a faiss IndexFlatL2, as the official k-CLIP code writes them.
 
-    That code gives the index, too, a name that ends in .npy; the two are told apart by their content. The index needs
-    the faiss package. DataError names the file.
+    That code gives the index, too, a name that ends in .npy; the two are told apart by their content. DataError names
+    the file.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
-        centroids = _read_index(path, start) if start[:2] in (b"Ix", b"IV", b"IB") else np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read the codebook {path}: {error}") from error
-    if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype != np.float32:
-        shape = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "no single array"
+    except OSError as error:
+        raise unreadable(path, error) from error
+    centroids = _read_index(path, start) if start[:2] in (b"Ix", b"IV", b"IB") else map_array(path)
+    if centroids.ndim != 2 or centroids.dtype != np.float32:
+        shape = f"{centroids.dtype} {centroids.shape}"
         raise DataError(f"{path} must hold float32 centroids (entries, features), it holds {shape}")
-    return torch.from_numpy(centroids)
+    return torch.from_numpy(np.array(centroids))
 
 
 def write_official_centroids(path: str | Path, codebook: Tensor) -> None:
@@ -58,15 +64,18 @@ def _read_index(path: Path, start: bytes) -> np.ndarray:
     kind = start.decode("latin-1")
     if start != FLAT_L2:
         raise DataError(f"{path} is an index of the faiss library of kind {kind}; only IndexFlatL2 holds a codebook")
-    faiss = _faiss(
-        f"{path} is an index of the faiss library ({kind}), not an array, despite its name. Give the file of centroids "
-        "that was written beside it (codebook_centroids_*.npy)"
-    )
+    content = read_bytes(path)
     try:
-        index = faiss.read_index(str(path))
-    except RuntimeError as error:
-        raise DataError(f"{path} is a damaged index of the faiss library: {error}") from error
-    return index.reconstruct_n(0, index.ntotal)
+        features, entries, _, _, _, metric = HEADER.unpack_from(content, len(FLAT_L2))
+        (size,) = COUNT.unpack_from(content, len(FLAT_L2) + HEADER.size)
+    except struct.error as error:
+        raise UnreadableFile(path, "it is a damaged index of the faiss library: it is cut off") from error
+    begin = len(FLAT_L2) + HEADER.size + COUNT.size
+    if metric != L2 or min(features, entries) < 1 or size not in (features * entries, 4 * features * entries):
+        raise UnreadableFile(path, f"it is a damaged index of the faiss library: {entries} entries of {features}")
+    if len(content) != begin + 4 * features * entries:
+        raise UnreadableFile(path, f"it is a damaged index of the faiss library: {len(content)} bytes")
+    return np.frombuffer(content, "<f4", offset=begin).reshape(entries, features)
 
 
 def _faiss(why: str) -> ModuleType:
@@ -85,12 +94,9 @@ def _array(codebook: Tensor) -> np.ndarray:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A partial file beside the target, which takes its place if nothing goes wrong."""
-    partial = path.with_name(f".{path.name}.partial")
+    """As `mapet.files.replacing`, with DataError."""
     try:
-        yield partial
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            yield partial
     except (OSError, RuntimeError) as error:
         raise DataError(f"cannot write the codebook {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,23 +5,36 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import typing
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet import __version__
+from mapet.checked import conform
 from mapet.codebook import CodebookUsage, FitReport
 from mapet.errors import DataError
+from mapet.files import (
+    UnreadableFile,
+    one_line,
+    read_json,
+    read_tensors,
+    replacing,
+    sha256_of,
+    tensors_metadata,
+    write_through,
+)
+from mapet.folders import LOCK, PARTIAL_FILES, TOKENIZER, check_place
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
+UNFINISHED = "fit"
+"""Folder of a fit that is not done."""
 PROVENANCE = "provenance"
 """Metadata of codebook.safetensors, as JSON: all of tokenizer.json but the hash of the file itself."""
 FORMAT = 1
@@ -32,7 +45,7 @@ class StoredTokenizer:
     """tokenizer.json: what makes the tokenizer again, what it is, and where its codebook came from."""
 
     name: str
-    settings: dict[str, Any]
+    settings: dict[str, int | str | None]
     input_size: int
     grid: int
     features: int
@@ -50,7 +63,13 @@ class StoredTokenizer:
 
 
 def write(folder: Path, stored: StoredTokenizer, codebook: Tensor, report: FitReport | None) -> None:
-    """Write both files, each whole or not at all, the manifest last. DataError where the disk does not take them."""
+    """Write both files, each whole or not at all, the manifest last.
+
+    ConfigError where no tokenizer may be, DataError where the disk does not take it or files of others have its names.
+    """
+    check_place(folder, TOKENIZER, option="the folder")
+    if any((folder / name).exists() for name in (CODEBOOK, MANIFEST)) and not _is_ours(folder):
+        raise DataError(f"{folder} has a {CODEBOOK} or {MANIFEST} of something else, which is left as it is")
     tensors = {"codebook": codebook.cpu()}
     if report is not None:
         tensors["usage_counts"] = torch.from_numpy(report.usage.counts)
@@ -59,56 +78,73 @@ def write(folder: Path, stored: StoredTokenizer, codebook: Tensor, report: FitRe
     payload = safetensors.torch.save(tensors, {PROVENANCE: json.dumps(_provenance(stored), sort_keys=True)})
     stored = dataclasses.replace(stored, codebook_sha256=hashlib.sha256(payload).hexdigest())
     text = json.dumps(dataclasses.asdict(stored), indent=2) + "\n"
-    partial = {folder / f".{name}.partial": folder / name for name in (CODEBOOK, MANIFEST)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(partial, (payload, text.encode()), strict=True):
-            _write_through(path, content)
-        # Both are safely on the disk before either replaces what was there; a crash between the two renames leaves a
-        # manifest with the hash of another codebook, which `read` refuses.
-        for path, target in partial.items():
-            os.replace(path, target)
+        # Both are safely on the disk before either replaces what was there, the codebook first; a crash between the two
+        # renames leaves a manifest with the hash of another codebook, which `read` refuses.
+        with replacing(folder / MANIFEST) as manifest, replacing(folder / CODEBOOK) as numbers:
+            write_through(numbers, payload)
+            write_through(manifest, text.encode())
     except OSError as error:
         raise DataError(f"cannot save the tokenizer in {folder}: {error.strerror or error}") from error
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing stands in the way of a tokenizer: a new or empty folder, a fit that was not done, one of ours."""
+    if not folder.is_dir():
+        return not folder.exists()
+    names = {path.name for path in folder.iterdir()} - {LOCK, UNFINISHED}
+    return all(fnmatch(name, PARTIAL_FILES) for name in names) or _is_ours(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the manifest, or where there is none the codebook, is of a tokenizer of ours."""
+    try:
+        if (folder / MANIFEST).exists():
+            read_manifest(folder)
+        else:
+            read_provenance(folder / CODEBOOK)
+    except DataError:
+        return False
+    return True
 
 
 def read_manifest(folder: Path) -> StoredTokenizer:
     """tokenizer.json of the folder. DataError where it is missing, malformed or of another format."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        values = read_json(path)
+    except UnreadableFile as error:
+        if error.missing:
+            raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
+        raise
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else None
         raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}")
     fields = {field.name for field in dataclasses.fields(StoredTokenizer)}
     if different := fields ^ set(values):
         raise DataError(f"{path} is damaged: it lacks, or does not know, {', '.join(sorted(different))}")
-    return StoredTokenizer(**values)
+    try:
+        return conform(StoredTokenizer, values, "its content")
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
     """Manifest, codebook (K, F) and fit report of the folder. DataError names the file that is missing or damaged."""
     stored = read_manifest(folder)
     path = folder / CODEBOOK
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the codebook {path}: {error.strerror or error}") from error
-    if (digest := hashlib.sha256(payload).hexdigest()) != stored.codebook_sha256:
+    digest = sha256_of(path)[1]
+    if digest != stored.codebook_sha256:
         raise DataError(f"{path} is damaged, or not the one of {MANIFEST}: its sha256 is {digest}")
+    tensors = read_tensors(path)
     try:
-        tensors = safetensors.torch.load(payload)
         codebook = tensors["codebook"]
-        report = _fit_from_json(stored.fit, tensors["usage_counts"]) if stored.fit is not None else None
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no codebook of a tokenizer: {error}") from error
+        if codebook.dim() != 2 or codebook.dtype != torch.float32:
+            raise ValueError(f"it is {codebook.dtype} {tuple(codebook.shape)}, must be float32 (entries, features)")
+        report = None if stored.fit is None else _fit_from_json(stored.fit, tensors["usage_counts"], len(codebook))
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{path} is no codebook of a tokenizer: {one_line(error)}") from error
     return stored, codebook, report
 
 
@@ -118,21 +154,13 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     DataError names a file that cannot be read or says nothing.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})[PROVENANCE])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no codebook with its provenance: {error}") from error
+        return conform(dict[str, Any], json.loads(tensors_metadata(path)[PROVENANCE]), "it")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} is no codebook with its provenance: {one_line(error)}") from error
 
 
 def _provenance(stored: StoredTokenizer) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(stored).items() if name != "codebook_sha256"}
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _fit_to_json(report: FitReport) -> dict[str, Any]:
@@ -141,7 +169,17 @@ def _fit_to_json(report: FitReport) -> dict[str, Any]:
     return {**values, "repeated": usage.repeated, "perplexity": usage.perplexity, "dead": len(usage.dead)}
 
 
-def _fit_from_json(values: dict[str, Any], counts: Tensor) -> FitReport:
-    usage = CodebookUsage(counts.numpy(), values["repeated"])
-    kept = {name: value for name, value in values.items() if name not in ("repeated", "perplexity", "dead")}
-    return FitReport(**{**kept, "objectives": tuple(map(tuple, values["objectives"])), "usage": usage})
+def _fit_from_json(values: dict[str, Any], counts: Tensor, entries: int) -> FitReport:
+    """ValueError or KeyError where it is none."""
+    if counts.dtype != torch.int64 or tuple(counts.shape) != (entries,) or counts.min() < 0:
+        raise ValueError(f"usage_counts is {counts.dtype} {tuple(counts.shape)}, must be int64 ({entries},) from 0")
+    usage = CodebookUsage(counts.numpy(), conform(int, values["repeated"], "repeated"))
+    hints = typing.get_type_hints(FitReport)
+    kept = {name: conform(hints[name], value, f"fit.{name}") for name, value in values.items() if name in hints}
+    try:
+        report = FitReport(**kept, usage=usage)
+    except TypeError as error:
+        raise ValueError(f"fit is incomplete: {error}") from error
+    if not 0 <= report.redo < len(report.objectives) or not all(report.objectives):
+        raise ValueError("fit has no objectives of the redo that was kept")
+    return report

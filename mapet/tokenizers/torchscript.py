@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from mapet.errors import DataError
+from mapet.files import one_line, unreadable
+from mapet_kernels.regular import open_regular
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -34,23 +36,28 @@ STORAGES = {
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether the file is a zip with the records of a TorchScript archive."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    """Whether the file is a zip with the records of a TorchScript archive; UnreadableFile where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            if not zipfile.is_zipfile(file):
+                return False
+            with zipfile.ZipFile(file) as archive:
+                return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise unreadable(path, error) from error
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Every tensor attribute of the archive's modules by dotted name, on the CPU. DataError names a file unfit."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
             root = next(name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
             with archive.open(_stored(archive, root)) as file:
                 module = _Unpickler(file, archive, root.removesuffix(".pkl")).load()
             return dict(_tensors(module, "", set()))
     except Exception as error:  # A damaged pickle fails in as many ways as it has bytes.
-        raise DataError(f"{path} is no readable TorchScript archive: {type(error).__name__}: {error}") from error
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise DataError(f"{path} is no readable TorchScript archive: {reason}") from error
 
 
 class _Module:
@@ -100,7 +107,10 @@ def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    return storage.as_strided(size, stride, offset)
+    tensor = storage.as_strided(size, stride, offset)
+    if tensor.numel() > storage.numel():
+        raise ValueError(f"a tensor {tuple(size)} claims more numbers than its record of {storage.numel()} holds")
+    return tensor
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
