@@ -80,10 +80,15 @@ SEED = Range(0, 2**63 - 1)
 def check_fields(values: Any, prefix: str = "") -> None:
     """FieldError unless every field of a dataclass fits its annotation; `prefix` goes before its name in the text."""
     for name, hint in _hints(type(values)).items():
-        try:
-            conform(hint, getattr(values, name), f"{prefix}{name}")
-        except ValueError as error:
-            raise FieldError(f"{prefix}{name}", str(error)) from None
+        check(hint, getattr(values, name), f"{prefix}{name}")
+
+
+def check(hint: Any, value: Any, name: str) -> None:
+    """FieldError unless the value is as its annotation says."""
+    try:
+        conform(hint, value, name)
+    except ValueError as error:
+        raise FieldError(name, str(error)) from None
 
 
 def conform(hint: Any, value: Any, name: str) -> Any:

@@ -33,6 +33,8 @@ PositiveRate = Annotated[float, above(0, 1e3)]
 BatchSize = Annotated[int, at_least(1, 2**22)]
 Workers = Annotated[int, at_least(0, 1024)]
 Seed = Annotated[int, SEED]
+Rows = Annotated[int, at_least(1, 1000)]
+"""Of a picture."""
 
 
 def _require(condition: bool, field: str, rest: str) -> None:

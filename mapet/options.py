@@ -17,6 +17,7 @@ from mapet.config import (
     Count,
     CountOrNone,
     PositiveRate,
+    Rows,
     RunConfig,
     Seed,
     Side,
@@ -291,7 +292,7 @@ class Codebook:
     """The tokenizer, to find entries that repeat another."""
     entries: Annotated[tuple[int, ...], arg(metavar="ID...", help_behavior_hint="")] = ()
     """Entries to draw, besides the most and the least used."""
-    rows: Annotated[int, at_least(1, 1000)] = 10
+    rows: Rows = 10
     """Entries of a picture."""
     floor: Count = 20
     """Tokens that an entry has in a class, at least, to be tied to it."""

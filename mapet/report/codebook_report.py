@@ -23,16 +23,19 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from mapet.checked import check
 from mapet.codebook import CodebookUsage, class_counts, pointwise_mutual_information, repeated_entries
+from mapet.config import Count, Rows
 from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, DataError
 from mapet.files import UnreadableFile, read_bytes, write_whole
 from mapet.folders import check_place, locked
 from mapet.report.codebook_pictures import draw_usage
-from mapet.report.markdown import table
+from mapet.report.markdown import plain, table
 from mapet.report.report import Picture
 from mapet.tokenizers.gallery import GalleryRow, draw_gallery, most_used, share_text
+from mapet.words import in_line
 
 KIND = "codebook report"
 REPORT, USAGE, CLASSES = "report.md", "usage.csv", "classes.csv"
@@ -78,8 +81,7 @@ class CodebookStatistics:
     """
 
     def __init__(self, cache: TokenCache, codebook: Tensor | None = None, *, floor: int = 20) -> None:
-        if floor < 1:
-            raise ConfigError(f"the floor is at least 1 token, got {floor}")
+        check(Count, floor, "floor")
         self.cache, self.floor = cache, floor
         self.tokens = cache.token_array
         self.repeats = None if codebook is None else repeated_entries(codebook)
@@ -139,8 +141,7 @@ def write_codebook_report(
         ConfigError: a chosen entry outside the codebook, rows or floor below 1, or a folder inside another output.
         DataError: files cannot be written, others have their names, or another process is at work there.
     """
-    if rows < 1:
-        raise ConfigError(f"a picture has at least 1 row, got {rows}")
+    check(Rows, rows, "rows")
     if outside := [entry for entry in chosen if not 0 <= entry < cache.vocabulary]:
         raise ConfigError(f"entries {', '.join(map(str, outside))}: the codebook has 0 to {cache.vocabulary - 1}")
     output, found = Path(output), CodebookStatistics(cache, codebook, floor=floor)
@@ -177,7 +178,7 @@ def render(found: CodebookStatistics, pictures: Sequence[Picture], chosen: Seque
         picture.path.stem: [f"![{picture.path.stem}]({picture.path.name})", "", picture.caption] for picture in pictures
     }
     sections = [
-        [f"# Codebook of {found.cache.path.name}", *(["", f"Made by `{command}`."] if command else [])],
+        [f"# Codebook of {plain(found.cache.path.name)}", *(["", f"Made by `{in_line(command)}`."] if command else [])],
         ["## Usage", "", *table(("", ""), _facts(found)), "", *shown["usage"]],
         ["## Entries", "", *shown["most_used"]],
         shown["least_used"],
@@ -197,7 +198,7 @@ def _facts(found: CodebookStatistics) -> list[tuple[str, str]]:
     else:
         repeats = f"{len(found.repeats):,}" + _some(f"{entry} (as {first})" for entry, first in found.repeats.items())
     return [
-        ("tokenizer", cache.tokenizer),
+        ("tokenizer", plain(cache.tokenizer)),
         ("images", f"{len(cache):,}, of {cache.grid} x {cache.grid} tokens"),
         ("entries", f"{usage.vocabulary:,}, of which {usage.vocabulary - dead:,} are used"),
         ("perplexity", f"{usage.perplexity:,.1f} ({usage.perplexity / usage.vocabulary:.0%} of the entries)"),
@@ -219,7 +220,7 @@ def _class_section(found: CodebookStatistics) -> list[str]:
     for number, name in enumerate(cache.classes[:SHOWN_CLASSES]):
         ties = found.ties(number, CLASS_ENTRIES)
         cells = [f"{tie.entry}: {tie.information:.2f} bits, {tie.tokens:,} tokens ({tie.part:.0%})" for tie in ties]
-        rows.append((name, *(cells + [""] * (CLASS_ENTRIES - len(cells)))))
+        rows.append((plain(name), *(cells + [""] * (CLASS_ENTRIES - len(cells)))))
     left_out = len(cache.classes) - len(rows)
     more = f" The other {left_out} classes are in classes.csv." if left_out else ""
     return [
@@ -329,6 +330,7 @@ class _CacheImages:
 
 
 def _short(name: str, most: int = 14) -> str:
+    name = in_line(name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -343,7 +345,7 @@ def _usage_csv(found: CodebookStatistics) -> str:
 
 def _classes_csv(found: CodebookStatistics) -> str:
     rows = (
-        (name, rank, tie.entry, f"{tie.information:.4f}", tie.tokens, f"{tie.part:.6f}")
+        (in_line(name), rank, tie.entry, f"{tie.information:.4f}", tie.tokens, f"{tie.part:.6f}")
         for number, name in enumerate(found.cache.classes)
         for rank, tie in enumerate(found.ties(number, SAVED_CLASS_ENTRIES), start=1)
     )

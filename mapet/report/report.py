@@ -15,6 +15,7 @@ from mapet.evaluate import EvaluationResult
 from mapet.export import ExportReport
 from mapet.files import write_whole
 from mapet.report.markdown import table
+from mapet.words import in_line, printable
 
 Verdict = Literal["better", "worse", "within the spread", "one seed"]
 
@@ -98,7 +99,7 @@ def write_report(path: str | Path, results: DemoResults) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, render(results, path.parent))
+        write_whole(path, printable(render(results, path.parent)))
     except OSError as error:
         raise DataError(f"could not write the report {path}: {error}") from error
     return path
@@ -107,7 +108,7 @@ def write_report(path: str | Path, results: DemoResults) -> Path:
 def render(results: DemoResults, folder: Path) -> str:
     """The report as Markdown, for a file in `folder`."""
     sections = [
-        ["# MaPeT demo", "", f"Made by `{results.command}`."],
+        ["# MaPeT demo", "", f"Made by `{in_line(results.command)}`."],
         ["## What was run", "", *table(("", ""), results.facts)],
         ["## Top-1 accuracy on the test images", "", *_accuracy_section(results)],
         ["## What the numbers say", "", *_comparison_section(results)],
