@@ -85,7 +85,7 @@ class Tokenize:
     output: Annotated[Path, arg(metavar="CACHE")] = Path("runs/cache")
     """Folder for the cache."""
     tokenizer: Annotated[Literal["pixel", "kclip"] | None, _wanted("pixel|kclip", "pixel, or the codebook's")] = None
-    """k-means over pixels or over CLIP RN50x64 features."""
+    """k-means over pixels or CLIP features."""
     image_size: Annotated[Side | None, _wanted("INT", "224, or the codebook's")] = None
     """Side of the crops in pixels."""
     patch_size: Annotated[Side | None, _wanted("INT", "16, or the codebook's")] = None
@@ -121,7 +121,7 @@ class Tokenize:
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
     """Token files of the official code, in order, or a folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None
-    """The official list of images (path,class) that the token files belong to."""
+    """Their official list of images (path,class)."""
     root: Annotated[Path | None, _wanted("DIR")] = None
     """The folder its paths are relative to."""
     class_names: Annotated[Path | None, _wanted("NPY")] = None
@@ -131,7 +131,7 @@ class Tokenize:
     workers: Workers = 2
     """Processes that decode images, for each GPU."""
     patience: Annotated[float, above(0, 1e6)] = 20.0
-    """Seconds that one of them may take for an image; then it counts as stalled."""
+    """Seconds that an image may take."""
     batch_size: BatchSize = 64
     """Images per batch."""
     shard_images: CountOrNone = 0

@@ -260,6 +260,11 @@ class TestRun:
 
 
 class TestReadingWhileItTrains:
+    @pytest.fixture(autouse=True)
+    def of_this_model(self, monkeypatch):
+        shapes = {name: tuple(tensor.shape) for name, tensor in make_state(1).model.items()}
+        monkeypatch.setattr(checkpoint, "pretraining_shapes", lambda model: shapes)
+
     def test_a_checkpoint_that_goes_while_it_is_read(self, tmp_path, monkeypatch):
         store, verify, gone = CheckpointStore(tmp_path / "checkpoints", keep=1), checkpoint.verify, []
         store.save(1, make_state(1))
