@@ -107,7 +107,7 @@ class Tokenize:
     fit_redos: Count = 5
     """k-means starts, of which the best is kept."""
     features_dir: Annotated[Path | None, _wanted("DIR", "CACHE_features if above 4 GB")] = None
-    """Folder for the features of the fit."""
+    """For features of the fit."""
     fit_init: Annotated[Literal["random", "k-means++"], arg(metavar="NAME")] = "random"
     """How k-means starts: random or k-means++."""
     fit_tolerance: Annotated[float, fraction(one=False)] = 0.0
