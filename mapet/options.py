@@ -93,7 +93,7 @@ class Tokenize:
     vocabulary: Annotated[Vocabulary | None, _wanted("INT", "8192, or the codebook's")] = None
     """Codebook entries."""
     codebook: Annotated[Path | None, _wanted("FOLDER|NPY", "CACHE_tokenizer")] = None
-    """Saved tokenizer, or centroids, or a new folder for one."""
+    """Saved tokenizer, centroids, or a new folder."""
     weights: Annotated[Path | None, _wanted("FILE", "found in caches or on the hub")] = None
     """Weights of CLIP RN50x64, for kclip."""
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("TYPE", "fp16 on a GPU, else fp32")] = None
@@ -117,7 +117,7 @@ class Tokenize:
     fit_save_every: Annotated[float, at_least(0)] = 60.0
     """Seconds between saves of an unfinished fit; 0 for none."""
     fit: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Only fit the tokenizer and save it; make no cache."""
+    """Only fit the tokenizer; make no cache."""
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
     """Token files of the official code, in order, or a folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None
