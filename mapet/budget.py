@@ -19,16 +19,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
+from mapet.checked import at_least
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
 from mapet.data.feed import FeedStopped
 from mapet.data.loader import make_loader
 from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError
-from mapet.files import write_whole
+from mapet.files import UnreadableFile, read_record, write_whole
 from mapet.learner import Learner
 from mapet.schedule import StepPlan
 from mapet.units import duration, parse_duration
@@ -48,12 +50,15 @@ class Decision:
     """What was set, and from what."""
 
     budget: str
-    started: float
+    started: Annotated[float, at_least(0, 2**37)]
     """Unix time of the first start."""
-    seconds_per_step: float
-    steps_per_epoch: int
-    epochs: int
-    warmup_epochs: int
+    seconds_per_step: Annotated[float, at_least(0, 2**37)]
+    steps_per_epoch: Annotated[int, at_least(1)]
+    epochs: Annotated[int, at_least(1)]
+    warmup_epochs: Annotated[int, at_least(0)]
+
+    def __post_init__(self) -> None:
+        parse_duration(self.budget)
 
     def __str__(self) -> str:
         ends = datetime.fromtimestamp(self.started + parse_duration(self.budget))
@@ -154,12 +159,14 @@ def decide(config: RunConfig, steps: StepPlan, seconds: float, started: float, n
 
 def read(path: Path) -> Decision | None:
     """The decision of an earlier start, if there was one."""
-    if not path.exists():
-        return None
     try:
-        return Decision(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read; start afresh with `mapet pretrain --fresh`") from error
+        return read_record(path, Decision)
+    except UnreadableFile as error:
+        if error.missing:
+            return None
+        raise CheckpointError(
+            f"{path} cannot be read: {error.reason}; start afresh with `mapet pretrain --fresh`"
+        ) from error
 
 
 def _decided(

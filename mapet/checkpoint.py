@@ -19,26 +19,36 @@ import errno
 import hashlib
 import io
 import json
-import os
-import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, model_config_from_dict, to_dict
+from mapet.checked import at_least, conform
+from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, to_dict
+from mapet.data.npyfile import FileRecord
 from mapet.errors import CheckpointError, MapetError
-from mapet.files import sync_folder, write_through
+from mapet.files import (
+    UnreadableFile,
+    one_line,
+    read_pickle,
+    read_record,
+    read_tensors,
+    sync_folder,
+    write_through,
+)
+from mapet.official import pretraining_shapes
 from mapet.settings import REPLACED
 
+T = TypeVar("T")
 FORMAT = 1
 FOLDER = "checkpoints"
 REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
@@ -111,6 +121,15 @@ class LoadedCheckpoint:
     state: CheckpointState
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json."""
+
+    format: int
+    step: Annotated[int, at_least(0)]
+    files: dict[str, FileRecord]
+
+
 class DamagedCheckpoint(CheckpointError):
     """One checkpoint folder that does not match its manifest."""
 
@@ -124,18 +143,18 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps that have a folder, complete or damaged, in rising order of the number."""
-        if not self.folder.is_dir():
-            return []
-        matches = (re.fullmatch(r"step_(\d+)", entry.name) for entry in self.folder.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in matches if match)
+        return sorted(number for number, _ in self._folders())
 
     def path(self, step: int) -> Path:
         """The folder of a step: the existing one, whatever its zero padding, or the one a save would make."""
-        if self.folder.is_dir():
-            for entry in self.folder.iterdir():
-                if (match := re.fullmatch(r"step_(\d+)", entry.name)) and int(match[1]) == step:
-                    return entry
-        return self.folder / f"step_{step:09d}"
+        found = (folder for number, folder in self._folders() if number == step)
+        return next(found, self.folder / f"step_{step:09d}")
+
+    def _folders(self) -> Iterator[tuple[int, Path]]:
+        """Step and folder of every checkpoint; a file that is called like one is none."""
+        for entry in self.folder.iterdir() if self.folder.is_dir() else ():
+            if (match := re.fullmatch(r"step_(\d+)", entry.name)) and entry.is_dir():
+                yield int(match[1]), entry
 
     def save(self, step: int, state: CheckpointState) -> Path:
         """Write the checkpoint of `step`; then remove those older than the newest `keep`, and those of later steps.
@@ -192,7 +211,7 @@ class CheckpointStore:
         `notes` say of fields, by dotted name, how they got their present value.
         """
         folder = self.path(step)
-        saved = json.loads((folder / "config.json").read_text())
+        saved = _read(folder, "config.json", read_record, dict[str, dict[str, Any]])
         if config is not None and (differences := config_differences(saved, to_dict(config), notes)):
             raise CheckpointError(
                 f"checkpoint {folder} belongs to another configuration: " + "; ".join(differences) + ". Give the run "
@@ -200,10 +219,10 @@ class CheckpointStore:
             )
         ema = folder / "ema.safetensors"
         state = CheckpointState(
-            model=safetensors.torch.load_file(folder / "model.safetensors"),
-            trainer=_load_trainer(folder),
+            model=_read(folder, "model.safetensors", read_tensors, finite=True),
+            trainer=_read(folder, "trainer.pt", _read_trainer),
             config=saved,
-            ema=safetensors.torch.load_file(ema) if ema.exists() else None,
+            ema=_read(folder, ema.name, read_tensors, finite=True) if ema.exists() else None,
         )
         return LoadedCheckpoint(step, folder, state)
 
@@ -237,17 +256,16 @@ class CheckpointStore:
 def verify(folder: Path) -> int:
     """The step of the checkpoint in `folder`; DamagedCheckpoint names the first file that differs from the manifest."""
     manifest = _read_manifest(folder)
-    for name, expected in manifest["files"].items():
+    for name, expected in manifest.files.items():
         try:
-            with (folder / name).open("rb") as file:
-                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise _damaged(folder, f"{name} cannot be read ({error.strerror})") from error
-        if size != expected["bytes"]:
-            raise _damaged(folder, f"{name} has {size} bytes, {expected['bytes']} were written")
-        if digest != expected["sha256"]:
+            found = FileRecord.of(folder / name)
+        except UnreadableFile as error:
+            raise _damaged(folder, f"{name} cannot be read ({error.reason})") from error
+        if found.bytes != expected.bytes:
+            raise _damaged(folder, f"{name} has {found.bytes} bytes, {expected.bytes} were written")
+        if found.sha256 != expected.sha256:
             raise _damaged(folder, f"{name} does not match its SHA-256")
-    return manifest["step"]
+    return manifest.step
 
 
 def config_differences(
@@ -261,7 +279,7 @@ def config_differences(
     before, now = _flatten({"speed": to_dict(SpeedConfig()), **saved}), _flatten(current)
     fields = [name for name in sorted(before | now) if name not in MAY_CHANGE and name not in REPLACED]
     return [
-        f"{name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        f"{name} was {one_line(before.get(name, 'absent'))}, is {now.get(name, 'absent')}"
         + (f" ({notes[name]})" if notes and name in notes else "")
         for name in fields
         if before.get(name) != now.get(name)
@@ -290,12 +308,24 @@ def load_weights(
 def _weights_in(folder: Path, ema: bool) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
     """As `load_weights`, of one checkpoint folder."""
     verify(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = _read(folder, "config.json", read_record, dict[str, Any])
+    try:
+        model = conform(ModelConfig, config.get("model"), "model")
+        objective = conform(ObjectiveConfig | None, config.get("objective"), "objective")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be used: config.json: {error}") from error
     weights = folder / ("ema.safetensors" if ema else "model.safetensors")
     if not weights.exists():
         raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
-    objective = ObjectiveConfig(**config["objective"]) if config.get("objective") else None
-    return model_config_from_dict(config["model"]), objective, safetensors.torch.load_file(weights)
+    return model, objective, _read(folder, weights.name, read_tensors, pretraining_shapes(model), finite=True)
+
+
+def _read(folder: Path, name: str, read: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """What `read` makes of a file of a checkpoint; CheckpointError where it cannot be read."""
+    try:
+        return read(folder / name, *arguments, **options)
+    except UnreadableFile as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be used: {name}: {error.reason}") from error
 
 
 def _checkpoint_folder(path: Path) -> Path:
@@ -314,20 +344,14 @@ def _damaged(folder: Path, what: str) -> DamagedCheckpoint:
     return DamagedCheckpoint(f"checkpoint {folder} is damaged: {what}")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Manifest:
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        version, files = manifest["format"], manifest["files"]
-        sizes = [(entry["bytes"], entry["sha256"]) for entry in files.values()]
-        complete = isinstance(manifest["step"], int) and len(sizes) == len(files) and set(REQUIRED) <= set(files)
-    except FileNotFoundError as error:
-        raise _damaged(folder, "manifest.json is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, "manifest.json cannot be read") from error
-    if not complete or any(Path(name).name != name for name in files):
+        manifest = read_record(folder / "manifest.json", Manifest, version=FORMAT)
+    except UnreadableFile as error:
+        reason = "is missing" if error.missing else f"cannot be read: {error.reason}"
+        raise _damaged(folder, f"manifest.json {reason}") from error
+    if not set(REQUIRED) <= set(manifest.files) or any(Path(name).name != name for name in manifest.files):
         raise _damaged(folder, "manifest.json does not list the files of a checkpoint")
-    if version != FORMAT:
-        raise _damaged(folder, f"manifest.json says format {version}, and this mapet reads format {FORMAT}")
     return manifest
 
 
@@ -339,8 +363,8 @@ def _write_files(folder: Path, step: int, state: CheckpointState) -> None:
     files = {}
     for name, payload in _payloads(state):
         write_through(folder / name, payload)
-        files[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    manifest = {"format": FORMAT, "step": step, "files": files}
+        files[name] = FileRecord(len(payload), hashlib.sha256(payload).hexdigest())
+    manifest = dataclasses.asdict(Manifest(FORMAT, step, files))
     write_through(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
 
@@ -360,13 +384,11 @@ def _payloads(state: CheckpointState) -> Iterator[tuple[str, bytes | memoryview]
     yield "config.json", json.dumps(state.config, indent=1).encode()
 
 
-def _load_trainer(folder: Path) -> dict[str, Any]:
-    try:
-        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: trainer.pt holds more than tensors and numbers; it could run code and is not read"
-        ) from error
+def _read_trainer(path: Path) -> dict[str, Any]:
+    trainer = read_pickle(path)
+    if not isinstance(trainer, dict):
+        raise UnreadableFile(path, f"it holds a {type(trainer).__name__}, not the state of a run")
+    return trainer
 
 
 def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
@@ -375,8 +397,10 @@ def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
 
 def _rename_over(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`. A folder in the way is a damaged checkpoint of the same step, and goes."""
-    if target.exists():
+    if target.is_dir():
         _remove(target)
+    elif target.exists():
+        raise FileExistsError(errno.EEXIST, "a file is in its place; move it away")
     partial.rename(target)
     sync_folder(target.parent)
 

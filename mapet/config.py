@@ -312,11 +312,3 @@ def check_cut(cut: int, tokens: int) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values; paths become text."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
-    """The inverse of `to_dict` for ModelConfig. Unknown or missing keys are a ConfigError that names them."""
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    if unknown := set(values) - known:
-        raise ConfigError(f"unknown model configuration keys {sorted(unknown)}; known are {sorted(known)}")
-    return ModelConfig(**values)

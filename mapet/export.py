@@ -111,7 +111,10 @@ def export(
     """
     folder = Path(folder)
     staging = Staging(folder, EXPORT, _files)
-    staging.earlier()
+    try:
+        staging.earlier()
+    except DataError as error:
+        raise ConfigError(f"cannot export: {error}") from error
     weights = backbone(model, state_dict)
     config = _timm_config(model, weights, name, global_pool)
     try:
@@ -131,8 +134,9 @@ def export(
 def check_export(folder: Path, model: ModelConfig, weights: StateDict, *, images: int = 2) -> float:
     """Load `folder` as a user would and return the largest difference of its features, relative to the largest one.
 
-    Raises CheckpointError naming the tensors that timm did not take as they are, or giving the difference where it is
-    above `TOLERANCE`.
+    timm itself reads the folder, so that it must have been written just now and hold nothing else. Raises
+    CheckpointError naming the tensors that timm did not take as they are, or giving the difference where it is above
+    `TOLERANCE`.
     """
     try:
         vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -19,23 +19,24 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mapet.checked import at_least
 from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
 from mapet.data.journal import Journal
 from mapet.data.manifest import Skipped
-from mapet.data.npyfile import FileRecord, NpyAppender, map_array
+from mapet.data.npyfile import FileRecord, NpyAppender
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
 from mapet.data.progress import progress
 from mapet.data.report import TimeUse
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
-from mapet.files import write_whole
+from mapet.files import map_array, write_whole
 from mapet.folders import SAMPLE, check_place
 from mapet.rng import step_generator
 from mapet.stages import StageClock, stage
@@ -195,6 +196,15 @@ def sample_features(
 
 
 @dataclass(frozen=True)
+class ShardFacts:
+    """What the record of a file says of it: vectors, readable images, and the others."""
+
+    rows: Annotated[int, at_least(0)]
+    images: Annotated[int, at_least(0)]
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
 class _Job:
     """The steps of `sample_features`."""
 
@@ -220,8 +230,15 @@ class _Job:
             "source_fingerprint": self.source.fingerprint(),
             "group": GROUP,
         }
-        plan = {**made_from, **asdict(self.plan), "rate": self.plan.rate}
-        return Journal(self.folder, plan, SAMPLE, ("features_*.npy", MANIFEST, "kmeans"))
+        return Journal(
+            self.folder,
+            {**made_from, **asdict(self.plan), "rate": self.plan.rate},
+            SAMPLE,
+            ("features_*.npy", MANIFEST, "kmeans"),
+            parts=len(self.shards()),
+            files=lambda number: (_file_name(number),),
+            facts=ShardFacts,
+        )
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -283,15 +300,15 @@ class _Job:
     def finish(self, used: TimeUse) -> FeatureFiles:
         """Write the manifest; for the main process, when all shards are written."""
         parts = self.journal.parts()
-        self.log.replace([skipped for part in parts.values() for skipped in _skipped(part.facts)])
+        self.log.replace([skipped for part in parts.values() for skipped in part.facts.skipped])
         files = {name: record for part in parts.values() for name, record in part.files.items()}
         found = FeatureFiles(
             folder=self.folder,
             files=files,
-            rows=[part.facts["rows"] for part in parts.values()],
+            rows=[part.facts.rows for part in parts.values()],
             features=self.tokenizer.feature_size,
-            images=sum(part.facts["images"] for part in parts.values()),
-            patches=sum(part.facts["images"] for part in parts.values()) * self.plan.patches,
+            images=sum(part.facts.images for part in parts.values()),
+            patches=sum(part.facts.images for part in parts.values()) * self.plan.patches,
             skipped=list(self.log.skipped),
             time=used,
         )
@@ -326,8 +343,8 @@ class _Job:
         self, number: int, groups: range, prepared: Iterator[Prepared], advance: Callable[[int], None]
     ) -> None:
         # Every process adds up its own unreadable images to those in the shards that all have finished.
-        self.log.replace([skipped for part in self.journal.parts().values() for skipped in _skipped(part.facts)])
-        path, images, skipped = self.folder / f"features_{number:05d}.npy", 0, []
+        self.log.replace([skipped for part in self.journal.parts().values() for skipped in part.facts.skipped])
+        path, images, skipped = self.folder / _file_name(number), 0, []
         path.unlink(missing_ok=True)  # of a run that was killed
         with NpyAppender(path, np.float16, (self.tokenizer.feature_size,)) as file:
             for group in groups:
@@ -341,8 +358,8 @@ class _Job:
                 skipped += batch.skipped
                 advance(len(self.groups[group]))
             with stage("write"):
-                facts = {"rows": file.rows, "images": images, "skipped": [asdict(item) for item in skipped]}
-                self.journal.finish(number, {path.name: file.close()}, **facts)
+                facts = ShardFacts(file.rows, images, skipped)
+                self.journal.finish(number, {path.name: file.close()}, facts)
 
     def _vectors(self, group: int, batch: Prepared) -> Iterator[np.ndarray]:
         """The vectors kept of a group, float16 (n, F), one array for each pass through the network."""
@@ -362,5 +379,5 @@ class _Job:
             yield rows
 
 
-def _skipped(facts: dict[str, Any]) -> list[Skipped]:
-    return [Skipped(**item) for item in facts["skipped"]]
+def _file_name(number: int) -> str:
+    return f"features_{number:05d}.npy"

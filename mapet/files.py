@@ -8,24 +8,21 @@ reason. What the content means is checked by those who ask for it, with `mapet.c
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import pickle
-import zipfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mapet.checked import conform
+from mapet.checked import conform, shown
 from mapet.errors import DataError
-from mapet_kernels.regular import open_regular, read_regular
+from mapet_kernels.regular import load_plain, open_regular, read_regular
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -57,8 +54,6 @@ def unreadable(path: str | os.PathLike, error: BaseException, advice: str = "") 
     missing = isinstance(error, FileNotFoundError)
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
-    elif isinstance(error, pickle.UnpicklingError):
-        reason = "it holds more than tensors, numbers and text, so that it could run code"
     elif isinstance(error, RecursionError):
         reason = "it is nested too deeply"
     elif isinstance(error, MemoryError):
@@ -78,17 +73,27 @@ def read_bytes(path: str | os.PathLike, *, advice: str = "") -> bytes:
 
 def read_json(path: str | os.PathLike, *, advice: str = "") -> Any:
     """The values in a JSON file."""
-    content = read_bytes(path, advice=advice)
+    return parsed_json(read_bytes(path, advice=advice), path, advice=advice)
+
+
+def parsed_json(content: str | bytes, path: str | os.PathLike, *, advice: str = "") -> Any:
+    """The values in JSON that was found in a file."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError, MemoryError) as error:
         raise unreadable(path, error, advice) from error
 
 
-def read_record(path: str | os.PathLike, kind: type[T], *, advice: str = "") -> T:
-    """A JSON file as a dataclass, or another type that `mapet.checked.conform` knows: names, types and ranges fit."""
+def read_record(path: str | os.PathLike, kind: type[T], *, version: int | None = None, advice: str = "") -> T:
+    """A JSON file as a dataclass, or another type that `mapet.checked.conform` knows: names, types and ranges fit.
+
+    Args:
+        version: what its entry "format" must be, where it is given; looked at first.
+    """
     values = read_json(path, advice=advice)
     try:
+        if version is not None and (found := conform(dict[str, Any], values, "its content").get("format")) != version:
+            raise ValueError(f"it has format {shown(found)}, this version of mapet reads {version}")
         return conform(kind, values, "its content")
     except (ValueError, RecursionError) as error:
         raise unreadable(path, error, advice) from error
@@ -105,14 +110,14 @@ def sha256_of(path: str | os.PathLike, *, advice: str = "") -> tuple[int, str]:
 
 
 def read_tensors(
-    path: str | os.PathLike, shapes: Mapping[str, Shape] | None = None, *, floating: bool = False, advice: str = ""
+    path: str | os.PathLike, shapes: Mapping[str, Shape] | None = None, *, finite: bool = False, advice: str = ""
 ) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU.
 
     Args:
         shapes: names and shapes that must be there, and no others; any where it is None. Compared with the file's
             header before a tensor is read.
-        floating: whether all must be of floating point.
+        finite: whether all must be of floating point, and finite.
     """
     try:
         with _tensors_in(path) as file:
@@ -120,9 +125,12 @@ def read_tensors(
             if shapes is not None:
                 check_shapes({name: tuple(part.get_shape()) for name, part in found.items()}, shapes)
             kinds = {name: part.get_dtype() for name, part in found.items()}
-            if floating and (other := [name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]):
+            if finite and (other := [name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]):
                 raise ValueError(f"{other[0]} is {kinds[other[0]]}, must be of floating point")
-            return {name: file.get_tensor(name) for name in found}
+            tensors = {name: file.get_tensor(name) for name in found}
+        if finite and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
+            raise ValueError(f"{broken[0]} has NaN or infinity")
+        return tensors
     except (OSError, SafetensorError, ValueError, MemoryError, RuntimeError) as error:
         raise unreadable(path, error, advice) from error
 
@@ -149,7 +157,8 @@ def tensors_metadata(path: str | os.PathLike, *, advice: str = "") -> dict[str, 
 def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
     """ValueError naming tensors that are missing, have no place, or have another shape."""
     missing, foreign = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    other = [f"{name} is {found[name]}, must be {wanted[name]}" for name in wanted if found.get(name) != wanted[name]]
+    both = sorted(wanted.keys() & found.keys())
+    other = [f"{name} is {found[name]}, must be {wanted[name]}" for name in both if found[name] != wanted[name]]
     for names, text in ((missing, "it lacks"), (foreign, "it holds, and has no place for,")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -159,50 +168,49 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Non
 
 
 def read_pickle(path: str | os.PathLike, *, classes: Sequence[type] = (), advice: str = "") -> Any:
-    """What torch.save wrote: tensors, numbers, text, lists and dicts, on the CPU, and nothing that could run.
-
-    Args:
-        classes: types, besides those of torch's own list, that may occur; they must be harmless to make.
-    """
-    return unpickled(read_bytes(path, advice=advice), path, classes=classes, advice=advice)
-
-
-def unpickled(
-    content: bytes | memoryview, path: str | os.PathLike, *, classes: Sequence[type] = (), advice: str = ""
-) -> Any:
-    """As `read_pickle`, of a file that has been read; `path` is for the error."""
+    """What torch.save wrote, with nothing in it that could run: see `mapet_kernels.regular.load_plain`."""
     try:
-        check_stored(content)
-        with torch.serialization.safe_globals(list(classes)):
-            value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        check_backed(value)
-        return value
+        with open_regular(path) as file:
+            return load_plain(file, classes)
     except Exception as error:  # damaged bytes fail in as many ways as there are bytes; no code was run
         raise unreadable(path, error, advice) from error
 
 
-def check_stored(content: bytes | memoryview) -> None:
-    """ValueError for a zip with compressed members: torch.save compresses nothing, and a bomb would unpack to more."""
-    if bytes(content[:2]) != b"PK":
-        return
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
-            raise ValueError(f"its member {packed[0]} is compressed, which torch.save never does")
+def check_like(value: Any, example: Any, name: str) -> None:
+    """ValueError unless a value is built as the example: names, lengths and types, of tensors shape and dtype.
+
+    Numbers must be finite, in tensors too. Examples may be sharded, or on the meta device.
+    """
+    if isinstance(example, Tensor):
+        _check_tensor(value, example, name)
+    elif isinstance(example, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be a mapping, is {type(value).__name__}")
+        for known, found, text in ((value, example, "lacks"), (example, value, "has no place for")):
+            if names := [part for part in found if part not in known]:
+                raise ValueError(f"{name} {text} {shown(names[0])}")
+        for part in example:
+            check_like(value[part], example[part], f"{name}.{part}")
+    elif isinstance(example, list | tuple):
+        if type(value) is not type(example) or len(value) != len(example):
+            found = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, list | tuple) else ''}"
+            raise ValueError(f"{name} must be a {type(example).__name__} of {len(example)}, is {found}")
+        for i, (part, wanted) in enumerate(zip(value, example, strict=True)):
+            check_like(part, wanted, f"{name}[{i}]")
+    elif isinstance(value, Tensor):
+        raise ValueError(f"{name} must be no tensor")
+    else:
+        conform(type(example), value, name)
 
 
-def check_backed(value: Any) -> None:
-    """ValueError for a tensor, in nested dicts and lists, that claims more numbers than its storage holds."""
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided:
-            raise ValueError(f"it holds a tensor of layout {value.layout}")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"it claims a tensor {tuple(value.shape)}, but does not hold as many numbers")
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            check_backed(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            check_backed(part)
+def _check_tensor(value: Any, example: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, is {type(value).__name__}")
+    found, wanted = ((part.dtype, tuple(part.shape)) for part in (value, example))
+    if found != wanted:
+        raise ValueError(f"{name} is {found[0]} {found[1]}, must be {wanted[0]} {wanted[1]}")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} has NaN or infinity")
 
 
 def map_array(
@@ -215,10 +223,10 @@ def map_array(
     """A .npy file, mapped read-only; of this dtype and shape where they are given. Objects are never unpickled."""
     try:
         open_regular(path).close()
-        # open_memmap refuses object arrays
-        array = np.lib.format.open_memmap(path, mode="r")
-    # the header is Python source, so that damaged ones raise what its parser raises
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, RecursionError, MemoryError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers by old versions
+            array = np.lib.format.open_memmap(path, mode="r")  # which refuses object arrays
+    except Exception as error:  # the header is Python source: a damaged one raises whatever the parser raises
         raise unreadable(path, error, advice) from error
     wanted = (array.dtype if dtype is None else np.dtype(dtype), array.shape if shape is None else shape)
     if (array.dtype, array.shape) != wanted:

@@ -12,6 +12,7 @@ What is to take the place of a folder NAME is made in a hidden one beside it:
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -66,7 +67,9 @@ class FolderLock:
 
     def __init__(self, folder: Path, what: str, place: Path | None = None) -> None:
         self.folder, self._process = folder, os.getpid()
-        self._ours = not folder.exists() or bool(HIDDEN.fullmatch(folder.name))
+        self._made = [place for place in (folder, *folder.parents) if not place.exists()]
+        if not self._made and HIDDEN.fullmatch(folder.name):
+            self._made = [folder]
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / LOCK, timeout=0)
         try:
@@ -77,16 +80,16 @@ class FolderLock:
             ) from error
 
     def release(self) -> None:
-        """Give it back; a folder that was made for it, or is a hidden one, goes if it is empty."""
+        """Give it back; folders that were made for it, or a hidden one, go if they are empty."""
         if os.getpid() != self._process:  # a fork of the holder
             return
         # Before the lock is given back: whoever waits for it is told that its file is gone.
         with suppress(OSError):
             (self.folder / LOCK).unlink()
         self._lock.release()
-        if self._ours:
-            with suppress(OSError):
-                self.folder.rmdir()
+        with suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
 
 @contextmanager
@@ -144,6 +147,11 @@ def check_name(path: str | Path, kind: str, *, staged: bool = False, option: str
         raise ConfigError(f"{option} {str(path)!r} names no folder: give the {kind} a name of its own")
     if (length := max(len(os.fsencode(part)) for part in (path.name, os.path.basename(os.path.realpath(path))))) > most:
         raise ConfigError(f"{option}: the name of the {kind} has {length} bytes, at most {most} will do: {path}")
+    try:
+        path.stat()
+    except OSError as error:  # others are met, and told, by those who write
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ConfigError(f"{option} {path}: {error.strerror}") from error
 
 
 def check_place(path: str | Path, kind: str, *, staged: bool = False, option: str = "--output") -> None:
@@ -214,7 +222,8 @@ class Staging:
             files = self._files(folder) if names else None
         except DataError as error:
             raise DataError(
-                f"{folder} is no {self.kind}; it is left as it is: give another output folder ({error})"
+                f"{folder} is no {self.kind}; it is left as it is, with {_listed(folder, names)}: give another output "
+                f"folder ({error})"
             ) from error
         if files is None:
             raise DataError(f"{folder} is no {self.kind}; it is left as it is: it is no folder")

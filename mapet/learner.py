@@ -24,12 +24,13 @@ from mapet.data.augment import JitterDraws, color_jitter, step_jitter
 from mapet.data.loader import Batch
 from mapet.distributed import World
 from mapet.errors import ConfigError, OutOfMemory
+from mapet.files import check_like
 from mapet.fp8 import check_fp8
 from mapet.graphs import GraphedPass
 from mapet.limits import advice, halved
 from mapet.model import Keep, load_official
 from mapet.objectives import Objective, Plan, build_objective
-from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
+from mapet.optim import WeightAverage, check_optimizer_state, clip_gradients, gated_step, make_optimizer
 from mapet.parallel import (
     check_parallel,
     compile_network,
@@ -40,12 +41,20 @@ from mapet.parallel import (
     shards,
     weights_as_parts,
 )
-from mapet.rng import global_rng_state, seed_global_generators, set_global_rng_state, step_generator
+from mapet.rng import (
+    check_global_rng_state,
+    global_rng_state,
+    seed_global_generators,
+    set_global_rng_state,
+    step_generator,
+)
 from mapet.schedule import StepPlan, learning_rate
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 from mapet_kernels.registry import TwoStreamShape
 from mapet_kernels.selfcheck import two_stream_agreement
 
+LARGEST_SCALE = 2.0**128
+"""Of the loss in fp16: no fp32 number is as large."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -142,12 +151,11 @@ class Learner:
 
         All processes call it. Tensors are not copied, but for those that are sharded: these are made whole on the CPU.
         """
-        extra = {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")}
         trainer = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": global_rng_state(self.world.device),
-            "objective": extra,
+            "objective": self._objective_extra(),
         }
         average = self.average.weights if self.average else None
         parts = (self.model.state_dict(), trainer, average)
@@ -155,14 +163,40 @@ class Learner:
         return CheckpointState(model, trainer, to_dict(self.config), average)
 
     def load(self, state: CheckpointState) -> None:
-        """The inverse of `state`, for the same configuration."""
+        """The inverse of `state`, for the same configuration. All of it is checked before any of it is used.
+
+        ValueError names what is missing, or has another type, shape or range than it could have been saved with.
+        """
+        self._check(state)
+        optimizer, scaler = state.trainer["optimizer"], state.trainer["scaler"]
+        # Learning rate and the like follow from the configuration, so that they are not taken from the file.
+        optimizer = {**optimizer, "param_groups": self.optimizer.state_dict()["param_groups"]}
         load_official(self.model, weights_as_parts(state.model, self.model.state_dict()))
         self.objective.load_state_dict(state.trainer["objective"], strict=False)
-        self.optimizer.load_state_dict(optimizer_as_parts(state.trainer["optimizer"], self.optimizer))
-        self.scaler.load_state_dict(state.trainer["scaler"])
+        self.optimizer.load_state_dict(optimizer_as_parts(optimizer, self.optimizer))
+        self.scaler.load_state_dict(scaler)
         set_global_rng_state(state.trainer["random"], self.world.device)
         if self.average:
             self.average.load(state.ema)
+
+    def _check(self, state: CheckpointState) -> None:
+        check_like(state.model, self.model.state_dict(), "model")
+        if self.average:
+            check_like(state.ema, self.average.weights, "ema")
+        names = ("optimizer", "scaler", "random", "objective")
+        if missing := [name for name in names if name not in state.trainer]:
+            raise ValueError(f"trainer lacks {missing[0]}")
+        optimizer, scaler, random, extra = (state.trainer[name] for name in names)
+        check_optimizer_state(optimizer, self.optimizer)
+        check_like(scaler, self.scaler.state_dict(), "scaler")
+        if scaler and not 0 < scaler["scale"] < LARGEST_SCALE:
+            raise ValueError(f"scaler.scale must be positive and finite in fp32, got {scaler['scale']}")
+        check_global_rng_state(random, self.world.device)
+        check_like(extra, self._objective_extra(), "objective")
+
+    def _objective_extra(self) -> dict[str, Tensor]:
+        """What an objective holds besides the model."""
+        return {name: value for name, value in self.objective.state_dict().items() if not name.startswith("model.")}
 
     def _draw(self, step: int) -> tuple[Plan, JitterDraws | None]:
         """This process's part of what is random in a step."""

@@ -182,17 +182,20 @@ def load_released(path: str | Path) -> tuple[ModelConfig, StateDict]:
     so no code in it can run. A leading "module." of the names is dropped.
     Raises WeightsMissingError without a file, CheckpointError when it is not such a checkpoint.
     """
+    path = Path(path)
+    if not path.exists():
+        raise WeightsMissingError(f"no file {path}; the released classifiers are vit_standard_*_patch16_224_*.tar")
     try:
         content = read_pickle(path, classes=[argparse.Namespace])
     except UnreadableFile as error:
-        if error.missing:
-            advice = "the released classifiers are vit_standard_*_patch16_224_*.tar"
-            raise WeightsMissingError(f"no file {path}; {advice}") from error
         raise CheckpointError(
-            f"{path} is damaged, or holds more than weights, and is refused: {error.reason}"
+            f"{path} is damaged, or holds more than weights and is refused: {error.reason}"
         ) from error
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise CheckpointError(f"{path} has no 'state_dict' of tensors; expected a checkpoint of timm's CheckpointSaver")
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return infer_model_config(weights), weights
+    try:
+        return infer_model_config(weights), weights
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} holds no vision transformer with the official names: {error}") from error

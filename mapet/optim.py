@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mapet.checked import conform
 from mapet.config import OptimConfig
+from mapet.files import check_like
 from mapet.parallel import as_parts_of, whole
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
@@ -59,6 +62,36 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     if limit > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def check_optimizer_state(state: Any, optimizer: torch.optim.AdamW) -> None:
+    """ValueError unless an optimizer state dict, of whole tensors, is one of these parameters after some update.
+
+    Shapes matter above all: the fused update on the CPU writes as far as the parameter is long, whatever it is given.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    numbers = {"state": None, "param_groups": [{"params": group["params"]} for group in own]}
+    state = conform(dict[str, Any], state, "optimizer")
+    groups = conform(list[dict[str, Any]], state.get("param_groups"), "optimizer.param_groups")
+    # What else there is in a group follows from the configuration.
+    given = [{name: part for name, part in group.items() if name == "params"} for group in groups]
+    check_like({**state, "state": None, "param_groups": given}, numbers, "optimizer")
+    moments = conform(dict[int, dict[str, Any]], state.get("state"), "optimizer.state")
+    if not moments:
+        return  # no update was made: in fp16 the first ones may be skipped
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    example = {i: moments_like(parameter) for i, parameter in enumerate(parameters)}
+    check_like(moments, example, "optimizer.state")
+    for i, values in moments.items():
+        for name in ("step", "exp_avg_sq"):
+            if (values[name] < 0).any():
+                raise ValueError(f"optimizer.state.{i}.{name} has negative numbers")
+
+
+def moments_like(parameter: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of a parameter, as whole tensors without values."""
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return {"step": torch.empty((), device="meta", dtype=torch.float32), "exp_avg": whole, "exp_avg_sq": whole}
 
 
 class WeightAverage:

@@ -85,7 +85,7 @@ class Tokenize:
     output: Annotated[Path, arg(metavar="CACHE")] = Path("runs/cache")
     """Folder for the cache."""
     tokenizer: Annotated[Literal["pixel", "kclip"] | None, _wanted("pixel|kclip", "pixel, or the codebook's")] = None
-    """k-means over pixels or over CLIP RN50x64 features."""
+    """k-means over pixels or CLIP features."""
     image_size: Annotated[Side | None, _wanted("INT", "224, or the codebook's")] = None
     """Side of the crops in pixels."""
     patch_size: Annotated[Side | None, _wanted("INT", "16, or the codebook's")] = None
@@ -107,7 +107,7 @@ class Tokenize:
     fit_redos: Count = 5
     """k-means starts, of which the best is kept."""
     features_dir: Annotated[Path | None, _wanted("DIR", "CACHE_features if above 4 GB")] = None
-    """Folder for the features of the fit."""
+    """For features of the fit."""
     fit_init: Annotated[Literal["random", "k-means++"], arg(metavar="NAME")] = "random"
     """How k-means starts: random or k-means++."""
     fit_tolerance: Annotated[float, fraction(one=False)] = 0.0
@@ -121,7 +121,7 @@ class Tokenize:
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
     """Token files of the official code, in order, or a folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None
-    """The official list of images (path,class) that the token files belong to."""
+    """Their official list of images (path,class)."""
     root: Annotated[Path | None, _wanted("DIR")] = None
     """The folder its paths are relative to."""
     class_names: Annotated[Path | None, _wanted("NPY")] = None
@@ -131,7 +131,7 @@ class Tokenize:
     workers: Workers = 2
     """Processes that decode images, for each GPU."""
     patience: Annotated[float, above(0, 1e6)] = 20.0
-    """Seconds that one of them may take for an image; then it counts as stalled."""
+    """Seconds that an image may take."""
     batch_size: BatchSize = 64
     """Images per batch."""
     shard_images: CountOrNone = 0
@@ -195,7 +195,7 @@ class Pretrain:
     set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
     """Any field of the configuration; the options above are short for some of them."""
     fresh: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Start again, setting earlier checkpoints in --output aside."""
+    """Start again, setting the earlier run in --output aside, into before_1 there."""
     list_options: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print every field, its value with the options given, and what it means; then stop."""
 
@@ -307,7 +307,7 @@ class Export:
     checkpoint: Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
     """A run folder, or one of its step_... folders."""
     output: Annotated[Path, arg(metavar="DIR")]
-    """The folder; an earlier export in it is replaced."""
+    """The folder; an earlier export of mapet there is replaced."""
     pool: Literal["avg", "token"] = "avg"
     """What the model returns: the mean of the patches, or the class token."""
     name: str = "mapet"

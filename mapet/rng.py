@@ -12,10 +12,17 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+
+from mapet.checked import Range, conform
+from mapet.files import check_like
+
+Word = Annotated[int, Range(0, 2**32 - 1)]
+WORDS = 624
+"""Of the Mersenne twister, python's and numpy's; the position within them may be this number too."""
 
 
 def step_seed(seed: int, step: int, purpose: str) -> int:
@@ -48,6 +55,20 @@ def global_rng_state(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def check_global_rng_state(state: Any, device: torch.device) -> None:
+    """ValueError for what cannot be the state of the generators; numpy, for one, reads wherever a position points."""
+    example, given = global_rng_state(device), dict(conform(dict[str, Any], state, "random"))
+    if not ("cuda" in example and "cuda" in given):  # of no use on the CPU, and absent when the run began there
+        example.pop("cuda", None), given.pop("cuda", None)
+    del example["python"]  # whose last part is of more than one type
+    _, words, _ = conform(tuple[Literal[3], list[Word], float | None], given.pop("python", None), "random.python")
+    check_like(given, example, "random")
+    name, keys, position, has_gauss, _ = state["numpy"]
+    whole = len(words) == WORDS + 1 and max(words[-1], position) <= WORDS and position >= 0
+    if not whole or name != "MT19937" or has_gauss not in (0, 1) or not 0 <= keys.min() <= keys.max() < 2**32:
+        raise ValueError("random is not the state of a Mersenne twister")
 
 
 def set_global_rng_state(state: dict[str, Any], device: torch.device) -> None:

@@ -137,12 +137,15 @@ class Run:
         if newest is None:
             return 0
         loaded = self.store.load(newest, self.config, notes)
-        if loaded.state.trainer["data"] != cache_fingerprint(self.cache):
+        if loaded.state.trainer.get("data") != cache_fingerprint(self.cache):
             raise CheckpointError(
                 f"checkpoint {loaded.folder} learned from other images or tokens than {self.config.data.cache} holds; "
                 "give the cache it began with, another train.output, or start afresh with `mapet pretrain --fresh`"
             )
-        self.learner.load(loaded.state)
+        try:
+            self.learner.load(loaded.state)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {loaded.folder} is not one of this run: {error}") from error
         return newest
 
     def loop(self, start: int, stop: StopRequest) -> TrainResult:

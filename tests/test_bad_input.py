@@ -294,7 +294,7 @@ class TestRuns:
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_write", full)
+        monkeypatch.setattr(checkpoint, "write_through", full)
         arguments = ("pretrain", "--cache", cache, "--output", run, *TRAINING, "--max-steps", 3)
         mapet.fail(*arguments, code=1, names=(run, "the disk is full", "step_000000002"))
         assert CheckpointStore(run / "checkpoints").steps() == [2]

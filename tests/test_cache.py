@@ -165,7 +165,7 @@ class TestDamage:
     def test_tokens_of_another_type_length_or_grid(self, made, array, found):
         np.save(made[0].path / "tokens.npy", array)
         approve(made[0].path, "tokens.npy")
-        with pytest.raises(DataError, match=rf"tokens\.npy holds .*{found}.*expected uint16 \(10, 4\)"):
+        with pytest.raises(DataError, match=rf"tokens\.npy: it holds .*{found}.*expected uint16 \(10, 4\)"):
             TokenCache.open(made[0].path)
 
     def test_token_out_of_range(self, made):
@@ -179,9 +179,9 @@ class TestDamage:
         [
             (lambda values: values.update(format=2), "has format 2, this version of mapet reads 1"),
             (lambda values: values.update(images=11), "shards hold 10 images, its count is 11"),
-            (lambda values: values.pop("files"), "damaged: KeyError"),
-            (lambda values: values.update(extra=1), "damaged: TypeError"),
-            (lambda values: values["description"].update(grid="2"), "grid is a positive integer, got '2'"),
+            (lambda values: values.pop("files"), "its content lacks files"),
+            (lambda values: values.update(extra=1), "its content has an unknown entry 'extra'"),
+            (lambda values: values["description"].update(grid="2"), "grid must be a whole number, got '2'"),
             (lambda values: values["files"].update({"../evil.npy": {"bytes": 1, "sha256": ""}}), "lists files"),
         ],
     )

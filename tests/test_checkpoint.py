@@ -29,6 +29,7 @@ from mapet.checkpoint import (
 )
 from mapet.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
 from mapet.errors import CheckpointError
+from mapet.official import pretraining_shapes
 
 FILES = ("model.safetensors", "ema.safetensors", "trainer.pt", "config.json", "manifest.json")
 
@@ -350,12 +351,57 @@ def test_a_field_that_one_of_two_configurations_lacks_is_a_difference():
 
 def test_load_weights_takes_a_run_folder_or_a_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
-    folders = [store.save(step, make_state(step)) for step in (1, 2)]
+    folders = [store.save(step, state_of_a_model(step)) for step in (1, 2)]
     model, objective, weights = load_weights(tmp_path)
-    assert model == ModelConfig() and objective.name == "mapet"
-    assert torch.equal(weights["weight"], make_state(2).model["weight"])
-    assert torch.equal(load_weights(folders[0])[2]["weight"], make_state(1).model["weight"])
-    assert torch.equal(load_weights(str(tmp_path), ema=True)[2]["weight"], make_state(2).ema["weight"])
+    assert model == SMALL and objective.name == "mapet"
+    assert torch.equal(weights["norm.weight"], torch.full((8,), 2.0))
+    assert torch.equal(load_weights(folders[0])[2]["norm.weight"], torch.full((8,), 1.0))
+    assert torch.equal(load_weights(str(tmp_path), ema=True)[2]["norm.weight"], torch.full((8,), 102.0))
+
+
+SMALL = ModelConfig(image_size=16, patch_size=4, width=8, depth=1, heads=2, vocabulary=8)
+
+
+def state_of_a_model(step: int) -> CheckpointState:
+    """Weights that fit a model, each of them the step; the moving average 100 more."""
+    config = {**to_dict(RunConfig()), "model": to_dict(SMALL)}
+    weights, average = (
+        {name: torch.full(shape, value) for name, shape in pretraining_shapes(SMALL).items()}
+        for value in (float(step), step + 100.0)
+    )
+    return dataclasses.replace(make_state(step), model=weights, ema=average, config=config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.model.pop("norm.bias"), "model.safetensors: it lacks norm.bias"),
+        (lambda s: s.model.update(more=torch.ones(2)), "has no place for, more"),
+        (lambda s: s.model.update({"norm.bias": torch.ones(9)}), r"norm.bias is \(9,\), must be \(8,\)"),
+        (lambda s: s.model.update({"norm.bias": torch.full((8,), torch.nan)}), "norm.bias has NaN"),
+        (lambda s: s.model.update({"norm.bias": torch.ones(8).int()}), "norm.bias is I32, must be of floating point"),
+        (lambda s: s.config.pop("model"), "config.json: model must be a mapping, got None"),
+        (lambda s: s.config["model"].update(depth="1"), "config.json: model.depth must be a whole number"),
+        (lambda s: s.config["model"].update(deep=1), "config.json: model has an unknown entry 'deep'"),
+        (lambda s: s.config["objective"].update(name="x"), "config.json: objective.name must be one of"),
+    ],
+)
+def test_weights_that_do_not_fit_their_configuration_are_an_error(change, message, tmp_path):
+    state = state_of_a_model(1)
+    change(state)
+    CheckpointStore(tmp_path / "checkpoints").save(1, state)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_weights(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_called_like_checkpoints_are_none(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(5, make_state(5))
+    (store.folder / "step_777").write_text("mine")
+    assert store.steps() == [5] and store.load_latest().step == 5
+    store.save(777, make_state(777))
+    assert store.steps() == [5, 777] and (store.folder / "step_777").read_text() == "mine"
 
 
 def test_load_weights_refuses_what_is_no_checkpoint(tmp_path):

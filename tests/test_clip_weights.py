@@ -179,7 +179,7 @@ def test_code_in_a_torchscript_archive_is_not_run(tmp_path: Path) -> None:
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     torch.save({"visual.conv1.weight": Trap(tmp_path / "sprung")}, tmp_path / "w.pt")
-    with pytest.raises(DataError, match=r"cannot read .*w\.pt"):
+    with pytest.raises(DataError, match=r"cannot read weights from .*w\.pt"):
         read_weights(tmp_path / "w.pt")
     assert not (tmp_path / "sprung").exists()
 
@@ -203,7 +203,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     texts = {"w.safetensors": b"not safe", "w.pt": b"hello", "empty.pt": b""}
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"cannot read .*{name}"):
+        with pytest.raises(DataError, match=f"cannot read weights from .*{name}"):
             read_weights(tmp_path / name)
     torch.save([torch.ones(3)], tmp_path / "list.pt")
     with pytest.raises(DataError, match=r"list\.pt holds a list, not a state dict"):
@@ -265,23 +265,36 @@ def test_given_file_that_does_not_exist(tmp_path: Path) -> None:
         find_clip_weights(tmp_path / "RN50x64.pt")
 
 
-@pytest.mark.parametrize(("repository", "name"), clip_weights.HUB_FILES)
-def test_cached_files_are_found(no_weights: Path, repository: str, name: str) -> None:
-    folder = no_weights / "hub" / f"models--{repository.replace('/', '--')}"
+@pytest.mark.parametrize("file", clip_weights.HUB_FILES, ids=str)
+def test_cached_files_are_found(no_weights: Path, file: clip_weights.HubFile) -> None:
+    folder = no_weights / "hub" / f"models--{file.repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
     (folder / "snapshots" / "abc").mkdir(parents=True)
-    (folder / "snapshots" / "abc" / name).write_bytes(b"weights")
+    (folder / "snapshots" / "abc" / file.name).write_bytes(b"weights")
     assert find_clip_weights().read_bytes() == b"weights"
 
 
-def test_openais_own_cache_is_found_and_is_what_openai_published(
-    no_weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_openais_own_cache_is_found(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = no_weights / "clip" / "RN50x64.pt"
     path.parent.mkdir()
     path.write_bytes(b"weights")
-    with pytest.raises(DataError, match=r"RN50x64.pt is not OpenAI's file, or damaged: its SHA-256 is"):
-        find_clip_weights()
     monkeypatch.setattr(clip_weights, "OPENAI_SHA256", hashlib.sha256(b"weights").hexdigest())
     assert find_clip_weights() == path
+
+
+def test_another_file_in_openais_cache_is_refused_unless_it_is_given(no_weights: Path) -> None:
+    path = no_weights / "clip" / "RN50x64.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    with pytest.raises(DataError, match=r"RN50x64\.pt is not the .* that OpenAI published"):
+        find_clip_weights()
+    assert find_clip_weights(path) == path
+
+
+def test_the_hub_is_asked_for_a_revision(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(clip_weights.urllib.request, "urlopen", lambda *a, **k: io.BytesIO())
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **where: asked.append(where) or "here")
+    assert find_clip_weights() == Path("here")
+    assert asked[0]["revision"] == "main"

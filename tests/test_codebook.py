@@ -197,15 +197,24 @@ def edit_manifest(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({name: value for name, value in values.items() if value != "DROP"}))
 
 
+SETTINGS = {"image_size": 16, "patch_size": 4, "vocabulary": 8}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "has format 2; this version reads format 1"),
+        ({"format": 2}, "has format 2, this version of mapet reads 1"),
         ({"name": "vqkd"}, "unknown tokenizer 'vqkd'; known are pixel, kclip"),
-        ({"grid": "DROP"}, r"tokenizer\.json is damaged: it lacks, or does not know, grid"),
-        ({"extra": 1}, "does not know, extra"),
-        ({"settings": {"image_size": 16, "patch_size": 4, "vocabulary": 9}}, r"shape \(8, 48\).*needs \(9, 48\)"),
-        ({"settings": {"image_size": 16, "patch_size": 4, "colour": 9}}, "has settings pixel does not take: .*colour"),
+        ({"grid": "DROP"}, r"tokenizer\.json: its content lacks grid"),
+        ({"extra": 1}, "has an unknown entry 'extra'"),
+        (
+            {"settings": {"image_size": 16, "patch_size": 4, "vocabulary": 9}},
+            r"codebook is \(8, 48\), must be \(9, 48\)",
+        ),
+        (
+            {"settings": {"image_size": 16, "patch_size": 4, "vocabulary": 8, "colour": 9}},
+            "has settings pixel does not take: .*colour",
+        ),
         ({"settings": {"image_size": 32, "patch_size": 4, "vocabulary": 8}}, "the fingerprints differ"),
         ({"codebook_sha256": "0" * 64}, r"codebook\.safetensors is damaged"),
     ],
@@ -232,7 +241,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     fitted().save(tmp_path)
     (tmp_path / "codebook.safetensors").unlink()
-    with pytest.raises(DataError, match=r"cannot read the codebook .*codebook\.safetensors"):
+    with pytest.raises(DataError, match=r"cannot read .*codebook\.safetensors"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"cannot read .*tokenizer\.json"):
@@ -256,7 +265,7 @@ def test_other_tensors_in_place_of_a_codebook_are_refused(tmp_path: Path) -> Non
     path = tmp_path / "codebook.safetensors"
     save_file({"other": torch.zeros(1)}, path)
     edit_manifest(tmp_path, codebook_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(DataError, match=r"codebook\.safetensors is no codebook of a tokenizer: 'codebook'"):
+    with pytest.raises(DataError, match=r"codebook\.safetensors: it lacks codebook"):
         load_tokenizer(tmp_path)
 
 
@@ -288,13 +297,28 @@ def test_official_codebook_of_another_size_is_refused(tmp_path: Path) -> None:
         make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8, codebook=tmp_path / "c.npy")
 
 
-def test_without_faiss_an_index_named_npy_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FLAT_INDEX = struct.Struct("<4siqqq?iQ")
+
+
+def test_an_index_is_read_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     path = tmp_path / "codebook_index_4194304_8192.npy"
-    header = b"IxF2" + struct.pack("<iqqq?i", 48, 8, 1 << 20, 1 << 20, True, 1) + struct.pack("<Q", 8 * 48)
-    path.write_bytes(header + bytes(8 * 48 * 4))
-    with pytest.raises(DataError, match=r"_8192\.npy is an index of the faiss library .*centroids_\*\.npy"):
-        read_official_codebook(path)
+    centroids = np.random.default_rng(0).random((8, 48), dtype=np.float32)
+    path.write_bytes(FLAT_INDEX.pack(b"IxF2", 48, 8, 1 << 20, 1 << 20, True, 1, 8 * 48) + centroids.tobytes())
+    assert np.array_equal(read_official_codebook(path).numpy(), centroids)
+
+
+@pytest.mark.parametrize(
+    ("features", "entries", "metric", "numbers"),
+    [(48, 8, 1, 2**61), (48, 2**40, 1, 48 * 2**40), (-48, -8, 1, 384), (48, 8, 0, 384), (0, 0, 1, 0), (48, 9, 1, 384)],
+)
+def test_an_index_whose_header_does_not_fit_is_refused(tmp_path: Path, features, entries, metric, numbers) -> None:
+    path = tmp_path / "index.npy"
+    header = FLAT_INDEX.pack(b"IxF2", features, entries, 1 << 20, 1 << 20, True, metric, numbers)
+    for content in (header + bytes(8 * 48 * 4), header[:20]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"index\.npy: it is a damaged index of the faiss library"):
+            read_official_codebook(path)
 
 
 class Trap:
@@ -355,7 +379,7 @@ def test_a_codebook_that_cannot_be_written(tmp_path: Path, write) -> None:
 
 def test_writing_an_index_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(DataError, match=r"index_8\.npy is to be an index of .*; or pip install faiss-cpu"):
+    with pytest.raises(DataError, match=r"index_8\.npy is to be an index of .*.*: pip install faiss-cpu"):
         write_faiss_index(tmp_path / "index_8.npy", torch.randn(8, 48))
 
 
@@ -370,7 +394,7 @@ def test_a_faiss_index_is_written_and_read(tmp_path: Path) -> None:
     assert torch.equal(read_official_codebook(path), codebook)
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    with pytest.raises(DataError, match=r"index_4096_8\.npy is a damaged index of the faiss library"):
+    with pytest.raises(DataError, match=r"index_4096_8\.npy: it is a damaged index of the faiss library"):
         read_official_codebook(path)
     path.write_bytes(b"IxFI" + whole[4:])
     with pytest.raises(DataError, match="of kind IxFI; only IndexFlatL2 holds a codebook"):

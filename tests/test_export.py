@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import mapet.export as export_module
 from mapet.config import ModelConfig
-from mapet.errors import CheckpointError, ConfigError, DataError, MapetError, WeightsMissingError
+from mapet.errors import CheckpointError, ConfigError, MapetError, WeightsMissingError
 from mapet.export import TOLERANCE, content_features, export, from_timm, to_timm
 from mapet.model import MaskedTokenViT
 from mapet.official import (
@@ -213,7 +213,7 @@ def test_an_earlier_export_is_replaced_and_other_things_are_not(tmp_path):
     assert torch.equal(load_file(folder / "model.safetensors")["norm.weight"], second["norm.weight"])
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(DataError, match=r"thesis\.tex"):
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
         export(SMALL, second, folder)
     assert (folder / "thesis.tex").read_text() == "years of work"
 

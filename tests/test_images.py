@@ -120,7 +120,7 @@ class TestDecode:
 
     def test_missing_file_folder_and_named_pipe(self, tmp_path):
         os.mkfifo(tmp_path / "pipe.png")
-        for name, reason in (("none.png", "No such file"), ("", "not a regular file"), ("pipe.png", "not a regular")):
+        for name, reason in (("none.png", "No such file"), ("", "a folder, not a file"), ("pipe.png", "a named pipe")):
             with pytest.raises(DataError, match=reason):
                 decode(tmp_path / name)
 

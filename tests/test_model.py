@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, model_config_from_dict, to_dict
+from mapet.checked import conform
+from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, to_dict
 from mapet.errors import CheckpointError, ConfigError
 from mapet.model import MaskedTokenViT, drop_path_rates, load_official, parameter_count
 from mapet.objectives import OBJECTIVES, build_objective
@@ -266,8 +267,8 @@ def test_cut_must_leave_something_to_predict_and_something_to_see(cut: int) -> N
 
 
 def test_model_configuration_round_trip() -> None:
-    assert model_config_from_dict(to_dict(TINY)) == TINY
-    with pytest.raises(ConfigError, match=r"\['widht'\]"):
-        model_config_from_dict({"widht": 3})
+    assert conform(ModelConfig, to_dict(TINY), "model") == TINY
+    with pytest.raises(ValueError, match="model has an unknown entry 'widht'"):
+        conform(ModelConfig, {"widht": 3}, "model")
     with pytest.raises(ConfigError, match="presets are tiny, small, base"):
         ModelConfig.preset("huge")

@@ -187,7 +187,7 @@ class TestRefused:
             ({"tokens": torch.zeros(10, 16, dtype=torch.int32)}, "holds a dict"),
             ([1, 2], "holds a list"),
             (torch.zeros(1, 1, dtype=torch.int32).expand(10, 10**12), "does not hold as many"),
-            (torch.zeros(10, 16, dtype=torch.int32).to_sparse(), "expected one tensor"),
+            (torch.zeros(10, 16, dtype=torch.int32).to_sparse(), "a tensor of layout"),
         ],
     )
     def test_other_content(self, layout, content, message):

@@ -39,7 +39,7 @@ def find_codebook(options: Codebook, cache: TokenCache) -> Tensor | None:
     if options.codebook is None and not (folder / store.MANIFEST).exists():
         return None
     stored, codebook, _ = store.read(folder)
-    if stored.fingerprint == cache.manifest.description.tokenizer_fingerprint:
+    if stored.fingerprint == cache.manifest.description.tokenizer_fingerprint and len(codebook) == cache.vocabulary:
         return codebook
     if options.codebook is None:
         return None

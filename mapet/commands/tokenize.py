@@ -17,6 +17,7 @@ from mapet.config import ModelConfig
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import cache_staging, check_replaceable
 from mapet.data.images import ImageSource, open_source
+from mapet.data.manifest import MANIFEST
 from mapet.data.official import import_official
 from mapet.data.progress import progress
 from mapet.data.report import TokenizeReport
@@ -161,11 +162,14 @@ def is_saved(options: Tokenize, folder: Path, held: ExitStack) -> bool:
         check_places(options, folder)
         held.enter_context(locked(folder, TOKENIZER))
         return found()  # another process may have ended its fit since
+    is_for_new_cache = options.codebook is None and not (options.output / MANIFEST).exists()
+    if not is_for_new_cache and not (folder / store.UNFINISHED).exists():
+        return True
     try:
         held.enter_context(locked(folder, TOKENIZER))
         UnfinishedFit(folder, {}).remove()
-    except BusyFolder:  # several processes may use one tokenizer, but not that of the cache they are to make
-        if options.codebook is None:
+    except BusyFolder:  # several processes may use one tokenizer, but not that of a cache they all make
+        if is_for_new_cache:
             raise
     except DataError:  # a folder that may only be read
         pass

@@ -12,7 +12,6 @@ SHA-256 of everything but the image shards, which are nearly all of the bytes; `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +32,11 @@ from mapet.data.manifest import (
     read_manifest,
     shard_name,
 )
-from mapet.data.npyfile import FileRecord, map_array
+from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
+from mapet.files import UnreadableFile, map_array, read_json
+
+ANEW = "make the cache anew"
 
 ROWS_BETWEEN_BEATS = 256
 
@@ -58,11 +60,12 @@ class TokenCache:
         self.tokenizer, self.classes = made.tokenizer, manifest.classes
         pixels = (3, self.image_size, self.image_size)
         self._shards = [
-            map_array(path / shard_name(i), np.uint8, (rows, *pixels)) for i, rows in enumerate(manifest.shards)
+            map_array(path / shard_name(i), np.uint8, (rows, *pixels), advice=ANEW)
+            for i, rows in enumerate(manifest.shards)
         ]
         self._starts = np.cumsum([0, *manifest.shards])[:-1]
-        self._tokens = map_array(path / TOKENS, np.uint16, (len(self), self.grid**2))
-        labels = map_array(path / LABELS, np.int64, (len(self),)) if manifest.labelled else None
+        self._tokens = map_array(path / TOKENS, np.uint16, (len(self), self.grid**2), advice=ANEW)
+        labels = map_array(path / LABELS, np.int64, (len(self),), advice=ANEW) if manifest.labelled else None
         self.labels = None if labels is None else np.array(labels)
 
     @classmethod
@@ -83,6 +86,11 @@ class TokenCache:
         largest = int(cache._tokens.max(initial=0))
         if largest >= cache.vocabulary:
             raise DataError(f"{path / TOKENS} holds token {largest}, allowed are 0 to {cache.vocabulary - 1}")
+        if cache.labels is not None:
+            low, high, classes = cache.labels.min(), cache.labels.max(), cache.classes
+            if low < 0 or (classes is not None and high >= len(classes)):
+                allowed = "negative labels are not" if classes is None else f"0 to {len(classes) - 1} are"
+                raise DataError(f"{path / LABELS} holds labels {low} to {high}, {allowed} allowed; {ANEW}")
         return cache
 
     def verify(self) -> None:
@@ -99,9 +107,9 @@ class TokenCache:
 
     @cached_property
     def names(self) -> list[str]:
-        names = json.loads((self.path / NAMES).read_text(encoding="utf-8"))
-        if not isinstance(names, list) or len(names) != len(self):
-            raise DataError(f"{self.path / NAMES} is not a list of {len(self)} names; make the cache anew")
+        names = read_json(self.path / NAMES, advice=ANEW)
+        if not isinstance(names, list) or len(names) != len(self) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{self.path / NAMES} is not a list of {len(self)} names; {ANEW}")
         return names
 
     def images(self, ids: Tensor | np.ndarray | Sequence[int], beat: Callable[[], None] = lambda: None) -> Tensor:
@@ -167,17 +175,15 @@ def _check_size(path: Path, record: FileRecord) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path} of the token cache cannot be read: {error.strerror}; make the cache anew") from error
+        raise DataError(f"{path} of the token cache cannot be read: {error.strerror}; {ANEW}") from error
     if found != record.bytes:
-        raise DataError(f"{path} has {found} bytes, expected {record.bytes}; copy it again or make the cache anew")
+        raise DataError(f"{path} has {found} bytes, expected {record.bytes}; copy it again or {ANEW}")
 
 
 def _check_hash(path: Path, record: FileRecord) -> None:
     try:
         found = FileRecord.of(path)
-    except OSError as error:
-        raise DataError(f"{path} of the token cache cannot be read: {error}; make the cache anew") from error
+    except UnreadableFile as error:
+        raise DataError(f"{path} of the token cache cannot be read: {error.reason}; {ANEW}") from error
     if found.sha256 != record.sha256:
-        raise DataError(
-            f"{path} is damaged: SHA-256 {found.sha256}, expected {record.sha256}; copy it again or make the cache anew"
-        )
+        raise DataError(f"{path} is damaged: SHA-256 {found.sha256}, expected {record.sha256}; copy it again or {ANEW}")

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +35,9 @@ from mapet.data.manifest import (
     read_manifest,
     shard_name,
 )
-from mapet.data.npyfile import FileRecord, NpyAppender, map_array
+from mapet.data.npyfile import FileRecord, NpyAppender
 from mapet.errors import DataError
-from mapet.files import write_whole
+from mapet.files import map_array, write_whole
 from mapet.folders import CACHE, Staging, claim, clear
 
 SHARD_IMAGES = 1024
@@ -50,6 +49,14 @@ def shard_size(capacity: int, image_size: int, wanted: int = 0) -> int:
     """Images of a shard: `wanted`, or 1024 or what 256 MB hold; more where there would be more than 256 shards."""
     most = wanted or min(SHARD_IMAGES, SHARD_BYTES // (3 * image_size**2))
     return max(1, most, -(-capacity // MOST_SHARDS))
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the record of a shard says besides its files; `skipped` by position in the source, with name and reason."""
+
+    skipped: list[tuple[int, str, str]]
+    provenance: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,16 @@ class CacheWriter:
         self.shard_images = shard_size(capacity, description.image_size, shard_images)
         self.shards = -(-capacity // self.shard_images)
         plan = {**asdict(description), "images": capacity, "shard_images": self.shard_images}
-        self.journal = Journal(self.staging.folder, plan, CACHE, ("cache", "tokens_*.npy"), self.path)
+        self.journal = Journal(
+            self.staging.folder,
+            plan,
+            CACHE,
+            ("cache", "tokens_*.npy"),
+            self.path,
+            parts=self.shards,
+            files=lambda number: (_images_file(number), _tokens_file(number)),
+            facts=ShardFacts,
+        )
         self.dropped: list[str] = []
         """In what unfinished work differed that `begin` has deleted."""
 
@@ -230,10 +246,10 @@ class CacheWriter:
             raise DataError(f"cannot write the token cache {self.path}: {cause} ({kept})") from error
 
     def _from_part(self, number: int, part: Part) -> FinishedShard:
-        skipped = [Skipped(name, reason) for _, name, reason in part.facts["skipped"]]
-        missing = {position for position, _, _ in part.facts["skipped"]}
+        skipped = [Skipped(name, reason) for _, name, reason in part.facts.skipped]
+        missing = {position for position, _, _ in part.facts.skipped}
         kept = [position for position in self.positions(number) if position not in missing]
-        return FinishedShard(kept, skipped, part.facts["provenance"])
+        return FinishedShard(kept, skipped, part.facts.provenance)
 
     def _write_tokens(self, rows: Sequence[int]) -> FileRecord:
         patches = self.description.grid**2
@@ -299,11 +315,11 @@ class ShardWriter:
         with self.writer.disk_errors():
             tokens = _tokens_file(self.number)
             files = {_images_file(self.number): self._file.close(), tokens: self._write(tokens)}
-            facts: dict[str, Any] = {
-                "skipped": [[position, item.name, item.reason] for position, item in sorted(skipped.items())],
-                "provenance": self.writer.provenance,
-            }
-            self.writer.journal.finish(self.number, files, **facts)
+            facts = ShardFacts(
+                skipped=[(position, item.name, item.reason) for position, item in sorted(skipped.items())],
+                provenance=self.writer.provenance,
+            )
+            self.writer.journal.finish(self.number, files, facts)
         self._file = None
 
     def _write(self, name: str) -> FileRecord:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import warnings
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mapet.errors import DataError
+from mapet_kernels.regular import open_regular
 
 # Only raster decoders: Pillow would otherwise follow the content of a file, not its name, into e.g. Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -33,13 +32,11 @@ def decode(path: str | Path, *, name: str | None = None, orient: bool = True) ->
             `Image.MAX_IMAGE_PIXELS`), or pixel values without a known white.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would wait for ever
-            raise OSError("not a regular file")
         # Pillow only warns between one and two times its pixel limit, and prints what it thinks of broken EXIF blocks.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
                 image.load()
                 return to_rgb(_upright(image) if orient else image)
     except Exception as error:  # on damaged bytes the decoders raise nearly anything, from SyntaxError to struct.error

@@ -84,8 +84,9 @@ def folder_source(root: str | Path) -> FileSource:
     """All images below a folder, sorted by name.
 
     Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Where the
-    first folders are the parts of a set (train, val, ...) it is the folder below them, with a warning. Hidden files and
-    files with other extensions are left out. Links are followed, but each folder is entered once, with a warning.
+    first folders are the parts of a set (train, val, ...) it is the folder below them, with a warning. Hidden files,
+    files with other extensions, named pipes and devices are left out. Links are followed, but each folder is entered
+    once, with a warning.
 
     Raises:
         DataError: no such folder, no image in it, or a folder that cannot be listed or that links back into itself.
@@ -159,7 +160,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
             name = f"{below}/{entry.name}" if below else entry.name
             if _is_folder(entry):
                 folders.append((name, (*parents, real)))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not _is_special(entry):
                 names.append(name)
         waiting.extend(reversed(folders))
     return sorted(names), doubled
@@ -169,6 +170,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: no folder; with an image's name it is reported as a bad image
+        return False
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a named pipe, a socket or a device, which are passed by; links that lead nowhere are bad images."""
+    try:
+        return not stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
         return False
 
 

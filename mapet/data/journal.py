@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mapet.checked import conform
 from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
-from mapet.files import sync_folder, write_whole
+from mapet.files import UnreadableFile, read_record, sync_folder, write_whole
 from mapet.folders import FolderLock, claim, clear
 
 PLAN = "plan.json"
@@ -31,7 +32,7 @@ class Part:
     """A finished part: its files, by path relative to the folder, and what else there is to remember."""
 
     files: dict[str, FileRecord]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Any
 
 
 class Journal:
@@ -42,13 +43,26 @@ class Journal:
         plan: all that decides what the parts hold, as JSON values.
         what, place: what the job makes, in words, and where; by default in the folder.
         names: patterns of what else the job puts into the folder.
+        parts: how many there are.
+        files: the files of a part, by path relative to the folder.
+        facts: a dataclass, what else there is to remember of a part.
     """
 
     def __init__(
-        self, folder: Path, plan: dict[str, Any], what: str, names: Sequence[str], place: Path | None = None
+        self,
+        folder: Path,
+        plan: dict[str, Any],
+        what: str,
+        names: Sequence[str],
+        place: Path | None = None,
+        *,
+        parts: int,
+        files: Callable[[int], Sequence[str]],
+        facts: type,
     ) -> None:
         self.folder, self.plan, self.what, self.place = folder, json.loads(json.dumps(plan)), what, place
         self.names = (PLAN, "part_*.json", *names)
+        self._count, self._files_of, self._facts = parts, files, facts
         self._lock: FolderLock | None = None
 
     def begin(self, *, restart: bool = False) -> list[str]:
@@ -94,8 +108,11 @@ class Journal:
             self._lock = None
 
     def read_plan(self) -> dict[str, Any] | None:
-        """The plan in the folder; None where there is none."""
-        return _read_json(self.folder / PLAN)
+        """The plan in the folder; None where there is none that can be read."""
+        try:
+            return read_record(self.folder / PLAN, dict[str, Any])
+        except UnreadableFile:
+            return None
 
     def differences(self, found: dict[str, Any]) -> list[str]:
         """In what a plan differs from this one, in words."""
@@ -109,7 +126,7 @@ class Journal:
         except OSError:  # not there yet, or not to be read, which `begin` reports
             return {}
         numbers = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"part_(\d+)\.json", name)))
-        parts = {number: self._read_part(number) for number in numbers}
+        parts = {number: self._read_part(number) for number in numbers if number < self._count}
         return {number: part for number, part in parts.items() if part is not None}
 
     def damage(self, part: Part) -> str | None:
@@ -117,25 +134,25 @@ class Journal:
         for name, record in part.files.items():
             try:
                 found = FileRecord.of(self.folder / name)
-            except OSError as error:
-                return f"{name} cannot be read: {error.strerror or error}"
+            except UnreadableFile as error:
+                return f"{name} cannot be read: {error.reason}"
             if found != record:
                 return f"{name} is not as it was written"
         return None
 
-    def finish(self, number: int, files: dict[str, FileRecord], **facts: Any) -> None:
+    def finish(self, number: int, files: dict[str, FileRecord], facts: Any) -> None:
         """Record a part whose files are on disk."""
         for name in files:
             sync_folder((self.folder / name).parent)
         write_whole(self.folder / _record_name(number), json.dumps(asdict(Part(files, facts)), indent=1))
 
     def _read_part(self, number: int) -> Part | None:
-        values = _read_json(self.folder / _record_name(number)) or {}
         try:
-            files = {name: FileRecord(**record) for name, record in values["files"].items()}
-            return Part(files, values["facts"])
-        except (AttributeError, KeyError, TypeError):  # damaged: the part is made again
-            return None
+            part = read_record(self.folder / _record_name(number), Part)
+            facts = conform(self._facts, part.facts, "facts")
+        except (UnreadableFile, ValueError):
+            return None  # damaged: the part is made again
+        return Part(part.files, facts) if set(part.files) == set(self._files_of(number)) else None
 
     def forget(self, number: int) -> None:
         """Drop the record of a part."""
@@ -144,12 +161,3 @@ class Journal:
 
 def _record_name(number: int) -> str:
     return f"part_{number:05d}.json"
-
-
-def _read_json(path: Path) -> Any:
-    """None for a file that is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None

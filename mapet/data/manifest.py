@@ -6,10 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from mapet.checked import at_least, check_fields
 from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
+from mapet.files import UnreadableFile, read_record
 
 FORMAT = 1
 CROP = "centre square, bicubic"
@@ -29,21 +31,19 @@ class CacheDescription:
         crop: how the crop was taken.
     """
 
-    image_size: int
-    grid: int
-    vocabulary: int
+    image_size: Annotated[int, at_least(1, 16384)]
+    grid: Annotated[int, at_least(1, 16384)]
+    vocabulary: Annotated[int, at_least(1, 65536)]
     tokenizer: str
     tokenizer_fingerprint: str
     source_fingerprint: str
     crop: str = CROP
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "grid", "vocabulary"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise DataError(f"a cache's {name} is a positive integer, got {value!r}")
-        if self.vocabulary > 65536:
-            raise DataError(f"a cache stores uint16 tokens, so its vocabulary is at most 65536, got {self.vocabulary}")
+        try:
+            check_fields(self)
+        except ValueError as error:
+            raise DataError(f"a cache's {error}") from error
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Manifest:
     """
 
     description: CacheDescription
-    images: int
-    shards: list[int]
+    images: Annotated[int, at_least(1)]
+    shards: list[Annotated[int, at_least(0)]]
     classes: list[str] | None
     labelled: bool
     skipped: list[Skipped]
@@ -92,31 +92,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check manifest.json. DataError: no cache here, of another format version, or damaged."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        manifest = read_record(path, Manifest, version=FORMAT, advice="make the cache anew")
+    except UnreadableFile as error:
+        if not error.missing:
+            raise
         raise DataError(f"{folder} is no token cache: it has no {MANIFEST}; make one with `mapet tokenize`") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {path}: {error}; make the cache anew") from error
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise DataError(f"{path} has format {found!r}, this version of mapet reads {FORMAT}; make the cache anew")
-    try:
-        manifest = _from_values(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}; make the cache anew") from error
     if sum(manifest.shards) != manifest.images:
         raise DataError(f"{path}: its shards hold {sum(manifest.shards)} images, its count is {manifest.images}")
     if set(manifest.files) != set(manifest.file_names()):
         raise DataError(f"{path} lists files {sorted(manifest.files)}, expected {sorted(manifest.file_names())}")
     return manifest
-
-
-def _from_values(values: dict[str, Any]) -> Manifest:
-    typed = {
-        "description": CacheDescription(**values["description"]),
-        "images": int(values["images"]),
-        "shards": [int(rows) for rows in values["shards"]],
-        "skipped": [Skipped(**item) for item in values["skipped"]],
-        "files": {name: FileRecord(**record) for name, record in values["files"].items()},
-    }
-    return Manifest(**{**values, **typed})

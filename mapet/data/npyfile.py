@@ -5,30 +5,29 @@ A memory-mapped write to a full disk kills the process with SIGBUS; a plain writ
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated
 
 import numpy as np
 
-from mapet.errors import DataError
+from mapet.checked import at_least
+from mapet.files import sha256_of
 
 
 @dataclass(frozen=True)
 class FileRecord:
     """What a manifest remembers of a file."""
 
-    bytes: int
+    bytes: Annotated[int, at_least(0)]
     sha256: str
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """Size and hash of a file as it is on disk."""
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(file.tell(), digest)
+        """Size and hash of a file as it is on disk. UnreadableFile where it cannot be read."""
+        return cls(*sha256_of(path))
 
 
 class NpyAppender:
@@ -78,19 +77,3 @@ def discard(file) -> None:
         file.close()
     except OSError:
         file.raw.close()
-
-
-def map_array(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
-    """Map a .npy file read-only.
-
-    Raises:
-        DataError: naming the file: missing, truncated, no .npy file, of another dtype or shape, or of Python objects.
-    """
-    try:
-        # open_memmap refuses object arrays, which would have to be unpickled
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}; make the cache anew") from error
-    if array.dtype != np.dtype(dtype) or array.shape != shape:
-        raise DataError(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
-    return array.view(np.ndarray)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from mapet.data.prepare import Prepared
 from mapet.data.report import TokenizeReport
 from mapet.distributed import World
 from mapet.errors import DataError
+from mapet.files import UnreadableFile, map_array, read_bytes, read_pickle, unreadable
 
 HEADER = ["path", "class"]
 MOST_CLASSES = 2**20
@@ -133,7 +135,7 @@ def read_csv(path: Path, root: Path) -> tuple[list[str], np.ndarray]:
     names: list[str] = []
     labels: list[int] = []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with io.StringIO(read_bytes(path).decode("utf-8"), newline="") as file:
             rows = csv.reader(file)
             header = next(rows, None)
             if header != HEADER:
@@ -144,8 +146,8 @@ def read_csv(path: Path, root: Path) -> tuple[list[str], np.ndarray]:
                     raise DataError(f"{where}: {row}; expected a path and a class number below {MOST_CLASSES}")
                 names.append(_below(root, row[0], where))
                 labels.append(int(row[1]))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    except (ValueError, csv.Error) as error:
+        raise unreadable(path, error) from error
     if not names:
         raise DataError(f"{path} lists no image")
     return names, np.array(labels, dtype=np.int64)
@@ -188,18 +190,15 @@ def _read_tokens(files: list[Path], rows: int, csv_file: Path, vocabulary: int) 
 
 def _load(path: Path) -> Tensor:
     try:
-        tokens = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the loader raises many kinds; all mean that this is no plain tensor
-        reason = str(error).split("\n", 1)[0]
-        raise DataError(f"cannot load tokens from {path} (no code in it was run): {reason}") from error
-    if not isinstance(tokens, Tensor) or tokens.layout != torch.strided:
+        tokens = read_pickle(path)
+    except UnreadableFile as error:
+        raise DataError(f"cannot load tokens from {path} (no code in it was run): {error.reason}") from error
+    if not isinstance(tokens, Tensor):
         raise DataError(f"{path} holds a {type(tokens).__name__}, expected one tensor of tokens")
     if tokens.dtype not in INTEGERS or tokens.dim() != 2 or not len(tokens):
         raise DataError(
             f"{path} holds {tokens.dtype} {tuple(tokens.shape)}, expected int16, int32 or int64 (images, patches)"
         )
-    if tokens.numel() * tokens.element_size() > tokens.untyped_storage().nbytes():
-        raise DataError(f"{path} claims {tuple(tokens.shape)} tokens, but does not hold as many")
     return tokens
 
 
@@ -207,10 +206,10 @@ def _class_names(path: str | Path | None, classes: int) -> list[str]:
     if path is None:
         return [str(number) for number in range(classes)]
     try:
-        names = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read class names from {path}: {error}") from error
-    if not isinstance(names, np.ndarray) or names.ndim != 1 or names.dtype.kind != "U":
+        names = map_array(path)
+    except UnreadableFile as error:
+        raise DataError(f"cannot read class names from {path}: {error.reason}") from error
+    if names.ndim != 1 or names.dtype.kind != "U":
         raise DataError(f"{path} is not a one-dimensional array of text")
     if len(names) < classes:
         raise DataError(f"{path} names {len(names)} classes, the CSV has class numbers up to {classes - 1}")

@@ -17,11 +17,12 @@ from mapet import __version__
 from mapet.config import to_dict
 from mapet.demo.recipe import Recipe
 from mapet.errors import ConfigError, DataError
-from mapet.evaluate import EvaluationResult, Score
-from mapet.files import write_whole
+from mapet.evaluate import EvaluationResult
+from mapet.files import read_json, read_record, write_whole
 from mapet.folders import LOCK
 
 SETTINGS = "demo.json"
+AGAIN = "delete it, and run the demo again"
 SHOWN = 4
 
 
@@ -60,7 +61,7 @@ class DemoFolder:
         wanted = {"mapet": __version__, "torch": torch.__version__, "device": device, "recipe": to_dict(recipe)}
         path = self.root / SETTINGS
         if path.is_file():
-            found = read_json(path)
+            found = read_json(path, advice=AGAIN)
             if different := sorted(_differences(found, wanted)):
                 more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
                 raise ConfigError(
@@ -77,14 +78,7 @@ class DemoFolder:
         path = self.seed(seed) / "scores.json"
         if not path.is_file():
             return None
-        try:
-            values = read_json(path)
-            groups = {name: _evaluation(values.pop(name)) for name in ("pretrained", "random_init", "raw_pixels")}
-            return SeedResult(**values, **groups)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path} is damaged ({error!r}): delete it, and the demo measures this seed anew"
-            ) from error
+        return read_record(path, SeedResult, advice="delete it, and the demo measures this seed anew")
 
     def save_result(self, result: SeedResult) -> None:
         """Record that a seed is done."""
@@ -96,7 +90,9 @@ class Timings:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timings.json"
-        self.seconds: dict[str, float] = read_json(self.path) if self.path.is_file() else {}
+        self.seconds: dict[str, float] = (
+            read_record(self.path, dict[str, float], advice=AGAIN) if self.path.is_file() else {}
+        )
 
     @contextmanager
     def stage(self, name: str, *, anew: bool = False) -> Iterator[None]:
@@ -108,14 +104,6 @@ class Timings:
             before = 0.0 if anew else self.seconds.get(name, 0.0)
             self.seconds[name] = before + time.perf_counter() - began
             write_json(self.path, self.seconds)
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of the demo; DataError where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; delete it, and run the demo again") from error
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -136,7 +124,3 @@ def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
         ]
         return [text for texts in below for text in texts]
     return [] if found == wanted else [f"{name}: {found} instead of {wanted}"]
-
-
-def _evaluation(values: dict[str, Any]) -> EvaluationResult:
-    return EvaluationResult(**{**values, "scores": tuple(Score(**score) for score in values["scores"])})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mapet.errors import CheckpointError, DataError
 from mapet.evaluate.images import Images, as_tensor
-from mapet.files import replacing, write_whole
+from mapet.files import UnreadableFile, map_array, read_record, replacing, write_whole
 
 Layers = Literal["all", "last"]
 FORMAT = 1
@@ -120,12 +120,11 @@ def load_features(path: Path, key: FeatureKey, model: VisionTransformer) -> Feat
     """Map a file that `cached_features` wrote. Raises DataError when it is damaged or belongs to another key."""
     advice = f"delete {path.name} and {path.with_suffix('.json').name} in {path.parent} to compute them again"
     try:
-        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cached features {path} cannot be read ({error}); {advice}") from error
-    wanted = dataclasses.asdict(key)
-    if stale := [name for name in wanted if not isinstance(manifest, dict) or manifest.get(name) != wanted[name]]:
+        found = read_record(path.with_suffix(".json"), FeatureKey)
+        values = map_array(path)
+    except UnreadableFile as error:
+        raise DataError(f"cached features {path} cannot be read ({error.reason}); {advice}") from error
+    if stale := [name for name, wanted in dataclasses.asdict(key).items() if getattr(found, name) != wanted]:
         raise DataError(f"cached features {path} were made from other {', '.join(stale)}; {advice}")
     shape = _shape(model, key.count, key.layers)
     if values.shape != shape or values.dtype != np.float32:

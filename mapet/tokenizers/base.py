@@ -26,6 +26,8 @@ from mapet_kernels.checks import check_finite_rows
 ROWS_PER_ENTRY = 512
 """Patches per codebook entry that the k-means uses at most (k-CLIP's max_points_per_centroid)."""
 ROWS_AT_ONCE = 65_536
+LARGEST_IMAGE = 16384
+"""Side in pixels."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Tokenizer(ABC):
     name: ClassVar[str]
 
     def __init__(self, image_size: int, patch_size: int, vocabulary: int, device: str | torch.device = "cpu") -> None:
+        if image_size > LARGEST_IMAGE:
+            raise ConfigError(f"image_size must be at most {LARGEST_IMAGE}, got {image_size}")
         if patch_size < 1 or image_size < patch_size or image_size % patch_size:
             raise ConfigError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
         if not 2 <= vocabulary <= 65536:
@@ -311,7 +315,7 @@ class Tokenizer(ABC):
             raise DataError(f"{folder} holds a tokenizer {stored.name}, not {cls.name}")
         try:
             tokenizer = cls(**stored.settings, device=device, **options)
-        except TypeError as error:
+        except (TypeError, ConfigError) as error:
             raise DataError(f"{folder / store.MANIFEST} has settings {cls.name} does not take: {error}") from error
         tokenizer._check_network(stored, folder)
         tokenizer.set_codebook(codebook, str(folder / store.CODEBOOK))

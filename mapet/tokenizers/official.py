@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, map_array, read_bytes, replacing, unreadable
+from mapet.files import UnreadableFile, map_array, replacing, unreadable
 from mapet_kernels.regular import open_regular
 
 FLAT_L2 = b"IxF2"
-"""How a file of an IndexFlatL2 begins; then come HEADER, the COUNT of what follows, and the numbers, float32."""
-HEADER = struct.Struct("<iqqq?i")
-"""Features, entries, twice a number without meaning, whether it is trained, the metric."""
-COUNT = struct.Struct("<Q")
-L2 = 1
+"""How a file of an IndexFlatL2 begins."""
+HEADER = struct.Struct("<iqqq?iQ")
+"""What follows: features, vectors, two numbers without meaning, whether trained, the metric, and how many numbers are
+in the rest of the file, all float32."""
+METRIC_L2 = 1
 
 
 def read_official_codebook(path: str | Path) -> Tensor:
@@ -34,13 +36,16 @@ def read_official_codebook(path: str | Path) -> Tensor:
     try:
         with open_regular(path) as file:
             start = file.read(4)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    centroids = _read_index(path, start) if start[:2] in (b"Ix", b"IV", b"IB") else map_array(path)
+            centroids = _read_index(file, start) if start[:2] in (b"Ix", b"IV", b"IB") else np.array(map_array(path))
+    except UnreadableFile as error:
+        raise DataError(f"cannot read the codebook {path}: {error.reason}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the codebook {path}: {unreadable(path, error).reason}") from error
     if centroids.ndim != 2 or centroids.dtype != np.float32:
-        shape = f"{centroids.dtype} {centroids.shape}"
-        raise DataError(f"{path} must hold float32 centroids (entries, features), it holds {shape}")
-    return torch.from_numpy(np.array(centroids))
+        raise DataError(
+            f"{path} must hold float32 centroids (entries, features), it holds {centroids.dtype} {centroids.shape}"
+        )
+    return torch.from_numpy(centroids)
 
 
 def write_official_centroids(path: str | Path, codebook: Tensor) -> None:
@@ -60,29 +65,33 @@ def write_faiss_index(path: str | Path, codebook: Tensor) -> None:
         faiss.write_index(index, str(partial))
 
 
-def _read_index(path: Path, start: bytes) -> np.ndarray:
-    kind = start.decode("latin-1")
-    if start != FLAT_L2:
-        raise DataError(f"{path} is an index of the faiss library of kind {kind}; only IndexFlatL2 holds a codebook")
-    content = read_bytes(path)
-    try:
-        features, entries, _, _, _, metric = HEADER.unpack_from(content, len(FLAT_L2))
-        (size,) = COUNT.unpack_from(content, len(FLAT_L2) + HEADER.size)
-    except struct.error as error:
-        raise UnreadableFile(path, "it is a damaged index of the faiss library: it is cut off") from error
-    begin = len(FLAT_L2) + HEADER.size + COUNT.size
-    if metric != L2 or min(features, entries) < 1 or size not in (features * entries, 4 * features * entries):
-        raise UnreadableFile(path, f"it is a damaged index of the faiss library: {entries} entries of {features}")
-    if len(content) != begin + 4 * features * entries:
-        raise UnreadableFile(path, f"it is a damaged index of the faiss library: {len(content)} bytes")
-    return np.frombuffer(content, "<f4", offset=begin).reshape(entries, features)
+def _read_index(file: BinaryIO, kind: bytes) -> np.ndarray:
+    """The vectors of an index whose file is at the end of its first four bytes. ValueError where there are none.
+
+    Read here, since the faiss library takes the sizes in a file at their word.
+    """
+    if kind != FLAT_L2:
+        raise ValueError(
+            f"it is an index of the faiss library of kind {kind.decode('latin-1')}; only IndexFlatL2 holds a codebook"
+        )
+    header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise ValueError("it is a damaged index of the faiss library: it ends within its header")
+    features, entries, _, _, _, metric, numbers = HEADER.unpack(header)
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if metric != METRIC_L2 or features < 1 or entries < 1 or numbers != features * entries or left != 4 * numbers:
+        raise ValueError(
+            f"it is a damaged index of the faiss library: {entries} vectors of {features} numbers, metric {metric}, "
+            f"{numbers} numbers in all, and {left} bytes of them"
+        )
+    return np.frombuffer(bytearray(file.read()), "<f4").reshape(entries, features)
 
 
 def _faiss(why: str) -> ModuleType:
     try:
         import faiss
     except ImportError as error:
-        raise DataError(f"{why}; or pip install faiss-cpu") from error
+        raise DataError(f"{why}: pip install faiss-cpu") from error
     return faiss
 
 

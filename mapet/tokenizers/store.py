@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import safetensors.torch
 import torch
@@ -21,8 +20,9 @@ from mapet.codebook import CodebookUsage, FitReport
 from mapet.errors import DataError
 from mapet.files import (
     UnreadableFile,
-    one_line,
-    read_json,
+    check_like,
+    parsed_json,
+    read_record,
     read_tensors,
     replacing,
     sha256_of,
@@ -45,7 +45,7 @@ class StoredTokenizer:
     """tokenizer.json: what makes the tokenizer again, what it is, and where its codebook came from."""
 
     name: str
-    settings: dict[str, int | str | None]
+    settings: dict[str, int | str]
     input_size: int
     grid: int
     features: int
@@ -113,39 +113,32 @@ def read_manifest(folder: Path) -> StoredTokenizer:
     """tokenizer.json of the folder. DataError where it is missing, malformed or of another format."""
     path = folder / MANIFEST
     try:
-        values = read_json(path)
+        stored = read_record(path, StoredTokenizer, version=FORMAT)
     except UnreadableFile as error:
-        if error.missing:
-            raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
-        raise
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else None
-        raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}")
-    fields = {field.name for field in dataclasses.fields(StoredTokenizer)}
-    if different := fields ^ set(values):
-        raise DataError(f"{path} is damaged: it lacks, or does not know, {', '.join(sorted(different))}")
-    try:
-        return conform(StoredTokenizer, values, "its content")
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {one_line(error)}") from error
+        if not error.missing:
+            raise
+        raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
+    if not isinstance(stored.settings.get("vocabulary"), int):
+        raise UnreadableFile(path, "its settings have no vocabulary")
+    return stored
 
 
 def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
     """Manifest, codebook (K, F) and fit report of the folder. DataError names the file that is missing or damaged."""
     stored = read_manifest(folder)
-    path = folder / CODEBOOK
-    digest = sha256_of(path)[1]
-    if digest != stored.codebook_sha256:
+    path, entries = folder / CODEBOOK, stored.settings["vocabulary"]
+    if (digest := sha256_of(path)[1]) != stored.codebook_sha256:
         raise DataError(f"{path} is damaged, or not the one of {MANIFEST}: its sha256 is {digest}")
-    tensors = read_tensors(path)
+    examples = {"codebook": torch.empty(entries, stored.features, device="meta")}
+    if stored.fit is not None:
+        examples["usage_counts"] = torch.empty(entries, dtype=torch.int64, device="meta")
+    tensors = read_tensors(path, {name: tuple(example.shape) for name, example in examples.items()})
     try:
-        codebook = tensors["codebook"]
-        if codebook.dim() != 2 or codebook.dtype != torch.float32:
-            raise ValueError(f"it is {codebook.dtype} {tuple(codebook.shape)}, must be float32 (entries, features)")
-        report = None if stored.fit is None else _fit_from_json(stored.fit, tensors["usage_counts"], len(codebook))
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{path} is no codebook of a tokenizer: {one_line(error)}") from error
-    return stored, codebook, report
+        check_like(tensors, examples, "it")
+        report = None if stored.fit is None else _fit_from_json(stored.fit, tensors["usage_counts"])
+    except ValueError as error:
+        raise DataError(f"{path} is no codebook of a tokenizer: {error}") from error
+    return stored, tensors["codebook"], report
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
@@ -153,10 +146,11 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
 
     DataError names a file that cannot be read or says nothing.
     """
-    try:
-        return conform(dict[str, Any], json.loads(tensors_metadata(path)[PROVENANCE]), "it")
-    except (ValueError, KeyError, RecursionError) as error:
-        raise DataError(f"{path} is no codebook with its provenance: {one_line(error)}") from error
+    text = tensors_metadata(path).get(PROVENANCE)
+    values = None if text is None else parsed_json(text, path)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is no codebook with its provenance")
+    return values
 
 
 def _provenance(stored: StoredTokenizer) -> dict[str, Any]:
@@ -169,17 +163,17 @@ def _fit_to_json(report: FitReport) -> dict[str, Any]:
     return {**values, "repeated": usage.repeated, "perplexity": usage.perplexity, "dead": len(usage.dead)}
 
 
-def _fit_from_json(values: dict[str, Any], counts: Tensor, entries: int) -> FitReport:
-    """ValueError or KeyError where it is none."""
-    if counts.dtype != torch.int64 or tuple(counts.shape) != (entries,) or counts.min() < 0:
-        raise ValueError(f"usage_counts is {counts.dtype} {tuple(counts.shape)}, must be int64 ({entries},) from 0")
-    usage = CodebookUsage(counts.numpy(), conform(int, values["repeated"], "repeated"))
-    hints = typing.get_type_hints(FitReport)
-    kept = {name: conform(hints[name], value, f"fit.{name}") for name, value in values.items() if name in hints}
-    try:
-        report = FitReport(**kept, usage=usage)
-    except TypeError as error:
-        raise ValueError(f"fit is incomplete: {error}") from error
-    if not 0 <= report.redo < len(report.objectives) or not all(report.objectives):
-        raise ValueError("fit has no objectives of the redo that was kept")
-    return report
+def _fit_from_json(values: dict[str, Any], counts: Tensor) -> FitReport:
+    """ValueError unless the values are what `_fit_to_json` makes, and counts are not negative."""
+    kinds = {**get_type_hints(FitReport), "repeated": int, "perplexity": float, "dead": int}
+    del kinds["usage"]
+    if different := kinds.keys() ^ values.keys():
+        raise ValueError(f"its fit lacks, or does not know, {', '.join(sorted(different))}")
+    if counts.min() < 0:
+        raise ValueError("usage_counts has negative numbers")
+    kept = {name: conform(kind, values[name], f"fit.{name}") for name, kind in kinds.items()}
+    usage = CodebookUsage(counts.numpy(), kept.pop("repeated"))
+    del kept["perplexity"], kept["dead"]  # which follow from the counts
+    if not 0 <= kept["redo"] < len(kept["objectives"]) or not all(kept["objectives"]):
+        raise ValueError("fit.redo is none of fit.objectives")
+    return FitReport(**kept, usage=usage)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mapet.errors import DataError
-from mapet.files import one_line, unreadable
-from mapet_kernels.regular import open_regular
+from mapet.files import unreadable
+from mapet_kernels.regular import check_backed, open_regular
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -36,15 +36,14 @@ STORAGES = {
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether the file is a zip with the records of a TorchScript archive; UnreadableFile where it cannot be read."""
+    """Whether the file is a zip with the records of a TorchScript archive. UnreadableFile where it is no file."""
     try:
-        with open_regular(path) as file:
-            if not zipfile.is_zipfile(file):
-                return False
-            with zipfile.ZipFile(file) as archive:
-                return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    except OSError as error:
         raise unreadable(path, error) from error
+    except Exception:  # no zip, or a damaged one
+        return False
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -56,8 +55,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
                 module = _Unpickler(file, archive, root.removesuffix(".pkl")).load()
             return dict(_tensors(module, "", set()))
     except Exception as error:  # A damaged pickle fails in as many ways as it has bytes.
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise DataError(f"{path} is no readable TorchScript archive: {reason}") from error
+        raise DataError(f"{path} is no readable TorchScript archive: {type(error).__name__}: {error}") from error
 
 
 class _Module:
@@ -108,8 +106,7 @@ def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
     tensor = storage.as_strided(size, stride, offset)
-    if tensor.numel() > storage.numel():
-        raise ValueError(f"a tensor {tuple(size)} claims more numbers than its record of {storage.numel()} holds")
+    check_backed(tensor)
     return tensor
 
 

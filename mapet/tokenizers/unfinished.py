@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Described:
+class Description:
     """sample.json."""
 
     images: Annotated[int, at_least(1)]
@@ -56,7 +57,7 @@ class UnfinishedFit:
         self.kmeans = self.folder / "kmeans"
         self._rows, self._description = self.folder / "sample.npy", self.folder / "sample.json"
         saved = self._saved()
-        before = {} if saved is None else saved["settings"]
+        before = {} if saved is None else saved.settings
         changed = [name for name in settings if saved is not None and before.get(name) != settings[name]]
         if changed and not overwrite:
             listed = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
@@ -76,13 +77,13 @@ class UnfinishedFit:
             source = NpyRows(self._rows)
         except (OSError, ValueError) as error:
             raise DataError(f"the unfinished fit in {self.folder} is damaged, remove it: {error}") from error
-        return Sample(source.read(0, source.shape[0]), saved["images"], saved["patches"])
+        return Sample(source.read(0, source.shape[0]), saved.images, saved.patches)
 
     def save(self, sample: Sample) -> None:
         """Keep the sample; what an earlier run left half-written goes. DataError, leaving nothing, on a full disk."""
         self.remove()
         dtype = str(sample.rows.dtype).removeprefix("torch.")
-        described = {"images": sample.images, "patches": sample.patches, "settings": self.settings}
+        described = dataclasses.asdict(Description(sample.images, sample.patches, self.settings))
         try:
             self.folder.mkdir(parents=True)
             with replacing(self._rows) as partial, NpyAppender(partial, dtype, tuple(sample.rows.shape[1:])) as file:
@@ -101,9 +102,9 @@ class UnfinishedFit:
         """Forget it: the fit is done, or not wanted."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _saved(self) -> dict[str, Any] | None:
+    def _saved(self) -> Description | None:
         try:
-            return vars(read_record(self._description, _Described))
+            return read_record(self._description, Description)
         except UnreadableFile as error:
             if error.missing:
                 return None
