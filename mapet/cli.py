@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import re
+import select
 import signal
 import sys
 import warnings
@@ -97,12 +98,14 @@ def in_words(error: Exception) -> str | None:
 def nobody_reads() -> bool:
     """Whether the reader of stdout is gone, as in `mapet ... | head`; what is left to print is then dropped."""
     try:
-        sys.stdout.flush()
+        stdout, watch = sys.stdout.fileno(), select.poll()
+    except (OSError, AttributeError):  # no file, or a system without poll
         return False
-    except BrokenPipeError:
-        # Python flushes stdout once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    watch.register(stdout, 0)  # it tells of the other end, whatever is asked
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes it once more when it ends, and would complain
+    return True
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, object]:

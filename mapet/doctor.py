@@ -91,6 +91,7 @@ def as_table(findings: list[Finding]) -> Table:
     """Findings as a rich table."""
     styles = {"ok": "green", "absent": "yellow", "problem": "bold red"}
     table = Table("", "", "what was found", title="mapet doctor", title_justify="left", show_edge=False, expand=False)
+    table.columns[2].overflow = "fold"  # a long path is broken, not cut
     for finding in findings:
         # Text, not markup: a path may hold square brackets.
         detail = Text(printable(finding.detail))

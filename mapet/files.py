@@ -120,8 +120,7 @@ def read_tensors(
         finite: whether all must be of floating point, and finite.
     """
     try:
-        open_regular(path).close()
-        with safe_open(path, framework="pt") as file:
+        with _tensors_in(path) as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
             if shapes is not None:
                 check_shapes({name: tuple(part.get_shape()) for name, part in found.items()}, shapes)
@@ -136,11 +135,20 @@ def read_tensors(
         raise unreadable(path, error, advice) from error
 
 
+@contextmanager
+def _tensors_in(path: str | os.PathLike) -> Iterator[safe_open]:
+    """A safetensors file, open; the library takes no name that is not UTF-8, but finds the file by its descriptor."""
+    with open_regular(path) as opened:
+        name = os.fspath(path)
+        readable = os.fsencode(name).decode("utf-8", "replace") == name
+        with safe_open(name if readable else f"/dev/fd/{opened.fileno()}", framework="pt") as file:
+            yield file
+
+
 def tensors_metadata(path: str | os.PathLike, *, advice: str = "") -> dict[str, str]:
     """The texts in the header of a safetensors file."""
     try:
-        open_regular(path).close()
-        with safe_open(path, framework="pt") as file:
+        with _tensors_in(path) as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError, ValueError, MemoryError) as error:
         raise unreadable(path, error, advice) from error

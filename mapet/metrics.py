@@ -85,7 +85,11 @@ class MetricsLog:
             for line in keep_until(folder / FILE_NAME, start):
                 self.best_loss.consider(line["step"], line.get("loss"))
             self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
+            try:
+                self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
+            except UnicodeError:
+                self._board = None
+                warnings.warn(f"TensorBoard writes to no folder whose name is not UTF-8, {folder}", stacklevel=2)
         self._trackers = [_start(module, folder, config or {}) for module in modules]
 
     def __enter__(self) -> MetricsLog:
@@ -94,7 +98,8 @@ class MetricsLog:
     def __exit__(self, *exception: object) -> None:
         with self._disk_errors():
             self._file.close()
-            self._board.close()
+            if self._board:
+                self._board.close()
         for tracker in self._trackers:
             tracker.finish()
 
@@ -106,7 +111,7 @@ class MetricsLog:
         with self._disk_errors():
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-            for name, value in curves.items():
+            for name, value in curves.items() if self._board else ():
                 self._board.add_scalar(name, value, metrics.step)
         for tracker in self._trackers:
             tracker.log(curves, step=metrics.step)
