@@ -26,10 +26,11 @@ import torch
 from mapet.checked import at_least
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
+from mapet.data.feed import FeedStopped
 from mapet.data.loader import make_loader
-from mapet.distributed import World
+from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError
-from mapet.files import UnreadableFile, read_record
+from mapet.files import UnreadableFile, read_record, write_whole
 from mapet.learner import Learner
 from mapet.schedule import StepPlan
 from mapet.units import duration, parse_duration
@@ -77,26 +78,35 @@ class Clocks:
 
 
 def budgeted(
-    config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, clocks: Clocks | None = None
+    config: RunConfig,
+    world: World,
+    cache: TokenCache,
+    steps: StepPlan,
+    clocks: Clocks | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[RunConfig, Decision]:
     """The configuration with the epochs and warm-up that its budget allows: those decided earlier, or measured now.
 
-    ConfigError when not even one epoch fits; CheckpointError when budget.json cannot be read.
+    ConfigError when not even one epoch fits; CheckpointError when budget.json cannot be read. A signal noted by `stop`
+    ends the measurement as it would end the process.
     """
     clocks, path = clocks or Clocks(), config.train.output / FILE
     decision = world.on_main(lambda: read(path) if config.train.resume else None)
     if decision is None:
         started = clocks.wall()
-        seconds = measure(config, world, cache, steps, clocks)
+        seconds = measure(config, world, cache, steps, clocks, stop or StopRequest(world))
         decision = world.on_main(lambda: _decided(config, path, steps, seconds, started, clocks))
     optim = replace(config.optim, epochs=decision.epochs, warmup_epochs=decision.warmup_epochs)
     return replace(config, optim=optim), decision
 
 
-def measure(config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, clocks: Clocks) -> float:
+def measure(
+    config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, clocks: Clocks, stop: StopRequest
+) -> float:
     """Seconds of an optimizer step, over MEASURED_SECONDS; what they learn is thrown away."""
     learner = Learner(config, world, steps)
-    batches = make_loader(
+    began = 0.0
+    with make_loader(
         cache,
         seed=config.train.seed,
         global_batch=config.optim.global_batch,
@@ -106,19 +116,25 @@ def measure(config: RunConfig, world: World, cache: TokenCache, steps: StepPlan,
         world_size=world.size,
         workers=config.data.workers,
         color_jitter=config.worker_jitter,
-    )
-    began = 0.0
-    for step, batch in zip(count(), batches, strict=False):
-        learner.step(step, batch, with_accuracy=False)
-        learner.read()  # waits for the device
-        if step + 1 < WARM_UP_STEPS:
-            continue
-        if step + 1 == WARM_UP_STEPS:
-            began = clocks.steady()
-            continue
-        spent = clocks.steady() - began
-        if world.on_main(lambda spent=spent: spent >= MEASURED_SECONDS):
-            break
+        patience=config.data.patience,
+        stopped=lambda: bool(stop.received),
+    ) as batches:
+        for step in count():
+            stop.raise_if_received("measuring for train.budget")
+            try:
+                batch = next(batches)
+            except FeedStopped:
+                continue
+            learner.step(step, batch, with_accuracy=False)
+            learner.read()  # waits for the device
+            if step + 1 < WARM_UP_STEPS:
+                continue
+            if step + 1 == WARM_UP_STEPS:
+                began = clocks.steady()
+                continue
+            spent = clocks.steady() - began
+            if world.on_main(lambda spent=spent: spent >= MEASURED_SECONDS):
+                break
     if world.device.type == "cuda":
         del learner
         torch.cuda.empty_cache()
@@ -157,6 +173,8 @@ def _decided(
     config: RunConfig, path: Path, steps: StepPlan, seconds: float, started: float, clocks: Clocks
 ) -> Decision:
     decision = decide(config, steps, seconds, started, clocks.wall())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(decision), indent=1))
+    try:
+        write_whole(path, json.dumps(dataclasses.asdict(decision), indent=1))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     return decision

@@ -33,10 +33,22 @@ class Range:
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
+    absurd_above: bool = False
+    """Whether `high` only keeps out absurd values: an error then names the limit that was passed, not both."""
 
     def __contains__(self, value: float) -> bool:
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        return above and (self.high is None or value < self.high or (value == self.high and not self.open_high))
+        return self._high_enough(value) and (
+            self.high is None or value < self.high or (value == self.high and not self.open_high)
+        )
+
+    def allowed_near(self, value: float) -> str:
+        """What would be allowed, for a value that is not."""
+        if not self.absurd_above:
+            return str(self)
+        return f"at most {self.high}" if self._high_enough(value) else str(Range(self.low, open_low=self.open_low))
+
+    def _high_enough(self, value: float) -> bool:
+        return self.low is None or value > self.low or (value == self.low and not self.open_low)
 
     def __str__(self) -> str:
         if self.high is None:
@@ -49,13 +61,13 @@ class Range:
 
 
 def at_least(low: float, most: float | None = None) -> Range:
-    """From `low` on, up to `most`."""
-    return Range(low, most)
+    """From `low` on, up to `most`, which keeps out absurd values."""
+    return Range(low, most, absurd_above=most is not None)
 
 
 def above(low: float, most: float | None = None) -> Range:
-    """More than `low`, up to `most`."""
-    return Range(low, most, open_low=True)
+    """More than `low`, up to `most`, which keeps out absurd values."""
+    return Range(low, most, open_low=True, absurd_above=most is not None)
 
 
 def fraction(*, one: bool = True, zero: bool = True) -> Range:
@@ -70,10 +82,15 @@ SEED = Range(0, 2**63 - 1)
 def check_fields(values: Any, prefix: str = "") -> None:
     """FieldError unless every field of a dataclass fits its annotation; `prefix` goes before its name in the text."""
     for name, hint in _hints(type(values)).items():
-        try:
-            conform(hint, getattr(values, name), f"{prefix}{name}")
-        except ValueError as error:
-            raise FieldError(f"{prefix}{name}", str(error)) from None
+        check(hint, getattr(values, name), f"{prefix}{name}")
+
+
+def check(hint: Any, value: Any, name: str) -> None:
+    """FieldError unless the value is as its annotation says."""
+    try:
+        conform(hint, value, name)
+    except ValueError as error:
+        raise FieldError(name, str(error)) from None
 
 
 def conform(hint: Any, value: Any, name: str) -> Any:
@@ -87,7 +104,7 @@ def conform(hint: Any, value: Any, name: str) -> Any:
         result = conform(arguments[0], value, name)
         for limit in arguments[1:]:
             if isinstance(limit, Range) and result is not None and result not in limit:
-                raise ValueError(f"{name} must be {limit}, got {shown(value)}")
+                raise ValueError(f"{name} must be {limit.allowed_near(result)}, got {shown(value)}")
         return result
     if hint is Any:
         return value

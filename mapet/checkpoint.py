@@ -19,7 +19,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import warnings
@@ -30,13 +29,22 @@ from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet.checked import at_least, conform
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, to_dict
 from mapet.data.npyfile import FileRecord
-from mapet.errors import CheckpointError
-from mapet.files import UnreadableFile, one_line, read_pickle, read_record, read_tensors
+from mapet.errors import CheckpointError, MapetError
+from mapet.files import (
+    UnreadableFile,
+    one_line,
+    read_pickle,
+    read_record,
+    read_tensors,
+    sync_folder,
+    write_through,
+)
 from mapet.official import pretraining_shapes
 from mapet.settings import REPLACED
 
@@ -45,6 +53,8 @@ FORMAT = 1
 FOLDER = "checkpoints"
 REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
 PARTIAL, REMOVED = ".partial_", ".removed_"
+ATTEMPTS = 20
+"""To read weights of a run that goes on, and removes what is being read."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 MAY_CHANGE = frozenset(
@@ -52,6 +62,7 @@ MAY_CHANGE = frozenset(
         # The cache may move; its content may not, and the run checks that against the fingerprint in trainer.pt.
         "data.cache",
         "data.workers",
+        "data.patience",
         "train.output",
         "train.device",
         "train.parallel",
@@ -82,6 +93,23 @@ class CheckpointState:
     trainer: dict[str, Any]
     config: dict[str, Any]
     ema: dict[str, Tensor] | None = None
+
+
+def not_finite(state: CheckpointState) -> str:
+    """The first tensor with a NaN or an infinity, in words; empty where there is none. A device is waited for once."""
+    tensors = {f"weight {name}": tensor for name, tensor in state.model.items()}
+    tensors |= {f"the moving average of {name}": tensor for name, tensor in (state.ema or {}).items()}
+    moments = state.trainer.get("optimizer", {}).get("state", {})
+    tensors |= {f"the optimizer's {name} of weight {i}": t for i, part in moments.items() for name, t in part.items()}
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            by_device.setdefault(tensor.device, {})[name] = torch.isfinite(tensor).all()
+    for finite in by_device.values():
+        for name, is_finite in zip(finite, torch.stack(list(finite.values())).tolist(), strict=True):
+            if not is_finite:
+                return name
+    return ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +190,8 @@ class CheckpointStore:
             try:
                 self._verify_step(step)
             except DamagedCheckpoint as damage:
+                if not self.path(step).exists():  # the run that this belongs to has replaced it by a newer one
+                    return self.newest_valid()
                 damages.append(str(damage))
                 warnings.warn(f"{damage}; going back to the checkpoint before it", stacklevel=2)
             else:
@@ -200,15 +230,6 @@ class CheckpointStore:
         """Read the newest valid checkpoint, None where there is none; errors as `newest_valid` and `load`."""
         step = self.newest_valid()
         return None if step is None else self.load(step, config)
-
-    def set_aside(self) -> Path | None:
-        """Rename the folder, so that a fresh run never falls back to an earlier run; the new name, if there was one."""
-        if not self.steps():
-            return None
-        number = 1
-        while (aside := self.folder.with_name(f"{self.folder.name}_before_{number}")).exists():
-            number += 1
-        return self.folder.rename(aside)
 
     def _verify_step(self, step: int) -> None:
         folder = self.path(step)
@@ -270,10 +291,22 @@ def load_weights(
 ) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
     """Model configuration, objective and weights (official names, CPU) from a run folder or one checkpoint folder.
 
-    A run folder gives its newest valid checkpoint. `ema` takes the moving average instead of the weights.
+    A run folder gives its newest valid checkpoint, also while the run goes on and replaces it. `ema` takes the moving
+    average instead of the weights.
     CheckpointError when the path holds no checkpoint, the checkpoint is damaged, or it has no average.
     """
-    folder = _checkpoint_folder(Path(path))
+    for _ in range(ATTEMPTS):
+        folder = _checkpoint_folder(Path(path))
+        try:
+            return _weights_in(folder, ema)
+        except (OSError, MapetError, SafetensorError):
+            if folder.exists():
+                raise
+    raise CheckpointError(f"{path} is being trained, and its checkpoints go before they are read: raise train.keep")
+
+
+def _weights_in(folder: Path, ema: bool) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
+    """As `load_weights`, of one checkpoint folder."""
     verify(folder)
     config = _read(folder, "config.json", read_record, dict[str, Any])
     try:
@@ -330,10 +363,11 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
 def _write_files(folder: Path, step: int, state: CheckpointState) -> None:
     files = {}
     for name, payload in _payloads(state):
-        _write(folder / name, payload)
+        write_through(folder / name, payload)
         files[name] = FileRecord(len(payload), hashlib.sha256(payload).hexdigest())
-    _write(folder / "manifest.json", json.dumps(dataclasses.asdict(Manifest(FORMAT, step, files)), indent=1).encode())
-    _sync_folder(folder)
+    manifest = dataclasses.asdict(Manifest(FORMAT, step, files))
+    write_through(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
 
 
 def _payloads(state: CheckpointState) -> Iterator[tuple[str, bytes | memoryview]]:
@@ -362,21 +396,6 @@ def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: value.detach().contiguous() for name, value in tensors.items()})
 
 
-def _write(path: Path, payload: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _rename_over(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`. A folder in the way is a damaged checkpoint of the same step, and goes."""
     if target.is_dir():
@@ -384,7 +403,7 @@ def _rename_over(partial: Path, target: Path) -> None:
     elif target.exists():
         raise FileExistsError(errno.EEXIST, "a file is in its place; move it away")
     partial.rename(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _remove(folder: Path) -> None:

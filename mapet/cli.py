@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
+import select
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -22,42 +25,94 @@ import tyro
 
 from mapet import __version__
 from mapet.errors import MapetError
-from mapet.options import COMMANDS
+from mapet.options import COMMANDS, check_options
+from mapet.words import printable
 
 ABOUT = "Pre-train vision transformers by masked and permuted visual tokens (MaPeT)."
-INTERRUPTED = 130
+INTERRUPTED, BROKEN_PIPE = 130, 141
+OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|storage size calculation overflowed", re.I
+)
+"""What torch says in a RuntimeError when a tensor does not fit."""
 PACKAGE = Path(__file__).parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; `arguments` without the program's name, by default those of the process.
 
-    Returns the exit code: 0, that of a MapetError (2 for options that cannot work, else 1), or 130 after Ctrl-C. An
-    option that cannot be parsed is a SystemExit with code 2. Other exceptions are bugs and keep their traceback.
+    Returns the exit code: 0; that of a MapetError (2 for options that cannot work, else 1); 1 for what disk, memory or
+    damaged data refuse; 130 after Ctrl-C; 141 when nobody reads the output any more. An option that cannot be parsed is
+    a SystemExit with code 2. Other exceptions are bugs and keep their traceback.
     """
+    is_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if arguments == ["--version"]:
-        print(f"mapet {__version__}")
-        return 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     with readable_warnings():
         try:
+            if arguments == ["--version"]:
+                print(f"mapet {__version__}")
+                return 0
             name, options = parse(arguments)
-            return importlib.import_module(f"mapet.commands.{name}").run(options)
+            code = importlib.import_module(f"mapet.commands.{name}").run(options)
+            sys.stdout.flush()
+            return code
         except MapetError as error:
             complain("error", error)
             return error.exit_code
         except KeyboardInterrupt as interrupt:
+            if is_process:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends anyway; a second one has nothing to add
             complain("interrupted", str(interrupt) or "stopped by Ctrl-C; what was unfinished has been removed")
             return INTERRUPTED
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except BrokenPipeError as error:
+            if not nobody_reads():
+                complain("error", error)
+                return MapetError.exit_code
+            return BROKEN_PIPE
+        except (OSError, MemoryError, RecursionError, UnicodeError, RuntimeError) as error:
+            text = in_words(error)
+            if text is None:
                 raise
-            complain("error", f"the disk is full ({error}); make room and run the command again")
+            complain("error", text)
             return MapetError.exit_code
 
 
+def in_words(error: Exception) -> str | None:
+    """What went wrong outside of the program, for the person; None for a bug."""
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk is full ({error}); make room and run the command again"
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{error.strerror or error}: {names}" if names else str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return f"this does not fit into memory ({error or 'no more is to be had'}): choose smaller sizes"
+    if isinstance(error, RecursionError):
+        return f"something that was read is nested too deeply ({error})"
+    if isinstance(error, UnicodeError):
+        return f"a name or a text is not encoded as it should be ({error})"
+    return None
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of stdout is gone, as in `mapet ... | head`; what is left to print is then dropped."""
+    try:
+        stdout, watch = sys.stdout.fileno(), select.poll()
+    except (OSError, AttributeError):  # no file, or a system without poll
+        return False
+    watch.register(stdout, 0)  # it tells of the other end, whatever is asked
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes it once more when it ends, and would complain
+    return True
+
+
 def parse(arguments: Sequence[str]) -> tuple[str, object]:
-    """The name of the sub-command and its options. SystemExit after --help, and with code 2 for bad options."""
+    """The name of the sub-command and its options. SystemExit after --help, and with code 2 for what is no option.
+
+    FieldError for a value out of its range: after tyro, which turns errors from within a dataclass into its own.
+    """
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
     options = tyro.cli(
         reduce(or_, kinds),
@@ -66,13 +121,16 @@ def parse(arguments: Sequence[str]) -> tuple[str, object]:
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    check_options(options)
     return next(name for name, kind in COMMANDS.items() if type(options) is kind), options
 
 
 def complain(what: str, text: object) -> None:
-    """One message on stderr, with the number of the process when torchrun started several."""
-    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE") or 1) > 1 else ""
-    print(f"mapet: {what}{process}: {text}", file=sys.stderr, flush=True)
+    """One line on stderr, with the number of the process when torchrun started several."""
+    process = f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else ""
+    line = " ".join(part.strip() for part in str(text).splitlines())
+    with suppress(OSError):  # nobody reads it
+        print(printable(f"mapet: {what}{process}: {line}"), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from mapet.errors import ConfigError
+from mapet.checked import SEED, above, at_least, check_fields, fraction
+from mapet.errors import ConfigError, FieldError
 from mapet.units import parse_bytes, parse_duration
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -20,50 +21,73 @@ ObjectiveName = Literal["mapet", "pim", "mim"]
 Recompute = Literal["none", "cheap", "blocks"]
 Parallel = Literal["ddp", "fsdp"]
 
+Side = Annotated[int, at_least(1, 16384)]
+"""Of an image or a patch, in pixels."""
+Vocabulary = Annotated[int, at_least(1, 65536)]
+"""Tokens are stored as uint16."""
+Count = Annotated[int, at_least(1, 10**9)]
+CountOrNone = Annotated[int, at_least(0, 10**9)]
+"""0 has a meaning of its own."""
+Rate = Annotated[float, at_least(0, 1e3)]
+PositiveRate = Annotated[float, above(0, 1e3)]
+BatchSize = Annotated[int, at_least(1, 2**22)]
+Workers = Annotated[int, at_least(0, 1024)]
+Seed = Annotated[int, SEED]
+Rows = Annotated[int, at_least(1, 1000)]
+"""Of a picture."""
 
-def _require(condition: bool, message: str) -> None:
+
+def _require(condition: bool, field: str, rest: str) -> None:
     if not condition:
-        raise ConfigError(message)
+        raise FieldError(field, f"{field} {rest}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Vision transformer and prediction head (paper, Table 8). The defaults are ViT-T/16 at 224 pixels."""
 
-    image_size: int = 224
+    image_size: Side = 224
     """Side of the images in pixels."""
-    patch_size: int = 16
+    patch_size: Side = 16
     """Side of a patch in pixels; a token is a patch."""
-    width: int = 192
+    width: Annotated[int, at_least(1, 65536)] = 192
     """Numbers in a token."""
-    depth: int = 12
+    depth: Annotated[int, at_least(1, 1024)] = 12
     """Transformer blocks."""
-    heads: int = 3
+    heads: Annotated[int, at_least(1, 1024)] = 3
     """Attention heads; they divide the width."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Annotated[float, above(0, 64)] = 4.0
     """Hidden width of the MLP, relative to the width."""
     class_token: bool = True
     """Whether a class token comes first; it counts as a token, and is never predicted."""
-    layer_scale: float = 0.1
+    layer_scale: Annotated[float, at_least(0, 1e3)] = 0.1
     """Initial factor on the output of every attention and MLP, learned from there."""
-    drop_path: float = 0.1
+    drop_path: Annotated[float, fraction(one=False)] = 0.1
     """Stochastic depth of the last block, rising from 0 in the first."""
-    vocabulary: int = 8192
+    vocabulary: Vocabulary = 8192
     """Codebook entries of the tokenizer."""
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, above(0, 1)] = 1e-6
     """Added to the variance in LayerNorm; timm's models allow no other."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "depth", "heads", "vocabulary"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, "model.")
         _require(
             self.image_size % self.patch_size == 0,
-            f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}",
+            "model.image_size",
+            f"{self.image_size} is not divisible by model.patch_size {self.patch_size}",
         )
-        _require(self.width % self.heads == 0, f"model.heads {self.heads} does not divide model.width {self.width}")
-        _require(0.0 <= self.drop_path < 1.0, f"model.drop_path must be in [0, 1), got {self.drop_path}")
-        _require(self.vocabulary <= 65536, f"model.vocabulary is at most 65536 (uint16 tokens), got {self.vocabulary}")
-        _require(self.tokens >= 2, "an image must have at least 2 tokens; make patch_size smaller than image_size")
+        _require(self.width % self.heads == 0, "model.heads", f"{self.heads} does not divide model.width {self.width}")
+        _require(
+            int(self.width * self.mlp_ratio) >= 1,
+            "model.mlp_ratio",
+            f"{self.mlp_ratio} leaves the MLP no width: model.width is {self.width}",
+        )
+        _require(
+            self.tokens >= 2,
+            "model.patch_size",
+            f"{self.patch_size} leaves one token of an image of {self.image_size} pixels: make it smaller, 2 are the "
+            "least",
+        )
 
     @property
     def grid(self) -> int:
@@ -110,6 +134,9 @@ class ObjectiveConfig:
     """Tokens that are not predicted, the class token included (the paper's c: 50 for ViT-T and ViT-S, 60 for ViT-B).
     MIM masks the other N - cut tokens; its paper setting, 75 masked patches of 196, is cut = 122."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "objective.")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -117,52 +144,51 @@ class DataConfig:
 
     cache: Path = Path("runs/cache")
     """Folder that `mapet tokenize` made: cropped uint8 images, uint16 tokens and a manifest."""
-    workers: int = 2
+    workers: Workers = 2
     """Processes that read images ahead; 0 reads them in the process itself."""
-    color_jitter: float = 0.4
+    patience: Annotated[float, above(0, 1e6)] = 20.0
+    """Seconds without progress after which a process that reads images counts as stalled, and the run ends."""
+    color_jitter: Annotated[float, fraction()] = 0.4
     """Largest relative change of brightness, contrast and saturation, drawn per image; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
-        _require(0.0 <= self.color_jitter <= 1.0, f"data.color_jitter must be in [0, 1], got {self.color_jitter}")
+        check_fields(self, "data.")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its schedule (paper, Table 8)."""
 
-    epochs: int = 300
+    epochs: Count = 300
     """Length of the schedule in passes over the images, the warm-up included."""
-    global_batch: int = 2048
+    global_batch: BatchSize = 2048
     """Images per optimizer step over all processes and accumulated micro-batches."""
-    lr: float = 1.5e-3
+    lr: PositiveRate = 1.5e-3
     """Peak learning rate."""
-    min_lr: float = 1e-5
+    min_lr: Rate = 1e-5
     """At the end of the cosine."""
-    warmup_lr: float = 1e-6
+    warmup_lr: Rate = 1e-6
     """At the start of the linear warm-up."""
-    warmup_epochs: int = 10
-    cooldown_epochs: int = 0
+    warmup_epochs: CountOrNone = 10
+    cooldown_epochs: CountOrNone = 0
     """Epochs at min_lr after the cosine; the official code runs 10, which the paper does not mention."""
     schedule_per: Literal["step", "epoch"] = "step"
     """The official code changes the learning rate once per epoch; per step is smoother and the default here."""
-    weight_decay: float = 0.05
+    weight_decay: Rate = 0.05
     """Not applied to biases, norms, positions and the class token."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip: float = 3.0
+    beta1: Annotated[float, fraction(one=False)] = 0.9
+    beta2: Annotated[float, fraction(one=False)] = 0.999
+    eps: Annotated[float, above(0, 1e3)] = 1e-8
+    clip: Annotated[float, at_least(0)] = 3.0
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
-        _require(self.global_batch >= 1, f"optim.global_batch must be at least 1, got {self.global_batch}")
+        check_fields(self, "optim.")
         _require(
-            0 <= self.warmup_epochs <= self.epochs,
-            f"optim.warmup_epochs must be in [0, epochs = {self.epochs}], got {self.warmup_epochs}",
+            self.warmup_epochs <= self.epochs,
+            "optim.warmup_epochs",
+            f"must be in [0, epochs = {self.epochs}], got {self.warmup_epochs}",
         )
-        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
-        _require(self.clip >= 0, f"optim.clip must not be negative, got {self.clip}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +197,7 @@ class TrainConfig:
 
     output: Path = Path("runs/pretrain")
     """Folder for checkpoints and metrics."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything random: weights, order, permutations, drop-path, colour jitter."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."""
@@ -181,18 +207,18 @@ class TrainConfig:
     parallel: Parallel = "ddp"
     """With several processes: ddp keeps all weights and the optimizer's state in each, fsdp shares them out (FSDP2,
     block by block), for models that are large beside the memory of a GPU. What is learned is the same."""
-    micro_batch: int = 0
+    micro_batch: Annotated[int, at_least(0, 2**22)] = 0
     """Images per forward pass and process; 0 means the process's whole share of the global batch."""
     recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it: nothing; norms and GELU (cheap); or all of every
     block (blocks). Less memory, more time, the same gradients."""
     backend: str = "auto"
     """Attention backend of mapet_kernels."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, fraction(one=False)] = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none (the paper keeps none)."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Optimizer steps between checkpoints; one is always written at the end."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints kept, the newest ones."""
     resume: bool = True
     """Go on from the newest valid checkpoint in `output`, where there is one."""
@@ -202,9 +228,9 @@ class TrainConfig:
     """When memory runs out, halve the micro-batch and go on with the same step."""
     budget: str = ""
     """Time for the run from its first start, such as 24h: a measurement then sets optim.epochs and the warm-up."""
-    max_steps: int = 0
+    max_steps: CountOrNone = 0
     """Stop after so many optimizer steps in all, with a checkpoint; 0 means run to the end of the last epoch."""
-    log_every: int = 10
+    log_every: Count = 10
     """Optimizer steps between reports."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()
     """Also report to these; metrics.jsonl and TensorBoard are written in any case."""
@@ -212,24 +238,13 @@ class TrainConfig:
     """Only algorithms that give the same bits every time; slower on a GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep", "log_every"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.micro_batch >= 0, f"train.micro_batch must not be negative, got {self.micro_batch}")
-        _require(0.0 <= self.ema_decay < 1.0, f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
-        _require(
-            self.recompute in get_args(Recompute), f"train.recompute must be one of {', '.join(get_args(Recompute))}"
-        )
-        precisions = get_args(PrecisionChoice)
-        _require(
-            self.precision in precisions,
-            f"train.precision must be one of {', '.join(precisions)}, got {self.precision!r}",
-        )
-        _require(self.parallel in get_args(Parallel), f"train.parallel must be ddp or fsdp, got {self.parallel!r}")
-        if self.gpu_memory:
-            parse_bytes(self.gpu_memory)
-        if self.budget:
-            parse_duration(self.budget)
-        _require(self.max_steps >= 0, f"train.max_steps must not be negative, got {self.max_steps}")
+        check_fields(self, "train.")
+        for name, parse in (("gpu_memory", parse_bytes), ("budget", parse_duration)):
+            if text := getattr(self, name):
+                try:
+                    parse(text)
+                except ConfigError as error:
+                    raise FieldError(f"train.{name}", f"train.{name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -264,6 +279,9 @@ class SpeedConfig:
     fp8: bool = False
     """Matrix products of the blocks in fp8 (package torchao; compute capability 8.9 or newer). Changes the rounding."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "speed.")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -277,6 +295,7 @@ class RunConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_cut(self.objective.cut, self.model.tokens)
 
     @property
@@ -286,8 +305,8 @@ class RunConfig:
 
 
 def check_cut(cut: int, tokens: int) -> None:
-    """Raise ConfigError unless 1 <= cut <= tokens - 1 (paper, section 3.3: c in [1, N - 1])."""
-    _require(1 <= cut <= tokens - 1, f"objective.cut must be in [1, N - 1] = [1, {tokens - 1}], got {cut}")
+    """Raise FieldError unless 1 <= cut <= tokens - 1 (paper, section 3.3: c in [1, N - 1])."""
+    _require(1 <= cut <= tokens - 1, "objective.cut", f"must be in [1, N - 1] = [1, {tokens - 1}], got {cut}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

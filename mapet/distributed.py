@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -127,8 +127,23 @@ def connect(device: str, *, patience: timedelta | None = None) -> Iterator[World
         dist.init_process_group(backend)
     try:
         yield World(chosen, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise MapetError(
+            f"another process of this run has ended, so this one cannot go on ({str(error).splitlines()[0]})"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # torchrun's store, which others take their leave from, may have died before us
+            dist.destroy_process_group()
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed since another process is gone: gloo has no type of error for that, NCCL has."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return "gloo" in text or "connection closed by peer" in text or "connection reset by peer" in text
 
 
 def store_of_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
@@ -190,17 +205,33 @@ def _environment(name: str, default: int | None = None) -> int:
         raise ConfigError(f"{name} is {text!r} in a run of several processes; start them with torchrun") from None
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the processes agree on, the same in all of them.
+
+    Attributes:
+        signal: that some process received; 0 for none.
+        lacking: whether some process has nothing to go on with.
+    """
+
+    signal: int = 0
+    lacking: bool = False
+
+
 class StopRequest:
     """SIGTERM and SIGINT as a request to stop after the current step, agreed on by all processes.
 
     Within the `with` block the first signal is only noted. In a single process a second Ctrl-C interrupts at once;
-    under torchrun it does not, since Ctrl-C reaches a process there twice, from the terminal and from torchrun.
+    under torchrun it does not, since Ctrl-C reaches a process there twice, from the terminal and from torchrun. A
+    process whose torchrun has died counts as one that received SIGTERM: nobody else would end it.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.received = 0
-        self._shared = torch.zeros(1, dtype=torch.int64)
+        self._signal = 0
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._shared = torch.zeros(2, dtype=torch.int64)
+        self._here = Verdict()
         self._pending: dist.Work | None = None
         self._previous: dict[int, object] = {}
 
@@ -215,20 +246,39 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = max(self.received, int(number))
+        self._signal = max(self._signal, int(number))
         if number == signal.SIGINT and self.world.size == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def post(self) -> None:
-        """Begin to share what this process received; the answer is ready by the end of the step."""
+    @property
+    def orphaned(self) -> bool:
+        """Whether the torchrun that started this process is gone."""
+        return self._parent is not None and os.getppid() != self._parent
+
+    @property
+    def received(self) -> int:
+        """The signal that this process was stopped by; 0 for none."""
+        return self._signal or (signal.SIGTERM if self.orphaned else 0)
+
+    def post(self, *, lacking: bool = False) -> None:
+        """Begin to share what this process received, and whether it lacks what the next step needs."""
+        self._here = Verdict(int(self.received), lacking)
         if self.world.size > 1:
-            self._shared.fill_(self.received)
+            self._shared[0], self._shared[1] = self._here.signal, int(lacking)
             self._pending = dist.all_reduce(self._shared, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
 
-    def agreed(self) -> int:
-        """The signal that some process had received at `post` (now, in a single process), the same everywhere; or 0."""
+    def agreed(self) -> Verdict:
+        """What all processes had posted; in a single process, with what it has received since."""
         if self._pending is None:
-            return self.received
+            return Verdict(int(self.received), self._here.lacking)
         self._pending.wait()
         self._pending = None
-        return int(self._shared)
+        number, lacking = self._shared.tolist()
+        return Verdict(number, bool(lacking))
+
+    def raise_if_received(self, what: str) -> None:
+        """End the process as a signal that came would, where nothing is lost by that: KeyboardInterrupt, SystemExit."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt(f"stopped by Ctrl-C while {what}")
+        if self.received:
+            raise SystemExit(128 + self.received)

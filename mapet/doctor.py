@@ -21,6 +21,7 @@ from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
 from mapet.precision import automatic
+from mapet.words import printable
 from mapet_kernels.backends import available_backends, explain_auto, reason_against_rocm
 from mapet_kernels.flash_providers import provider_for
 from mapet_kernels.selfcheck import two_stream_agreement
@@ -80,21 +81,23 @@ def doctor_report(*, cache: str | Path | None = None, run: str | Path | None = N
 
 
 def doctor(*, cache: str | Path | None = None, run: str | Path | None = None, console: Console | None = None) -> int:
-    """Print `doctor_report` as a table. Returns the exit code, always 0: a report is not a failure."""
-    (console or Console()).print(as_table(doctor_report(cache=cache, run=run)))
-    return 0
+    """Print `doctor_report` as a table. Returns the exit code: 1 if anything is a problem, such as a damaged cache."""
+    findings = doctor_report(cache=cache, run=run)
+    (console or Console()).print(as_table(findings))
+    return int(any(finding.status == "problem" for finding in findings))
 
 
 def as_table(findings: list[Finding]) -> Table:
     """Findings as a rich table."""
     styles = {"ok": "green", "absent": "yellow", "problem": "bold red"}
     table = Table("", "", "what was found", title="mapet doctor", title_justify="left", show_edge=False, expand=False)
+    table.columns[2].overflow = "fold"  # a long path is broken, not cut
     for finding in findings:
         # Text, not markup: a path may hold square brackets.
-        detail = Text(finding.detail)
+        detail = Text(printable(finding.detail))
         if finding.advice:
-            detail.append(f"\n{finding.advice}", style="dim")
-        table.add_row(Text(finding.status, style=styles[finding.status]), finding.subject, detail)
+            detail.append(f"\n{printable(finding.advice)}", style="dim")
+        table.add_row(Text(finding.status, style=styles[finding.status]), Text(printable(finding.subject)), detail)
     return table
 
 
@@ -265,7 +268,7 @@ def cache_finding(path: Path) -> Finding:
     try:
         cache = TokenCache.open(path)
         cache.verify()
-    except MapetError as error:
+    except (MapetError, OSError) as error:
         return Finding("cache", "problem", str(error))
     side = cache.image_size
     detail = f"{path}: {len(cache)} images of {side} x {side}, {cache.grid**2} tokens of {cache.vocabulary}"
@@ -275,7 +278,11 @@ def cache_finding(path: Path) -> Finding:
 def run_findings(path: Path) -> list[Finding]:
     """Every checkpoint of a run, each file checked against its manifest."""
     store = CheckpointStore(path / FOLDER)
-    if not (steps := store.steps()):
+    try:
+        steps = store.steps()
+    except OSError as error:
+        return [Finding("run", "problem", f"{path} cannot be read: {error.strerror or error}")]
+    if not steps:
         return [Finding("run", "problem", f"{path} holds no checkpoint", f"give a run folder, with {FOLDER}/ in it")]
     return [_checkpoint_finding(store.path(step), step) for step in steps]
 
@@ -283,7 +290,7 @@ def run_findings(path: Path) -> list[Finding]:
 def _checkpoint_finding(folder: Path, step: int) -> Finding:
     try:
         verify(folder)
-    except MapetError as error:
+    except (MapetError, OSError) as error:
         return Finding(f"run, step {step}", "problem", str(error), "resuming uses the newest checkpoint that is whole")
     return Finding(f"run, step {step}", "ok", f"{folder}: every file is as it was written")
 

@@ -7,8 +7,7 @@ decoder. The final norm stays `norm`, applied to every token before pooling.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mapet.config import ModelConfig
-from mapet.errors import CheckpointError, ConfigError, MapetError
+from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
+from mapet.files import read_json, tensors_metadata, write_whole
+from mapet.folders import EXPORT, PRODUCER, Staging
 from mapet.official import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
 
 Pool = Literal["avg", "token"]
@@ -32,7 +33,7 @@ TIMM_NORM_EPS = 1e-6
 """timm's ViT norm; its config.json cannot carry another value."""
 TOLERANCE = 1e-5
 """Largest difference between timm's forward and ours, relative to the largest value, in float32."""
-EXPORT_FILES = {"config.json", "model.safetensors"}
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,27 @@ def export(
     """Write `folder` for `timm.create_model("local-dir:<folder>", pretrained=True)`, and prove that it works.
 
     Everything is written beside `folder`, read back by timm, compared tensor by tensor and on random images with a
-    forward pass written from the paper, and only then moved into place; an earlier export in `folder` is replaced.
+    forward pass written from the paper, and only then moved into place; an earlier export of ours is replaced, and
+    nothing else.
 
     Args:
         name: what the weights are called in config.json (timm's pretrained tag).
 
-    Raises MapetError (CheckpointError, ConfigError) and leaves `folder` as it was when anything does not fit.
+    Raises MapetError (CheckpointError, ConfigError, DataError), with `folder` as it was, when anything does not fit.
     """
     folder = Path(folder)
-    _check_replaceable(folder)
+    staging = Staging(folder, EXPORT, _files)
+    try:
+        staging.earlier()
+    except DataError as error:
+        raise ConfigError(f"cannot export: {error}") from error
     weights = backbone(model, state_dict)
     config = _timm_config(model, weights, name, global_pool)
     try:
-        difference = _publish(folder, model, weights, config)
+        difference = _publish(staging, model, weights, config)
     except (OSError, SafetensorError) as error:
-        raise MapetError(f"could not write the export {folder}: {error}; nothing was changed there") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MapetError(f"could not write the export {folder}: {reason}; nothing was changed there") from error
     return ExportReport(
         folder=folder,
         architecture=config["architecture"],
@@ -228,6 +235,7 @@ def _classes(weights: StateDict) -> int:
 def _timm_config(model: ModelConfig, weights: StateDict, name: str, global_pool: Pool) -> dict[str, Any]:
     size = {192: "tiny", 384: "small"}.get(model.width, "base")
     return {
+        **PRODUCER,
         # Any ViT name of timm's registry will do, for model_args say everything; the nearest reads best.
         "architecture": f"vit_{size}_patch16_224",
         "num_classes": _classes(weights),
@@ -250,51 +258,31 @@ def _timm_config(model: ModelConfig, weights: StateDict, name: str, global_pool:
     }
 
 
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"cannot export to {folder}: it is a file")
-    if foreign := sorted({entry.name for entry in folder.iterdir()} - EXPORT_FILES):
-        raise ConfigError(
-            f"cannot export to {folder}: it holds other things ({', '.join(foreign[:5])}); name a new folder"
-        )
+def _files(folder: Path) -> Sequence[str]:
+    """The files of an export of ours; DataError where the folder holds none. The marks are in both of them."""
+    marks = {CONFIG: read_json(folder / CONFIG)}
+    if (folder / WEIGHTS).exists():  # it goes first when an export is removed
+        marks[WEIGHTS] = tensors_metadata(folder / WEIGHTS)
+    for name, values in marks.items():
+        if not isinstance(values, dict) or not values.items() >= PRODUCER.items():
+            raise DataError(f"{name} does not say that mapet made it")
+    return WEIGHTS, CONFIG
 
 
-def _publish(folder: Path, model: ModelConfig, weights: StateDict, config: dict[str, Any]) -> float:
-    """Write the export beside `folder`, check it and move it into place; the difference that the check found."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _write(staging, config, fuse_qkv(weights))
-        difference = check_export(staging, model, weights)
-        _move_into_place(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def _publish(staging: Staging, model: ModelConfig, weights: StateDict, config: dict[str, Any]) -> float:
+    """Write the export beside its place, check it and move it there; the difference that the check found."""
+    with staging.making() as new:
+        _write(new, config, fuse_qkv(weights))
+        difference = check_export(new, model, weights)
+        staging.move(new)
     return difference
 
 
 def _write(folder: Path, config: dict[str, Any], weights: StateDict) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-    # Both were made private to this user; an export is to be shared.
-    folder.chmod(0o755)
-    (folder / "model.safetensors").chmod(0o644)
-
-
-def _move_into_place(staging: Path, folder: Path) -> None:
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    earlier = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    folder.rename(earlier)
-    try:
-        staging.rename(folder)
-    except OSError:
-        earlier.rename(folder)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt", **PRODUCER})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private to this user; an export is to be shared
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -5,7 +5,8 @@ each group a fixed part at random. The folder:
 
     features_00007.npy   float16 (rows, F), the sample of 100 groups
     features.json        the files in order, with their hashes, and what they are a sample of; written last
-    plan.json, part_*.json, lock   the journal (mapet/data/journal.py): a killed run goes on with the same call
+    plan.json, part_*.json   the journal (mapet/data/journal.py): a killed run goes on with the same call
+    kmeans               state of the k-means over it, while that runs
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mapet.checked import at_least
+from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
 from mapet.data.journal import Journal
 from mapet.data.manifest import Skipped
@@ -35,8 +37,10 @@ from mapet.data.report import TimeUse
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
 from mapet.files import map_array, one_line, write_whole
+from mapet.folders import SAMPLE, check_place
 from mapet.rng import step_generator
 from mapet.stages import StageClock, stage
+from mapet.words import say
 from mapet_kernels.kmeans import NpyRows
 
 GROUP = 40
@@ -165,6 +169,7 @@ def sample_features(
     max_patches: int = MAX_PATCHES,
     batch_size: int = 64,
     workers: int = 2,
+    patience: float = PATIENCE,
     max_skipped: float = 0.01,
     world: World | None = None,
 ) -> FeatureFiles:
@@ -177,6 +182,7 @@ def sample_features(
         limit: draw from so many images, themselves drawn at random; 0 for all.
         max_patches: about how many vectors to keep; the part kept is rounded to 0.1 %.
         batch_size: images of a pass through the network, at most a group of 40.
+        patience: seconds that a worker may take for one image.
     Returns:
         The sample, the same in every process.
     Raises:
@@ -186,10 +192,11 @@ def sample_features(
     """
     if limit < 0:
         raise ConfigError(f"limit must not be negative, got {limit}")
+    check_place(folder, SAMPLE, option="--features-dir")
     world = world or World(torch.device("cpu"))
     images = min(limit or len(source), len(source))
     plan = SamplePlan(len(source), images, tokenizer.grid**2, max_patches, seed)
-    job = _Job(source, tokenizer, Path(folder), plan, min(batch_size, GROUP), workers, max_skipped, world)
+    job = _Job(source, tokenizer, Path(folder), plan, min(batch_size, GROUP), workers, patience, max_skipped, world)
     try:
         with job.disk_errors():
             found = world.on_main(job.begin)
@@ -219,6 +226,7 @@ class _Job:
     plan: SamplePlan
     batch_size: int
     workers: int
+    patience: float
     max_skipped: float
     world: World
 
@@ -237,6 +245,8 @@ class _Job:
         return Journal(
             self.folder,
             {**made_from, **asdict(self.plan), "rate": self.plan.rate},
+            SAMPLE,
+            ("features_*.npy", MANIFEST, "kmeans"),
             parts=len(self.shards()),
             files=lambda number: (_file_name(number),),
             facts=ShardFacts,
@@ -255,7 +265,7 @@ class _Job:
             self.journal.begin()
         found = list(self.journal.parts())
         if found:
-            print(f"going on from {len(found)} of {len(self.shards())} files in {self.folder}", flush=True)
+            say(f"going on from {len(found)} of {len(self.shards())} files in {self.folder}")
         return found
 
     def shards(self) -> list[range]:
@@ -276,17 +286,23 @@ class _Job:
     def write(self, numbers: Sequence[int]) -> TimeUse:
         shards = self.shards()
         groups = [group for number in numbers for group in shards[number]]
-        loader = prepared_batches(
-            self.source,
-            [self.groups[group] for group in groups],
-            prepare=self.tokenizer.prepare,
-            workers=self.workers,
-            pin_memory=self.world.device.type == "cuda",
-        )
         clock, start = StageClock(), time.perf_counter()
         images = sum(len(self.groups[group]) for group in groups)
-        prepared = iter(loader)  # forks the workers before the progress bar starts its thread
-        with torch.inference_mode(), clock.running(), progress(images, "features for the fit") as advance:
+        # The workers are forked before the progress bar starts its thread.
+        with (
+            prepared_batches(
+                self.source,
+                [self.groups[group] for group in groups],
+                prepare=self.tokenizer.prepare,
+                input_size=self.tokenizer.input_size,
+                workers=self.workers,
+                pin_memory=self.world.device.type == "cuda",
+                patience=self.patience,
+            ) as prepared,
+            torch.inference_mode(),
+            clock.running(),
+            progress(images, "features for the fit") as advance,
+        ):
             for number in numbers:
                 self._write_shard(number, shards[number], prepared, advance)
         waited = clock.seconds()

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,8 +120,7 @@ def read_tensors(
         finite: whether all must be of floating point, and finite.
     """
     try:
-        open_regular(path).close()
-        with safe_open(path, framework="pt") as file:
+        with _tensors_in(path) as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
             if shapes is not None:
                 check_shapes({name: tuple(part.get_shape()) for name, part in found.items()}, shapes)
@@ -135,11 +135,20 @@ def read_tensors(
         raise unreadable(path, error, advice) from error
 
 
+@contextmanager
+def _tensors_in(path: str | os.PathLike) -> Iterator[safe_open]:
+    """A safetensors file, open; the library takes no name that is not UTF-8, but finds the file by its descriptor."""
+    with open_regular(path) as opened:
+        name = os.fspath(path)
+        readable = os.fsencode(name).decode("utf-8", "replace") == name
+        with safe_open(name if readable else f"/dev/fd/{opened.fileno()}", framework="pt") as file:
+            yield file
+
+
 def tensors_metadata(path: str | os.PathLike, *, advice: str = "") -> dict[str, str]:
     """The texts in the header of a safetensors file."""
     try:
-        open_regular(path).close()
-        with safe_open(path, framework="pt") as file:
+        with _tensors_in(path) as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError, ValueError, MemoryError) as error:
         raise unreadable(path, error, advice) from error
@@ -231,9 +240,21 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file safely to disk, whole or not at all; text as UTF-8, other bytes in names escaped. OSError."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write, whose file then takes the place of `path`, safely on the disk, unless the block fails. OSError.
+
+    A file that a killed process left half-written is written again by the next call for the same path.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write_through(partial, content)
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -8,18 +8,23 @@ import importlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
+from mapet.checked import at_least, conform
 from mapet.errors import ConfigError, MapetError
+from mapet.files import read_bytes, write_whole
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME, BOARD = "metrics.jsonl", "tensorboard"
 PROJECT = "mapet"
 NO_CURVE = ("step", "eta_seconds")
+NUMBERS = {"loss", "accuracy", "lr"}
+"""What a curve is drawn of."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,13 @@ class MetricsLog:
         with self._disk_errors():
             folder.mkdir(parents=True, exist_ok=True)
             for line in keep_until(folder / FILE_NAME, start):
-                self.best_loss.consider(line["step"], line["loss"])
+                self.best_loss.consider(line["step"], line.get("loss"))
             self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            try:
+                self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
+            except UnicodeError:
+                self._board = None
+                warnings.warn(f"TensorBoard writes to no folder whose name is not UTF-8, {folder}", stacklevel=2)
         self._trackers = [_start(module, folder, config or {}) for module in modules]
 
     def __enter__(self) -> MetricsLog:
@@ -89,7 +98,8 @@ class MetricsLog:
     def __exit__(self, *exception: object) -> None:
         with self._disk_errors():
             self._file.close()
-            self._board.close()
+            if self._board:
+                self._board.close()
         for tracker in self._trackers:
             tracker.finish()
 
@@ -101,7 +111,7 @@ class MetricsLog:
         with self._disk_errors():
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-            for name, value in curves.items():
+            for name, value in curves.items() if self._board else ():
                 self._board.add_scalar(name, value, metrics.step)
         for tracker in self._trackers:
             tracker.log(curves, step=metrics.step)
@@ -117,21 +127,43 @@ class MetricsLog:
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop from a metrics file the lines after `step`, and a last line cut short by a kill; the lines that stay."""
-    if not path.exists():
+    """Drop from a metrics file the lines after `step`, and damaged ones, which are warned of; the lines that stay."""
+    if not os.path.lexists(path):
         return []
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line["step"] <= step:
-            kept.append(line)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file that are whole: `step` is there, and what else is in NUMBERS is a number or None.
+
+    Lines that hold something else are passed by, with a warning that counts them; a last one cut short by a kill needs
+    none. UnreadableFile where there is no such file.
+    """
+    texts = read_bytes(path).split(b"\n")
+    cut_short = texts.pop()  # what follows the last line end
+    lines = [_line(text) for text in texts]
+    damaged = sum(line is None for line in lines)
+    if damaged:
+        warnings.warn(f"{path}: {damaged} of {len(texts)} lines are damaged, and were passed by", stacklevel=3)
+    return [line for line in (*lines, _line(cut_short)) if line is not None]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """The values of a line, None for those that are not finite; None for a damaged line."""
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            return None
+        values["step"] = conform(Annotated[int, at_least(0, 2**63)], values["step"], "step")
+        for name in NUMBERS & values.keys():
+            number = values[name]
+            lost = isinstance(number, float) and not math.isfinite(number)
+            values[name] = None if lost else conform(float | None, number, name)
+    except (ValueError, KeyError, RecursionError):
+        return None
+    return values
 
 
 def import_trackers(names: tuple[str, ...]) -> list[ModuleType]:

@@ -11,7 +11,20 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from mapet.config import RunConfig
+from mapet.checked import above, at_least, check_fields, fraction
+from mapet.config import (
+    BatchSize,
+    Count,
+    CountOrNone,
+    PositiveRate,
+    Rows,
+    RunConfig,
+    Seed,
+    Side,
+    Vocabulary,
+    Workers,
+)
+from mapet.errors import FieldError
 from mapet.settings import as_text, settings, value_of
 
 FIELD_OF = {
@@ -37,6 +50,21 @@ FIELD_OF = {
 """Options of `mapet pretrain` that are short for a field of RunConfig."""
 
 
+def check_options(options: Any) -> None:
+    """FieldError, naming the option as typed, unless the values have their types and ranges, and numbers are finite."""
+    try:
+        check_fields(options)
+    except FieldError as error:
+        short_for = FIELD_OF.get(error.name, "") if hasattr(options, "set") else ""
+        raise as_typed(error, error.name, short_for) from None
+
+
+def as_typed(error: FieldError, option: str, short_for: str = "") -> FieldError:
+    """The error of a field with the option's name before it: --batch-size, or --lr (optim.lr)."""
+    name = f"--{option.replace('_', '-')}" + (f" ({short_for})" if short_for else "")
+    return FieldError(error.name, f"{name}{str(error).removeprefix(error.name)}")
+
+
 def _wanted(metavar: str, hint: str = "") -> Any:
     """An option that is None where it is not given; `hint` says what then happens."""
     return arg(metavar=metavar, help_behavior_hint=f"({hint})" if hint else "")
@@ -57,58 +85,60 @@ class Tokenize:
     output: Annotated[Path, arg(metavar="CACHE")] = Path("runs/cache")
     """Folder for the cache."""
     tokenizer: Annotated[Literal["pixel", "kclip"] | None, _wanted("pixel|kclip", "pixel, or the codebook's")] = None
-    """k-means over pixels or over CLIP RN50x64 features."""
-    image_size: Annotated[int | None, _wanted("INT", "224, or the codebook's")] = None
+    """k-means over pixels or CLIP features."""
+    image_size: Annotated[Side | None, _wanted("INT", "224, or the codebook's")] = None
     """Side of the crops in pixels."""
-    patch_size: Annotated[int | None, _wanted("INT", "16, or the codebook's")] = None
+    patch_size: Annotated[Side | None, _wanted("INT", "16, or the codebook's")] = None
     """Side of a patch in pixels."""
-    vocabulary: Annotated[int | None, _wanted("INT", "8192, or the codebook's")] = None
+    vocabulary: Annotated[Vocabulary | None, _wanted("INT", "8192, or the codebook's")] = None
     """Codebook entries."""
     codebook: Annotated[Path | None, _wanted("FOLDER|NPY", "CACHE_tokenizer")] = None
-    """Saved tokenizer, or centroids, or a new folder for one."""
+    """Saved tokenizer, centroids, or a new folder."""
     weights: Annotated[Path | None, _wanted("FILE", "found in caches or on the hub")] = None
     """Weights of CLIP RN50x64, for kclip."""
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("TYPE", "fp16 on a GPU, else fp32")] = None
     """fp32, fp16 or bf16, of the network of kclip."""
     compile: Annotated[bool, arg(help_behavior_hint="")] = False
     """Compile the network of kclip."""
-    fit_images: int = 0
+    fit_images: CountOrNone = 0
     """Images to fit the codebook on, drawn at random; 0 for all."""
-    fit_iterations: int = 20
+    fit_iterations: Count = 20
     """k-means iterations."""
-    fit_redos: int = 5
+    fit_redos: Count = 5
     """k-means starts, of which the best is kept."""
     features_dir: Annotated[Path | None, _wanted("DIR", "CACHE_features if above 4 GB")] = None
-    """Folder for the features of the fit."""
+    """For features of the fit."""
     fit_init: Annotated[Literal["random", "k-means++"], arg(metavar="NAME")] = "random"
     """How k-means starts: random or k-means++."""
-    fit_tolerance: float = 0.0
+    fit_tolerance: Annotated[float, fraction(one=False)] = 0.0
     """Relative change of the objective that ends a start early."""
-    fit_patches: int = 512
+    fit_patches: Count = 512
     """Patches per codebook entry to fit on at most, drawn at random."""
-    fit_save_every: float = 60.0
+    fit_save_every: Annotated[float, at_least(0)] = 60.0
     """Seconds between saves of an unfinished fit; 0 for none."""
     fit: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Only fit the tokenizer and save it; make no cache."""
+    """Only fit the tokenizer; make no cache."""
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
     """Token files of the official code, in order, or a folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None
-    """The official list of images (path,class) that the token files belong to."""
+    """Their official list of images (path,class)."""
     root: Annotated[Path | None, _wanted("DIR")] = None
     """The folder its paths are relative to."""
     class_names: Annotated[Path | None, _wanted("NPY")] = None
     """label_encoder_classes.npy of the official code."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    workers: int = 2
+    workers: Workers = 2
     """Processes that decode images, for each GPU."""
-    batch_size: int = 64
+    patience: Annotated[float, above(0, 1e6)] = 20.0
+    """Seconds that an image may take."""
+    batch_size: BatchSize = 64
     """Images per batch."""
-    shard_images: int = 0
+    shard_images: CountOrNone = 0
     """Images of a shard, the unit of resuming; 0 for about 1024."""
-    max_skipped: float = 0.01
+    max_skipped: Annotated[float, fraction()] = 0.01
     """Part of the images that may be unreadable; they are listed."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Of the fit."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace the cache, and fit a new tokenizer unless --codebook is given."""
@@ -160,12 +190,12 @@ class Pretrain:
     """When memory runs out, halve the micro-batch and go on with the same step."""
     budget: Annotated[str | None, _wanted("24h")] = None
     """Measure for a minute, then set the epochs so that the run ends in time."""
-    gpus: Annotated[int | None, _wanted("INT", "those of torchrun")] = None
+    gpus: Annotated[Count | None, _wanted("INT", "those of torchrun")] = None
     """GPUs that the run is meant for; another number of processes is refused."""
     set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
     """Any field of the configuration; the options above are short for some of them."""
     fresh: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Start again, setting earlier checkpoints in --output aside."""
+    """Start again, setting the earlier run in --output aside, into before_1 there."""
     list_options: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print every field, its value with the options given, and what it means; then stop."""
 
@@ -188,9 +218,9 @@ class Plan:
     """With several processes: weights and optimizer whole in each (ddp), or shared out (fsdp)."""
     micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
     """Images of a forward pass; the largest that fits where it is not given."""
-    global_batch: Annotated[int | None, _wanted("INT", "optim.global_batch, 2048")] = None
+    global_batch: Annotated[BatchSize | None, _wanted("INT", "optim.global_batch, 2048")] = None
     """Images of a step, over all GPUs."""
-    gpus: int = 1
+    gpus: Count = 1
     """GPUs that share a step."""
     gpu_memory: Annotated[str | None, _wanted("16GB", "no limit")] = None
     """Memory of one GPU: GB is 10^9 bytes, GiB 2^30."""
@@ -200,7 +230,7 @@ class Plan:
     """Bits (Gb) or bytes (GB) per second of one GPU's slowest link: adds traffic and times of several GPUs."""
     images: Annotated[str, arg(metavar="1.28M")] = "1281167"
     """Images of an epoch, for --gpu and --interconnect."""
-    images_per_second: Annotated[float | None, _wanted("FLOAT", "unknown")] = None
+    images_per_second: Annotated[Annotated[float, above(0)] | None, _wanted("FLOAT", "unknown")] = None
     """What one GPU trains on its own, measured, for --interconnect."""
     set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
     """Any field of the configuration."""
@@ -216,7 +246,7 @@ class Probe:
     """Folder with a sub-folder for every class, digits, or a labelled token cache."""
     test_images: Annotated[str | None, _wanted("DIR|CACHE", "a part of --images")] = None
     """Images to test on."""
-    test_fraction: float = 0.2
+    test_fraction: Annotated[float, fraction(one=False, zero=False)] = 0.2
     """That part, drawn class by class."""
     output: Path = Path("runs/probe")
     """Folder for scores.json and the frozen features, which a next probe reuses."""
@@ -230,23 +260,23 @@ class Probe:
     """Also score the same network at random initialisation, and raw pixels."""
     ema: Annotated[bool, arg(help_behavior_hint="")] = False
     """Take the moving average of the weights."""
-    labels_per_class: int = 10
+    labels_per_class: CountOrNone = 10
     """Also measure with so many labels of every class; 0 leaves that out."""
-    neighbours: int = 20
+    neighbours: Count = 20
     """k of kNN, which is also measured with k = 1."""
-    views: int = 0
+    views: CountOrNone = 0
     """Train the linear probe on so many random crops of each image; 0 for the centre."""
-    epochs: int = 50
+    epochs: Count = 50
     """Of the linear probe."""
-    batch: int = 1024
+    batch: BatchSize = 1024
     """Of the linear probe; take a smaller one on small sets."""
-    lr: float = 4e-3
+    lr: PositiveRate = 4e-3
     """Of the linear probe."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images of a forward pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the split, the labels drawn and the probe."""
 
 
@@ -262,11 +292,11 @@ class Codebook:
     """The tokenizer, to find entries that repeat another."""
     entries: Annotated[tuple[int, ...], arg(metavar="ID...", help_behavior_hint="")] = ()
     """Entries to draw, besides the most and the least used."""
-    rows: int = 10
+    rows: Rows = 10
     """Entries of a picture."""
-    floor: int = 20
+    floor: Count = 20
     """Tokens that an entry has in a class, at least, to be tied to it."""
-    seed: int = 0
+    seed: Seed = 0
     """Picks the patches that are drawn."""
 
 
@@ -277,7 +307,7 @@ class Export:
     checkpoint: Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
     """A run folder, or one of its step_... folders."""
     output: Annotated[Path, arg(metavar="DIR")]
-    """The folder; an earlier export in it is replaced."""
+    """The folder; an earlier export of mapet there is replaced."""
     pool: Literal["avg", "token"] = "avg"
     """What the model returns: the mean of the patches, or the class token."""
     name: str = "mapet"
@@ -292,7 +322,7 @@ class Demo:
 
     output: Path = Path("runs/demo")
     """Folder for report.md, the pictures and the exported model."""
-    seeds: int = 3
+    seeds: Annotated[int, at_least(1, 1000)] = 3
     """Pre-training runs, for mean and spread."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

@@ -51,6 +51,7 @@ torch allocates for the real objectives, operator by operator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -452,7 +453,8 @@ def out_of_memory_advice(size: StepSize, limit: int) -> str:
 
 def divisors(number: int) -> list[int]:
     """All of them, in rising order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _largest(size: StepSize, level: Recompute, limit: int, micro_batch: int) -> Plan | None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from mapet.metrics import StepMetrics
+from mapet.words import printable, say
 
 
 class ProgressDisplay(Protocol):
@@ -40,10 +41,10 @@ class PlainProgress:
         self.stream.flush()
 
     def show(self, metrics: StepMetrics) -> None:
-        print(f"step {metrics.step}/{self.total} · {describe(metrics)}", file=self.stream, flush=True)
+        say(f"step {metrics.step}/{self.total} · {describe(metrics)}", file=self.stream)
 
     def note(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        say(text, file=self.stream)
 
 
 class LiveProgress:
@@ -67,7 +68,7 @@ class LiveProgress:
         self.live.update(Group(self.bar, Text(describe(metrics))))
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(Text(printable(text)))
 
 
 def make_progress(total: int, start: int, stream: TextIO | None = None) -> ProgressDisplay:

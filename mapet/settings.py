@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from mapet.checked import Range, shown
 from mapet.config import RunConfig
-from mapet.errors import ConfigError
+from mapet.errors import ConfigError, FieldError
 
 REPLACED = {
     "train.activation_checkpointing": "train.recompute: none for false, blocks for true, or cheap in between",
@@ -33,11 +34,17 @@ class Setting:
     kind: Any
     """Its type."""
     doc: str
+    limits: Range | None = None
 
     @property
     def allowed(self) -> str:
         """What text may be given, in a word or two."""
         return allowed(self.kind)
+
+    @property
+    def allowed_values(self) -> str:
+        """The same, and the range of a number."""
+        return f"{self.allowed}, {self.limits}" if self.limits else self.allowed
 
 
 @cache
@@ -46,9 +53,11 @@ def settings() -> dict[str, Setting]:
     found = {}
     for section, kind in typing.get_type_hints(RunConfig).items():
         kinds, docs = typing.get_type_hints(kind), field_docs(kind)
+        annotated = typing.get_type_hints(kind, include_extras=True)
         for field in dataclasses.fields(kind):
             name = f"{section}.{field.name}"
-            found[name] = Setting(name, kinds[field.name], docs.get(field.name, ""))
+            limits = next((x for x in getattr(annotated[field.name], "__metadata__", ()) if isinstance(x, Range)), None)
+            found[name] = Setting(name, kinds[field.name], docs.get(field.name, ""), limits)
     return found
 
 
@@ -84,7 +93,7 @@ def parse_value(setting: Setting, text: str) -> Any:
     try:
         return _parse(setting.kind, text)
     except ValueError:
-        raise ConfigError(f"{setting.name} must be {setting.allowed}, got {text!r}") from None
+        raise FieldError(setting.name, f"{setting.name} must be {setting.allowed}, got {shown(text)}") from None
 
 
 def change(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:

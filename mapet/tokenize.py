@@ -1,7 +1,7 @@
 """Images to tokens: `tokenize` writes a token cache, `fit_batches` feeds `Tokenizer.fit`.
 
-A tokenizer is anything with the interface of `mapet.tokenizers.base.Tokenizer`: name, grid, vocabulary, prepare, encode
-and fingerprint.
+A tokenizer is anything with the interface of `mapet.tokenizers.base.Tokenizer`: name, grid, vocabulary, input_size,
+prepare, encode and fingerprint.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mapet import __version__
 from mapet.data.build import build_cache
+from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
 from mapet.data.manifest import CacheDescription, Skipped
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
@@ -31,6 +32,7 @@ def tokenize(
     image_size: int,
     batch_size: int = 64,
     workers: int = 2,
+    patience: float = PATIENCE,
     device: str | torch.device = "cpu",
     max_skipped: float = 0.01,
     overwrite: bool = False,
@@ -48,7 +50,7 @@ def tokenize(
         output: folder of the cache. A complete cache of the same images, tokenizer and sizes is reused; one that
             differs is refused by name, or replaced if `overwrite`.
         image_size: side in pixels of the crops kept for pre-training; a multiple of `tokenizer.grid`.
-        workers: processes that decode, for each process of the world.
+        workers: processes that decode, for each process of the world; `patience` seconds are the most for one image.
         max_skipped: unreadable images are skipped and listed, up to this fraction of all.
         shard_images: images of a shard, the unit of resuming and of sharing; 0 for 1024 (for larger images, and for a
             quarter of a million of them and more, see `mapet.data.cache_writer.shard_size`).
@@ -79,8 +81,10 @@ def tokenize(
         description,
         encode,
         prepare=tokenizer.prepare,
+        input_size=tokenizer.input_size,
         batch_size=batch_size,
         workers=workers,
+        patience=patience,
         max_skipped=max_skipped,
         overwrite=overwrite,
         shard_images=shard_images,
@@ -107,9 +111,17 @@ class FitBatches:
     """
 
     def __init__(
-        self, source: ImageSource, tokenizer, order: list[int], batch_size: int, workers: int, max_skipped: float
+        self,
+        source: ImageSource,
+        tokenizer,
+        order: list[int],
+        batch_size: int,
+        workers: int,
+        patience: float,
+        max_skipped: float,
     ) -> None:
         self.source, self.tokenizer, self.workers, self.max_skipped = source, tokenizer, workers, max_skipped
+        self.patience = patience
         self.images, self.order = len(order), order
         self.batches = in_batches(order, batch_size)
         self.skipped: list[Skipped] = []
@@ -124,10 +136,18 @@ class FitBatches:
     def __iter__(self) -> Iterator[Tensor]:
         log = SkipLog(self.images, self.max_skipped)
         self.skipped = log.skipped
-        for batch in prepared_batches(self.source, self.batches, prepare=self.tokenizer.prepare, workers=self.workers):
-            log.add(batch.skipped)
-            if batch.inputs is not None:
-                yield batch.inputs
+        with prepared_batches(
+            self.source,
+            self.batches,
+            prepare=self.tokenizer.prepare,
+            input_size=self.tokenizer.input_size,
+            workers=self.workers,
+            patience=self.patience,
+        ) as prepared:
+            for batch in prepared:
+                log.add(batch.skipped)
+                if batch.inputs is not None:
+                    yield batch.inputs
 
 
 def fit_batches(
@@ -136,6 +156,7 @@ def fit_batches(
     *,
     batch_size: int = 64,
     workers: int = 2,
+    patience: float = PATIENCE,
     seed: int = 0,
     limit: int = 0,
     max_skipped: float = 0.01,
@@ -149,4 +170,4 @@ def fit_batches(
     if limit < 0:
         raise ConfigError(f"limit must not be negative, got {limit}")
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    return FitBatches(source, tokenizer, order[: limit or None], batch_size, workers, max_skipped)
+    return FitBatches(source, tokenizer, order[: limit or None], batch_size, workers, patience, max_skipped)

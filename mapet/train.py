@@ -19,23 +19,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
+from mapet.budget import FILE as BUDGET
 from mapet.budget import Clocks, budgeted
-from mapet.checkpoint import FOLDER, CheckpointStore
+from mapet.checkpoint import FOLDER, CheckpointStore, not_finite
 from mapet.config import RunConfig, to_dict
 from mapet.data.cache import TokenCache
-from mapet.data.loader import make_loader, step_ids
+from mapet.data.feed import Feed, FeedStopped
+from mapet.data.loader import Batch, make_loader, step_ids
 from mapet.distributed import StopRequest, World, connect
-from mapet.errors import CheckpointError, TrainingError
+from mapet.errors import CheckpointError, DataError, TrainingError
+from mapet.files import write_whole
+from mapet.folders import check_place, locked, set_aside
 from mapet.learner import Learner
 from mapet.limits import cap_memory
-from mapet.metrics import MetricsLog, StepMetrics, import_trackers
+from mapet.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, import_trackers
 from mapet.precision import settled
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
 from mapet.schedule import StepPlan, learning_rate, plan_steps
+from mapet.words import say
 
 SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
 IDS_SHOWN = 32
+FAILURE = "failed_step_{step}.json"
+RUN_FILES = (FAILURE.format(step="*"), BUDGET, BOARD, FILE_NAME, FOLDER)
+"""All that a run writes into its folder, as patterns."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class TrainResult:
     """Optimizer steps done, earlier parts of the run included."""
     last_step: int
     """Optimizer steps that the configuration asks for."""
-    checkpoint: Path
-    """The newest one."""
+    checkpoint: Path | None
+    """The newest one; None where the run ended before there was any."""
     loss: float | None
     """Of the last report, as is the accuracy."""
     accuracy: float | None
@@ -68,11 +76,13 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
 
     Raises:
         ConfigError: options that cannot work, here, together or with this data.
-        DataError: the cache is damaged, or not for this model.
+        DataError: the cache is damaged, or not for this model; another process is at work in the run's folder, or it
+            cannot be written; or a data worker died or stalled, in some process. What was learned is saved before.
         CheckpointError: every checkpoint is damaged, one is of another configuration, or one cannot be written.
         TrainingError: a loss or gradient norm is not finite; the text names step and images.
         OutOfMemory: a step does not fit the device; the text says what to change.
     """
+    check_place(config.train.output, "run")
     with ExitStack() as stack:
         world = stack.enter_context(connect(config.train.device))
         stop = stack.enter_context(StopRequest(world))
@@ -83,11 +93,12 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         config, why = settled(config, world)
         steps = plan_steps(config, len(cache), world.size)
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
+        world.on_main(lambda: take_folder(config, stack))
         if config.train.budget:
-            config, decision = budgeted(config, world, cache, steps, clocks)
+            config, decision = budgeted(config, world, cache, steps, clocks, stop)
             steps = plan_steps(config, len(cache), world.size)
             if world.is_main:
-                print(decision, flush=True)
+                say(decision)
         run = Run(config, world, cache, steps)
         start = run.resume({"train.precision": f"{why}; to go on here, name the earlier one"} if why else {})
         if world.is_main:
@@ -99,6 +110,13 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         if start:
             run.tell(f"going on from step {start}, {run.store.path(start)}")
         return run.loop(start, stop)
+
+
+def take_folder(config: RunConfig, stack: ExitStack) -> None:
+    """Lock the run's folder until the stack ends, and set an earlier run aside that is not wanted."""
+    stack.enter_context(locked(config.train.output, "run"))
+    if not config.train.resume:
+        set_aside(config.train.output, RUN_FILES)
 
 
 class Run:
@@ -113,8 +131,7 @@ class Run:
 
     def resume(self, notes: Mapping[str, str] | None = None) -> int:
         """Load the newest valid checkpoint where there is one and it is wanted; the steps done. `notes`: see there."""
-        if not self.config.train.resume:
-            self.world.on_main(self.store.set_aside)
+        if not self.config.train.resume:  # what was there has been set aside
             return 0
         newest = self.world.on_main(self.store.newest_valid)
         if newest is None:
@@ -132,48 +149,74 @@ class Run:
         return newest
 
     def loop(self, start: int, stop: StopRequest) -> TrainResult:
-        """Steps `start` to the last one, or until a stop signal."""
+        """Steps `start` to the last one; or until a stop signal, or until the data ends in some process.
+
+        The next batch is taken while the device computes, and the processes agree between two steps, so that a process
+        without data leaves none of the others waiting for its gradients: all keep what has been learned, then end.
+        """
         train, last = self.config.train, self.steps.last
-        batches = iter(
-            make_loader(
-                self.cache,
-                seed=train.seed,
-                global_batch=self.config.optim.global_batch,
-                start_step=start,
-                stop_step=last,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                workers=self.config.data.workers,
-                color_jitter=self.config.worker_jitter,
-            )
-        )
-        clock = Clock()
-        done, signal, metrics = start, 0, None
-        while done < last and not signal:
-            with clock.waiting():
-                batch = next(batches)
-            stop.post()
-            reporting = done + 1 == last or (done + 1) % train.log_every == 0
-            self.learner.step(done, batch, with_accuracy=reporting)
-            done += 1
-            signal = stop.agreed()
-            if reporting:
-                metrics = self.report(done, clock)
-            if done == last or signal or done % train.save_every == 0:
-                self.save(done)
-        if signal:
-            self.tell(f"stopped by {Signals(signal).name} after step {done}; the same command goes on from there")
+        clock, done, saved, metrics = Clock(), start, start, None
+        with self.batches(start, stop) as batches:
+            batch, failure = take(batches, clock) if start < last else (None, None)
+            stop.post(lacking=batch is None and start < last)
+            verdict = stop.agreed()
+            while done < last and not verdict.lacking:
+                reporting = done + 1 == last or (done + 1) % train.log_every == 0
+                self.learner.step(done, batch, with_accuracy=reporting)
+                done += 1
+                if reporting:
+                    metrics = self.report(done, clock)
+                if done < last:
+                    batch, failure = take(batches, clock)
+                stop.post(lacking=done < last and batch is None)
+                verdict = stop.agreed()
+                if done == last or done % train.save_every == 0 or verdict.signal:
+                    saved = self.save(done)
+                if verdict.signal:
+                    break
+            if verdict.lacking and done > saved:
+                saved = self.save(done)
+        if verdict.lacking and not verdict.signal:
+            raise DataError(self.lost_data(failure, saved)) from failure
+        if verdict.signal and done < last:
+            why = "the end of its torchrun" if stop.orphaned else Signals(verdict.signal).name
+            self.tell(f"stopped by {why} after step {done}; the same command goes on from there")
         best = self.log.best_loss if self.log else None
         return TrainResult(
             step=done,
             last_step=last,
-            checkpoint=self.store.path(done),
+            checkpoint=self.store.path(saved) if saved else None,
             loss=metrics and metrics.loss,
             accuracy=metrics and metrics.accuracy,
             best_loss=best and best.value,
             best_step=best and best.step,
-            signal=signal,
+            signal=verdict.signal,
         )
+
+    def batches(self, start: int, stop: StopRequest) -> Feed[Batch]:
+        """The batches of this process from step `start` on."""
+        data, train = self.config.data, self.config.train
+        return make_loader(
+            self.cache,
+            seed=train.seed,
+            global_batch=self.config.optim.global_batch,
+            start_step=start,
+            stop_step=self.steps.last,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            workers=data.workers,
+            color_jitter=self.config.worker_jitter,
+            patience=data.patience,
+            stopped=lambda: bool(stop.received),
+        )
+
+    def lost_data(self, failure: DataError | None, saved: int) -> str:
+        """What happened to the data, here or elsewhere, and what is kept."""
+        what = (
+            str(failure) if failure else "another process of this run has no data to go on with; its message says why"
+        )
+        kept = f"The checkpoint of step {saved} is kept, and the same command goes on from it" if saved else ""
+        return f"{what}. {kept or 'There is no checkpoint yet'}"
 
     def report(self, done: int, clock: Clock) -> StepMetrics:
         """Read the numbers since the last report, and show them; TrainingError if one was not finite."""
@@ -203,12 +246,28 @@ class Run:
             )
         return metrics
 
-    def save(self, done: int) -> None:
-        """Write a checkpoint; TrainingError instead if an update was called off before it."""
+    def save(self, done: int) -> int:
+        """Write a checkpoint, and say of which step.
+
+        TrainingError instead if an update was called off before it, or something in it is not finite.
+        """
         self.check()
         state = self.learner.state()
+        if broken := self.world.on_main(lambda: not_finite(state)):
+            raise TrainingError(
+                f"after step {done}: {broken} is not finite, so that no checkpoint was written. Lower optim.lr or "
+                f"optim.weight_decay; {self.earlier()}"
+            )
         state.trainer["data"] = cache_fingerprint(self.cache)
         self.world.on_main(lambda: self.store.save(done, state))
+        return done
+
+    def earlier(self) -> str:
+        """What there is to go on from after a failure."""
+        steps = self.store.steps()
+        if not steps:
+            return f"there is no checkpoint in {self.store.folder} yet"
+        return f"the checkpoints in {self.store.folder} are from before, the newest of step {steps[-1]}"
 
     def tell(self, text: str) -> None:
         """A line for the person watching."""
@@ -220,19 +279,38 @@ class Run:
         failure = self.learner.failed()
         if failure is None:
             return
+        state = self.learner.state()
+        broken = self.world.on_main(lambda: not_finite(state))
+        weights = "The run stopped before the weights changed."
+        if broken:
+            weights = f"An update before it was too large: {broken} is not finite any more."
         batch = self.config.optim.global_batch
         ids = step_ids(len(self.cache), seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
         images = ", ".join(map(str, ids[:IDS_SHOWN]))
         if len(ids) > IDS_SHOWN:
-            path = self.config.train.output / f"failed_step_{failure.step}.json"
+            path = self.config.train.output / FAILURE.format(step=failure.step)
+            where = f"in {path}"
             if self.world.is_main:
-                path.write_text(json.dumps({"step": failure.step, "ids": ids}))
-            images += f", ... (all {len(ids)} in {path})"
+                try:
+                    write_whole(path, json.dumps({"step": failure.step, "ids": ids}))
+                except OSError as error:  # the failure itself is still to be told
+                    where = f"not kept: {error.strerror or error}"
+            images += f", ... (all {len(ids)} {where})"
         raise TrainingError(
             f"step {failure.step} (counted from 0): loss {failure.loss:g}, gradient norm {failure.gradient_norm:g}. "
-            f"The run stopped before the weights changed. Images of its batch: {images}. Lower optim.lr or set "
-            f"optim.clip; the checkpoints in {self.store.folder} are from before the failure"
+            f"{weights} Images of its batch: {images}. Lower optim.lr or set optim.clip; {self.earlier()}"
         )
+
+
+def take(batches: Feed[Batch], clock: Clock) -> tuple[Batch | None, DataError | None]:
+    """The next batch; None where there is none, since a signal came while it was waited for or for the error beside."""
+    with clock.waiting():
+        try:
+            return next(batches), None
+        except FeedStopped:
+            return None, None
+        except DataError as error:
+            return None, error
 
 
 class Clock:

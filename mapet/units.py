@@ -7,6 +7,8 @@ import re
 from mapet.errors import ConfigError
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MOST = 1e18
+"""More bytes, images or seconds than anybody has."""
 SECONDS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -20,9 +22,9 @@ def parse_bytes(text: str) -> int:
 
 def parse_link(text: str) -> float:
     """Bytes per second from text such as 400Gb (bits per second) or 50GB (bytes). ConfigError says what is allowed."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])([bB])(?:it)?(?:/s|ps)?", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([MGT])([bB])(?:it)?(?:/s|ps)?", text.strip())
     value = float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]] if match else 0
-    if value <= 0:
+    if not 0 < value < MOST:
         raise ConfigError(f"a link is bits (Gb) or bytes (GB) per second, such as 400Gb or 50GB; got {text!r}")
     return value / 8 if match[3] == "b" else value
 
@@ -66,6 +68,7 @@ def duration(seconds: float) -> str:
 
 
 def _number(unit: str, text: str, sizes: dict[str, float], *, upper: bool = False) -> float:
-    """Number times unit, or 0 where the text is something else."""
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip(), flags=re.IGNORECASE if upper else 0)
-    return float(match[1]) * sizes[match[2].upper() if upper else match[2]] if match else 0.0
+    """Number times unit, or 0 where the text is something else, or absurdly much."""
+    match = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)\s*{unit}", text.strip(), flags=re.IGNORECASE if upper else 0)
+    value = float(match[1]) * sizes[match[2].upper() if upper else match[2]] if match else 0.0
+    return value if value < MOST else 0.0

@@ -294,7 +294,7 @@ class TestRuns:
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_write", full)
+        monkeypatch.setattr(checkpoint, "write_through", full)
         arguments = ("pretrain", "--cache", cache, "--output", run, *TRAINING, "--max-steps", 3)
         mapet.fail(*arguments, code=1, names=(run, "the disk is full", "step_000000002"))
         assert CheckpointStore(run / "checkpoints").steps() == [2]
@@ -306,13 +306,13 @@ class TestRuns:
         def full(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("mapet.commands.probe.os.replace", full)
+        monkeypatch.setattr("mapet.files.os.replace", full)
         given = ("--images", cache, "--output", tmp_path / "p", *PROBE)
         mapet.fail("probe", "--checkpoint", made / "run", *given, code=1, names=(tmp_path / "p", "No space left"))
         assert not [name for name in everything_in(tmp_path / "p") if "scores" in name or name.endswith(".npy")]
 
     def test_a_loss_that_diverges(self, mapet, cache, tmp_path):
-        wild = ("--lr", 1e30, "--warmup-epochs", 0, "--set", "optim.clip=0", "--set", "train.log_every=1")
+        wild = ("--lr", 1e3, "--warmup-epochs", 0, "--set", "optim.clip=0", "--set", "train.log_every=1")
         given = ("--cache", cache, "--output", tmp_path / "run", *TRAINING, *wild)
         mapet.fail("pretrain", *given, code=1, names=("before the weights changed", "optim.lr"))
 

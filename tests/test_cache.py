@@ -456,7 +456,7 @@ class TestUnfinishedWork:
         command = [sys.executable, "-c", code, left, Path(__file__).parent]
         with CacheWriter(left, description(), capacity=10, shard_images=4):
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        assert "another process is at work in" in done.stdout
+        assert f"another process is at work on the token cache in {left}" in done.stdout
         assert left.with_name(".cache.partial").is_dir()
 
     @pytest.mark.parametrize("name", ["cache/images_00000.npy", "tokens_00000.npy"])

@@ -349,16 +349,6 @@ def test_a_field_that_one_of_two_configurations_lacks_is_a_difference():
     assert config_differences(before, now) == ["optim.clip was absent, is 3.0"]
 
 
-def test_fresh_runs_set_earlier_checkpoints_aside(tmp_path):
-    store = CheckpointStore(tmp_path / "checkpoints")
-    assert store.set_aside() is None
-    for expected in ("checkpoints_before_1", "checkpoints_before_2"):
-        store.save(1, make_state(1))
-        assert store.set_aside() == tmp_path / expected
-        assert store.load_latest() is None
-        assert CheckpointStore(tmp_path / expected).load_latest().step == 1
-
-
 def test_load_weights_takes_a_run_folder_or_a_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     folders = [store.save(step, state_of_a_model(step)) for step in (1, 2)]

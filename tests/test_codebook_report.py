@@ -172,7 +172,11 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("option", "names"),
-        [(("--entries", 16, 3), ("entries 16", "0 to 15")), (("--rows", 0), ("1 row",)), (("--floor", 0), ("floor",))],
+        [
+            (("--entries", 16, 3), ("entries 16", "0 to 15")),
+            (("--rows", 0), ("--rows", "at least 1")),
+            (("--floor", 0), ("floor",)),
+        ],
     )
     def test_bad_options(self, mapet, command_cache, tmp_path, option, names):
         mapet.fail("codebook", "--cache", command_cache, "--output", tmp_path / "r", *option, code=2, names=names)

@@ -193,7 +193,7 @@ def test_a_stop_request_notes_signals_and_gives_the_handlers_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest(World(torch.device("cpu"))) as stop:
         stop.post()
-        assert stop.agreed() == 0
+        assert stop.agreed().signal == 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed() == signal.SIGTERM
+        assert stop.agreed().signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before

@@ -52,9 +52,9 @@ def test_the_report_covers_every_subject_and_never_raises():
     assert all(finding.detail for finding in found.values())
 
 
-def test_doctor_prints_every_finding_and_exits_0(tmp_path):
+def test_doctor_prints_every_finding_and_exits_1_for_problems(tmp_path):
     console = Console(record=True, width=200)
-    assert doctor(cache=tmp_path / "no[bold]cache", run=tmp_path / "none", console=console) == 0
+    assert doctor(cache=tmp_path / "no[bold]cache", run=tmp_path / "none", console=console) == 1
     text = console.export_text()
     assert "no[bold]cache" in text, "a path is text, not markup"
     assert "holds no checkpoint" in text and "attention reference on cpu" in text and "problem" in text

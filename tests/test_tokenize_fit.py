@@ -131,7 +131,7 @@ def test_without_saves_nothing_is_left(mapet, images, tmp_path, stop):
     [
         (("--fit-redos", 0), ("redos must be at least 1, got 0",)),
         (("--fit-tolerance", 1), ("tolerance must be in [0, 1)",)),
-        (("--fit-patches", 0), ("max_rows 0 is less than the vocabulary 16",)),
+        (("--fit-patches", 0), ("--fit-patches must be at least 1, got 0",)),
     ],
 )
 def test_settings_out_of_range_are_refused_before_the_images_are_read(

@@ -131,7 +131,7 @@ class TestAfterAnEnd:
 
     def test_left_beside_a_complete_cache(self, whole, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr("mapet.data.cache_writer.shutil.rmtree", lambda *a, **k: None)
+            patch.setattr("mapet.data.journal.clear", lambda folder: None)
             make(tmp_path / "cache")
         assert (tmp_path / ".cache.partial/part_00000.json").exists()
         assert make(tmp_path / "cache").reused

@@ -73,7 +73,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, besides the data. ValueError where it is out of range."""
+    """What decides the result, besides the data. ValueError where it is out of range, TypeError for no number."""
 
     clusters: int
     iterations: int = 20
@@ -85,9 +85,12 @@ class Settings:
     exact: bool = True
 
     def __post_init__(self) -> None:
-        limits = {name: getattr(self, name) for name in ("clusters", "iterations", "redos")}
+        limits = {"clusters": self.clusters, "iterations": self.iterations, "redos": self.redos}
         if self.max_points_per_centroid is not None:
             limits["max_points_per_centroid"] = self.max_points_per_centroid
+        for name, value in {**limits, "seed": self.seed}.items():
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
         for name, value in limits.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

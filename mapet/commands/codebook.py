@@ -13,6 +13,7 @@ from mapet.errors import DataError
 from mapet.options import Codebook
 from mapet.report.codebook_report import write_codebook_report
 from mapet.tokenizers import store
+from mapet.words import say
 
 
 def run(options: Codebook) -> int:
@@ -28,7 +29,7 @@ def run(options: Codebook) -> int:
         seed=options.seed,
         command=shlex.join(["mapet", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("mapet", "__main__") else "",
     )
-    print(f"{path}: {len(cache)} images, {cache.vocabulary} entries")
+    say(f"{path}: {len(cache)} images, {cache.vocabulary} entries")
     return 0
 
 

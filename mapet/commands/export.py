@@ -3,13 +3,14 @@
 from mapet.checkpoint import load_weights
 from mapet.export import export
 from mapet.options import Export
+from mapet.words import say
 
 
 def run(options: Export) -> int:
     """Export a checkpoint and print the line that loads it."""
     model, _, weights = load_weights(options.checkpoint, ema=options.ema)
     report = export(model, weights, options.output, name=options.name, global_pool=options.pool)
-    print(
+    say(
         f"{report.folder}: {report.parameters:,} parameters; timm's features differ from the model's by "
         f"{report.largest_difference:.1e} of the largest\n"
         f"left out, as only pre-training needs them: {', '.join(report.dropped) or 'nothing'}\n"

@@ -8,16 +8,16 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from mapet.commands.pretrain import given
-from mapet.config import MODEL_PRESETS, Parallel, RunConfig
+from mapet.commands.pretrain import changed, given
+from mapet.config import Parallel, RunConfig
 from mapet.errors import ConfigError
 from mapet.expectation import GPUS, expectation_rows
 from mapet.options import Plan as Options
 from mapet.plan import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
 from mapet.recipes import recipe
 from mapet.scaling import Cluster, scaling_rows
-from mapet.settings import change
 from mapet.units import gib, parse_bytes, parse_count, parse_link
+from mapet.words import say
 
 PARTS = {
     "weights": "fp32 weights",
@@ -42,7 +42,7 @@ def run(options: Options) -> int:
     plan = make_plan(config, options, values)
     console = Console()
     console.print(memory_table(plan.memory))
-    print("\n".join(summary(config, options, plan)), flush=True)
+    say("\n".join(summary(config, options, plan)))
     if options.gpu:
         console.print(expectation_table(config, options, plan))
     if options.interconnect:
@@ -53,17 +53,14 @@ def run(options: Options) -> int:
 def plan_config(options: Options) -> tuple[RunConfig, dict[str, object]]:
     """The configuration, and the fields that were given."""
     values = given(options)
-    if options.gpus < 1:
-        raise ConfigError(f"--gpus must be at least 1, got {options.gpus}")
     if options.global_batch is not None:
         if "optim.global_batch" in values:
             raise ConfigError("--global-batch and --set optim.global_batch=... say the same; give one of them")
         values["optim.global_batch"] = options.global_batch
     if options.gpu and options.gpu_memory is None:
         values["train.gpu_memory"] = GPUS[options.gpu].memory
-    preset = MODEL_PRESETS[options.model] if options.model else {}
     start = recipe(options.recipe) if options.recipe else RunConfig()
-    return change(start, {f"model.{name}": size for name, size in preset.items()} | values), values
+    return changed(start, options, values), values
 
 
 def make_plan(config: RunConfig, options: Options, values: dict[str, object]) -> Plan:

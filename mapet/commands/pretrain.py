@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mapet.config import MODEL_PRESETS, RunConfig
-from mapet.errors import ConfigError
-from mapet.options import FIELD_OF, Plan, Pretrain
+from mapet.errors import ConfigError, FieldError
+from mapet.options import FIELD_OF, Plan, Pretrain, as_typed
 from mapet.recipes import recipe
 from mapet.settings import as_text, change, parse_assignments, settings, value_of
 from mapet.units import gib, parse_bytes
+from mapet.words import say
 
 if TYPE_CHECKING:
     from mapet.train import TrainResult
@@ -27,12 +29,12 @@ def run(options: Pretrain) -> int:
         print_options(config)
         return 0
     if decision and os.environ.get("RANK", "0") == "0":
-        print(decision, flush=True)
+        say(decision)
     from mapet.train import pretrain  # imports torch, which --list-options has no need of
 
     result = pretrain(config)
     if os.environ.get("RANK", "0") == "0":
-        print(summary(config, result), flush=True)
+        say(summary(config, result))
     return result.exit_code
 
 
@@ -46,8 +48,21 @@ def run_config(options: Pretrain) -> RunConfig:
         _add(values, "train.auto_batch", True, "--auto-batch")
     if values.get("train.budget") and "optim.epochs" in values:
         raise ConfigError("a budget sets the epochs: give train.budget or optim.epochs, not both")
+    return changed(config, options, values)
+
+
+def changed(config: RunConfig, options: Pretrain | Plan, values: Mapping[str, object]) -> RunConfig:
+    """The configuration with the model's preset and these values. FieldError names what was typed."""
     preset = MODEL_PRESETS[options.model] if options.model else {}
-    return change(config, {f"model.{name}": size for name, size in preset.items()} | values)
+    try:
+        return change(config, {f"model.{name}": size for name, size in preset.items()} | values)
+    except FieldError as error:
+        if error.name not in values:
+            raise
+        for option, name in FIELD_OF.items():
+            if name == error.name and getattr(options, option, None) is not None:
+                raise as_typed(error, option, name) from None
+        raise FieldError(error.name, f"--set {error}") from None
 
 
 def given(options: Pretrain | Plan) -> dict[str, object]:
@@ -81,8 +96,8 @@ def planned(config: RunConfig, options: Pretrain, processes: int) -> tuple[RunCo
     size, limit = step_size(config, processes), parse_bytes(config.train.gpu_memory)
     micro = size.micro_batch if "train.micro_batch" in values else 0
     plan = plan_memory(size, limit, levels=levels, micro_batch=micro)
-    changed = change(config, {"train.micro_batch": plan.micro_batch, "train.recompute": plan.recompute})
-    return changed, (
+    fits = change(config, {"train.micro_batch": plan.micro_batch, "train.recompute": plan.recompute})
+    return fits, (
         f"planned for {config.train.gpu_memory}: micro-batch {plan.micro_batch}, accumulation {plan.accumulation}, "
         f"recompute {plan.recompute}; {gib(plan.memory.total)} predicted"
     )
@@ -91,15 +106,17 @@ def planned(config: RunConfig, options: Pretrain, processes: int) -> tuple[RunCo
 def print_options(config: RunConfig) -> None:
     """Every field of a configuration as --set takes it, what is allowed, and what it means."""
     for setting in settings().values():
-        print(f"{setting.name}={as_text(value_of(config, setting.name)):<{40 - len(setting.name)}} {setting.allowed}")
+        value = as_text(value_of(config, setting.name))
+        say(f"{setting.name}={value:<{40 - len(setting.name)}} {setting.allowed_values}")
         for line in textwrap.wrap(setting.doc, width=DOC_WIDTH):
-            print(f"    {line}")
+            say(f"    {line}")
 
 
 def summary(config: RunConfig, result: TrainResult) -> str:
     """Where the results are, and what can be done with them."""
     output = config.train.output
-    lines = [f"{result.step} of {result.last_step} steps are done; newest checkpoint: {result.checkpoint}"]
+    newest = result.checkpoint or "none yet"
+    lines = [f"{result.step} of {result.last_step} steps are done; newest checkpoint: {newest}"]
     if result.best_loss is not None:
         lines.append(f"smallest loss {result.best_loss:.4f}, at step {result.best_step}")
     lines.append(f"numbers: {output}/metrics.jsonl; curves: tensorboard --logdir {output}/tensorboard")

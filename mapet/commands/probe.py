@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.checkpoint import load_weights
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
+from mapet.data.images import ImageSource, open_source
 from mapet.data.manifest import MANIFEST
 from mapet.distributed import pick_device
 from mapet.errors import CheckpointError, DataError
@@ -39,12 +40,16 @@ from mapet.evaluate import (
     split,
 )
 from mapet.export import from_timm, to_timm
+from mapet.files import UnreadableFile, read_json, write_whole
+from mapet.folders import check_place, locked
 from mapet.model import MaskedTokenViT
 from mapet.options import Probe
 from mapet.rng import seed_global_generators
 from mapet.timm_folder import is_timm_folder, read_timm_folder
+from mapet.words import in_line, say
 
 SCORES = "scores.json"
+KIND = "probe"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,17 @@ class LabelledImages:
 
 def run(options: Probe) -> int:
     """Score the checkpoint, and the baselines if wanted; print a table and write scores.json."""
+    check_place(options.output, KIND)
+    check_ours(options.output)
+    with locked(options.output, KIND):
+        check_ours(options.output)
+        for left in features_folder(options).glob(".features_*.partial"):  # of a killed process
+            left.unlink(missing_ok=True)
+        return measure(options)
+
+
+def measure(options: Probe) -> int:
+    """As `run`, in a folder that is this process's."""
     device = pick_device(options.device, None)
     model = load_model(options.checkpoint, ema=options.ema).to(device)
     images = open_labelled(options.images, model.patch_embed.img_size[0])
@@ -71,7 +87,7 @@ def run(options: Probe) -> int:
     results = {name: score(options, extract, images, test, device) for name, extract in features.items()}
     Console(width=None if sys.stdout.isatty() else 120).print(as_table(results))
     write_scores(options, results)
-    print(f"scores: {options.output / SCORES}; frozen features: {features_folder(options)}")
+    say(f"scores: {options.output / SCORES}; frozen features: {features_folder(options)}")
     return 0
 
 
@@ -100,6 +116,7 @@ def open_labelled(spec: str, size: int) -> LabelledImages:
         fingerprint = fingerprint_of(cache.manifest.files)
     else:
         source = open_source(spec)
+        check_one_part(spec, source)
         labels, classes, view = source.labels, source.classes, lambda ids: SourceImages(source, size, ids)
         fingerprint = source.fingerprint()
     if labels is None or classes is None:
@@ -108,6 +125,17 @@ def open_labelled(spec: str, size: int) -> LabelledImages:
             f"{spec}/CLASS/IMAGE, and no image beside them"
         )
     return LabelledImages(spec, labels, classes, view, fingerprint)
+
+
+def check_one_part(spec: str, source: ImageSource) -> None:
+    """DataError for a folder of several parts of a set: a probe must not train on what it is tested on."""
+    parts = getattr(source, "parts", ())
+    if len(parts) > 1:
+        train, test, *_ = (shlex.quote(str(Path(spec) / part)) for part in parts)
+        raise DataError(
+            f"{spec} holds the parts of a set ({', '.join(parts)}), which would be mixed: give "
+            f"--images {train} --test-images {test}"
+        )
 
 
 def frozen(
@@ -196,7 +224,7 @@ def as_table(results: dict[str, EvaluationResult]) -> Table:
     sizes = f"{first.train_images} training images, {first.test_images} test images, {first.classes} classes"
     table = Table("method", "labels", title=f"top-1 in percent: {sizes}", title_justify="left", show_edge=False)
     for name in results:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(in_line(name)), justify="right", overflow="fold")
     for row in zip(*(result.scores for result in results.values()), strict=True):
         cells = [f"{100 * one.accuracy:.1f}" + (f" ({one.note})" if "best" in one.method else "") for one in row]
         table.add_row(row[0].method, row[0].labels, *cells)
@@ -210,16 +238,21 @@ def write_scores(options: Probe, results: dict[str, EvaluationResult]) -> None:
         "options": dataclasses.asdict(options),
         "results": {name: dataclasses.asdict(result) for name, result in results.items()},
     }
-    partial = path.with_name(f".{SCORES}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
     except OSError as error:
-        raise DataError(f"could not write {path}: {error}") from error
+        raise DataError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def check_ours(output: Path) -> None:
+    """DataError where the folder has a file of another origin under a name of ours."""
+    try:
+        values = read_json(output / SCORES)
+    except UnreadableFile as error:
+        values = {"options": {}, "results": {}} if error.missing else None
+    if not isinstance(values, dict) or set(values) != {"options", "results"}:
+        raise DataError(f"{output / SCORES} was not written by mapet probe, so it stays: name another --output")
 
 
 def features_folder(options: Probe) -> Path:

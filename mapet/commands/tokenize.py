@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,32 @@ from torch import Tensor
 
 from mapet.config import ModelConfig
 from mapet.data.cache import TokenCache
-from mapet.data.cache_writer import check_replaceable
+from mapet.data.cache_writer import cache_staging, check_replaceable
 from mapet.data.images import ImageSource, open_source
+from mapet.data.manifest import MANIFEST
 from mapet.data.official import import_official
 from mapet.data.progress import progress
 from mapet.data.report import TokenizeReport
 from mapet.distributed import World, connect
-from mapet.errors import ConfigError
+from mapet.errors import ConfigError, DataError
 from mapet.features import MAX_PATCHES, sample_features
+from mapet.folders import (
+    CACHE,
+    SAMPLE,
+    TOKENIZER,
+    BusyFolder,
+    check_apart,
+    check_name,
+    check_place,
+    check_writable,
+    locked,
+)
 from mapet.options import Tokenize
 from mapet.progress import duration
 from mapet.tokenize import FitBatches, fit_batches, tokenize
 from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
-from mapet.tokenizers.unfinished import FOLDER, UnfinishedFit
+from mapet.tokenizers.unfinished import UnfinishedFit
+from mapet.words import say
 from mapet_kernels.kmeans import Iteration, share_of_rows
 
 SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
@@ -40,14 +54,15 @@ SECONDS_BETWEEN_ITERATIONS = 1.0
 def run(options: Tokenize) -> int:
     """Make the cache, say how the codebook is used and what was skipped, and how to go on."""
     check_options(options)
-    with connect(options.device, patience=PATIENCE) as world:
+    check_place(options.output, CACHE, staged=True)
+    with connect(options.device, patience=PATIENCE) as world, ExitStack() as held:
         if options.fit:
-            find_tokenizer(options, open_source(options.images), world)
+            find_tokenizer(options, open_source(options.images), world, held)
             return 0
-        report = import_tokens(options, world) if options.import_tokens else tokenize_images(options, world)
+        report = import_tokens(options, world) if options.import_tokens else tokenize_images(options, world, held)
         if world.is_main:
-            print(report.summary())
-            print(f"next: {pretrain_line(report.output)}")
+            say(report.summary())
+            say(f"next: {pretrain_line(report.output)}")
     return 0
 
 
@@ -83,6 +98,7 @@ def import_tokens(options: Tokenize, world: World) -> TokenizeReport:
         class_names=options.class_names,
         batch_size=options.batch_size,
         workers=options.workers,
+        patience=options.patience,
         max_skipped=options.max_skipped,
         overwrite=options.overwrite,
         shard_images=options.shard_images,
@@ -90,13 +106,11 @@ def import_tokens(options: Tokenize, world: World) -> TokenizeReport:
     )
 
 
-def tokenize_images(options: Tokenize, world: World) -> TokenizeReport:
+def tokenize_images(options: Tokenize, world: World, held: ExitStack) -> TokenizeReport:
     """A cache of the tokens of images, by the tokenizer that is given, found or fitted."""
     source = open_source(options.images)
-    tokenizer = find_tokenizer(options, source, world)
+    tokenizer = find_tokenizer(options, source, world, held)
     if options.compile:
-        if not isinstance(tokenizer, KClipTokenizer):
-            raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
         tokenizer.compile(options.batch_size)
     return tokenize(
         source,
@@ -105,6 +119,7 @@ def tokenize_images(options: Tokenize, world: World) -> TokenizeReport:
         image_size=tokenizer.image_size,
         batch_size=options.batch_size,
         workers=options.workers,
+        patience=options.patience,
         device=world.device,
         max_skipped=options.max_skipped,
         overwrite=options.overwrite,
@@ -113,26 +128,52 @@ def tokenize_images(options: Tokenize, world: World) -> TokenizeReport:
     )
 
 
-def find_tokenizer(options: Tokenize, source: ImageSource, world: World) -> Tokenizer:
-    """The tokenizer in --codebook, or one with the centroids there, or a new one, fitted and saved there."""
+def find_tokenizer(options: Tokenize, source: ImageSource, world: World, held: ExitStack) -> Tokenizer:
+    """The tokenizer in --codebook, or one with the centroids there, or a new one, fitted and saved there.
+
+    Its folder is locked until `held` ends, that is until the cache is made of it.
+    """
     folder = options.codebook or options.output.with_name(f"{options.output.name}_tokenizer")
     if folder.suffix == ".npy":
-        return new_tokenizer(options, world.device, folder)
-    is_saved = (folder / store.MANIFEST).exists() and (options.codebook or not options.overwrite)
-    if world.on_main(lambda: is_saved):
+        return check_compile(options, new_tokenizer(options, world.device, folder))
+    check_name(folder, TOKENIZER, option="--codebook")
+    if world.on_main(lambda: is_saved(options, folder, held)):
         check_same(options, folder)
         tokenizer = load_tokenizer(folder, device=world.device, weights=options.weights)
         if world.is_main:
-            UnfinishedFit(folder, {}).remove()
-            print(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
-        return tokenizer
-    world.on_main(lambda: check_places(options, folder))
+            say(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
+        return check_compile(options, tokenizer)
     tokenizer = new_tokenizer(options, world.device)
+    check_compile(options, tokenizer)  # before a long fit, not after it
     if features_folder(options, source, tokenizer):
-        fit_files(options, source, tokenizer, folder, world)
+        fit_files(options, source, tokenizer, folder, world, held)
         return tokenizer
     world.on_main(lambda: fit_in_memory(options, source, tokenizer, folder))
     return tokenizer if world.is_main else load_tokenizer(folder, device=world.device, weights=options.weights)
+
+
+def is_saved(options: Tokenize, folder: Path, held: ExitStack) -> bool:
+    """Whether there is a tokenizer to load; if not, one can be fitted in the folder. For the main process."""
+
+    def found() -> bool:
+        return (folder / store.MANIFEST).exists() and bool(options.codebook or not options.overwrite)
+
+    if not found():
+        check_places(options, folder)
+        held.enter_context(locked(folder, TOKENIZER))
+        return found()  # another process may have ended its fit since
+    is_for_new_cache = options.codebook is None and not (options.output / MANIFEST).exists()
+    if not is_for_new_cache and not (folder / store.UNFINISHED).exists():
+        return True
+    try:
+        held.enter_context(locked(folder, TOKENIZER))
+        UnfinishedFit(folder, {}).remove()
+    except BusyFolder:  # several processes may use one tokenizer, but not that of a cache they all make
+        if is_for_new_cache:
+            raise
+    except DataError:  # a folder that may only be read
+        pass
+    return True
 
 
 def features_folder(options: Tokenize, source: ImageSource, tokenizer: Tokenizer) -> Path | None:
@@ -162,6 +203,7 @@ def fit_in_memory(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, 
         tokenizer,
         batch_size=options.batch_size,
         workers=options.workers,
+        patience=options.patience,
         seed=options.seed,
         limit=options.fit_images,
         max_skipped=options.max_skipped,
@@ -192,7 +234,9 @@ def fit_in_memory(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, 
         unfinished.remove()
 
 
-def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, folder: Path, world: World) -> None:
+def fit_files(
+    options: Tokenize, source: ImageSource, tokenizer: Tokenizer, folder: Path, world: World, held: ExitStack
+) -> None:
     """Sample features into files and fit over them, both shared among the processes; save the tokenizer."""
     files = sample_features(
         source,
@@ -202,12 +246,14 @@ def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, fold
         limit=options.fit_images,
         batch_size=options.batch_size,
         workers=options.workers,
+        patience=options.patience,
         max_skipped=options.max_skipped,
         world=world,
     )
+    world.on_main(lambda: _keep(held, files.folder, SAMPLE))
     checkpoint = files.folder / "kmeans" if options.fit_save_every > 0 else None
     if world.is_main:
-        print(files.summary(), flush=True)
+        say(files.summary())
         if checkpoint and options.overwrite:
             checkpoint.unlink(missing_ok=True)
     tokenizer.fit_rows(
@@ -229,7 +275,7 @@ def fit_files(options: Tokenize, source: ImageSource, tokenizer: Tokenizer, fold
 def save_fitted(tokenizer: Tokenizer, folder: Path) -> None:
     """Save it, and say how the fit went."""
     tokenizer.save(folder)
-    print(f"{tokenizer.report.summary()}\nsaved in {folder}", flush=True)
+    say(f"{tokenizer.report.summary()}\nsaved in {folder}")
 
 
 def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None = None) -> Tokenizer:
@@ -241,6 +287,13 @@ def new_tokenizer(options: Tokenize, device: torch.device, codebook: Path | None
         codebook=codebook,
         **{name: value for name in SETTINGS if (value := getattr(options, name)) is not None},
     )
+
+
+def check_compile(options: Tokenize, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer; ConfigError when --compile is for another kind."""
+    if options.compile and not isinstance(tokenizer, KClipTokenizer):
+        raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
+    return tokenizer
 
 
 def check_same(options: Tokenize, folder: Path) -> None:
@@ -258,10 +311,20 @@ def check_same(options: Tokenize, folder: Path) -> None:
 
 def check_places(options: Tokenize, folder: Path) -> None:
     """Raise before a long fit, not after it, when its results could not be kept."""
-    is_new = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {FOLDER})
-    if not is_new and not (folder / store.MANIFEST).exists():
+    check_place(folder, TOKENIZER, option="--codebook")
+    check_apart({"--output": options.output, "--codebook": folder, "--features-dir": options.features_dir})
+    if not store.is_free(folder):
         raise ConfigError(f"--codebook {folder} is neither a tokenizer nor a .npy file nor a new folder")
-    check_replaceable(options.output, options.overwrite)
+    cache = cache_staging(options.output)
+    check_replaceable(cache, options.overwrite)
+    check_writable(cache.folder)
+    if options.features_dir is not None:
+        check_place(options.features_dir, SAMPLE, option="--features-dir")
+        check_writable(options.features_dir)
+
+
+def _keep(held: ExitStack, folder: Path, what: str) -> None:
+    held.enter_context(locked(folder, what))
 
 
 def shown(batches: FitBatches) -> Iterator[Tensor]:
@@ -280,7 +343,7 @@ def iteration_lines(options: Tokenize) -> Callable[[Iteration], None]:
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_ITERATIONS:
             last = time.monotonic()
-            print(iteration_line(done, options), file=sys.stderr, flush=True)
+            say(iteration_line(done, options), file=sys.stderr)
 
     return tell
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mapet.codebook import CodebookUsage
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
+from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
 from mapet.data.manifest import MANIFEST, CacheDescription
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
@@ -29,6 +30,7 @@ from mapet.data.report import TimeUse, TokenizeReport
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
 from mapet.stages import StageClock, stage
+from mapet.words import say
 
 
 def build_cache(
@@ -38,8 +40,10 @@ def build_cache(
     tokens_of: Callable[[Prepared], Tensor],
     *,
     prepare: Callable[[Image.Image], Tensor] | None = None,
+    input_size: int = 0,
     batch_size: int = 64,
     workers: int = 2,
+    patience: float = PATIENCE,
     max_skipped: float = 0.01,
     overwrite: bool = False,
     shard_images: int = 0,
@@ -51,8 +55,8 @@ def build_cache(
     Args:
         description: what the cache will hold.
         tokens_of: gives the tokens (b, P) of a batch of decoded images.
-        prepare: `Tokenizer.prepare`, where `tokens_of` needs `Prepared.inputs`.
-        workers: processes that decode, for each process of the world.
+        prepare: `Tokenizer.prepare`, where `tokens_of` needs `Prepared.inputs`; `input_size` is the side of these.
+        workers: processes that decode, for each process of the world; `patience` seconds are the most for one image.
         max_skipped: largest fraction of unreadable images, over all processes.
         overwrite: replace a cache at `output`, even one that matches.
         shard_images: images of a shard, as in `mapet.data.cache_writer.shard_size`.
@@ -84,7 +88,8 @@ def build_cache(
         processes=world.size,
         provenance={**(provenance or {}), "batch_size": str(batch_size)},
     )
-    job = _Job(source, writer, tokens_of, prepare, batch_size, workers, SkipLog(len(source), max_skipped), world)
+    log = SkipLog(len(source), max_skipped)
+    job = _Job(source, writer, tokens_of, prepare, input_size, batch_size, workers, patience, log, world)
     if (report := world.on_main(lambda: job.reuse(Path(output)))) is not None:
         return report
     with closing(writer):
@@ -106,27 +111,29 @@ class _Job:
     writer: CacheWriter
     tokens_of: Callable[[Prepared], Tensor]
     prepare: Callable[[Image.Image], Tensor] | None
+    input_size: int
     batch_size: int
     workers: int
+    patience: float
     log: SkipLog
     world: World
 
     def reuse(self, output: Path) -> TokenizeReport | None:
         """The report of the cache that is at `output`; None where there is none, or it is to be replaced."""
+        self.writer.sweep()
         if not os.path.exists(output / MANIFEST) or self.writer.overwrite:
             return None
         cache = TokenCache.open(output)
         cache.check_description(self.writer.description)
         self.log.add(cache.manifest.skipped)
-        self.writer.sweep()
         return TokenizeReport(output, len(cache), tuple(self.log.skipped), count_usage(cache), reused=True)
 
     def say(self, found: Sequence[int]) -> None:
         """What `begin` found, where that is anything."""
         if self.world.is_main and self.writer.dropped:
-            print(f"dropped unfinished work in {self.writer.work}: {'; '.join(self.writer.dropped)}")
+            say(f"dropped unfinished work in {self.writer.work}: {'; '.join(self.writer.dropped)}")
         if self.world.is_main and found:
-            print(f"going on from {len(found)} of {self.writer.shards} shards in {self.writer.work}", flush=True)
+            say(f"going on from {len(found)} of {self.writer.shards} shards in {self.writer.work}")
 
     def missing(self, found: Sequence[int]) -> list[int]:
         """Shards to be written; the processes share the checking of those found, and warn of damaged ones."""
@@ -147,18 +154,23 @@ class _Job:
         """Write shards, one after the other; the time it took is that of all processes, who wait for the last one."""
         clock = StageClock()
         batches = [batch for number in shards for batch in self._batches(number)]
-        loader = prepared_batches(
-            self.source,
-            batches,
-            image_size=self.writer.description.image_size,
-            prepare=self.prepare,
-            workers=self.workers,
-            pin_memory=self.world.device.type == "cuda",
-        )
         images = sum(map(len, batches))
         start = time.perf_counter()
-        prepared = iter(loader)  # forks the workers before the progress bar starts its thread
-        with clock.running(), progress(images, f"tokenising{self._who()}") as advance:
+        # The workers are forked before the progress bar starts its thread.
+        with (
+            prepared_batches(
+                self.source,
+                batches,
+                image_size=self.writer.description.image_size,
+                prepare=self.prepare,
+                input_size=self.input_size,
+                workers=self.workers,
+                pin_memory=self.world.device.type == "cuda",
+                patience=self.patience,
+            ) as prepared,
+            clock.running(),
+            progress(images, f"tokenising{self._who()}") as advance,
+        ):
             for number in shards:
                 self._write_shard(number, prepared, advance)
         waited = clock.seconds()

@@ -12,7 +12,7 @@ SHA-256 of everything but the image shards, which are nearly all of the bytes; `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from mapet.errors import DataError
 from mapet.files import UnreadableFile, map_array, read_json
 
 ANEW = "make the cache anew"
+
+ROWS_BETWEEN_BEATS = 256
 
 
 class TokenCache:
@@ -110,17 +112,20 @@ class TokenCache:
             raise DataError(f"{self.path / NAMES} is not a list of {len(self)} names; {ANEW}")
         return names
 
-    def images(self, ids: Tensor | np.ndarray | Sequence[int]) -> Tensor:
-        """Crops of the images `ids`: uint8 (b, 3, S, S). IndexError for an id outside [0, n)."""
+    def images(self, ids: Tensor | np.ndarray | Sequence[int], beat: Callable[[], None] = lambda: None) -> Tensor:
+        """Crops of the images `ids`: uint8 (b, 3, S, S). IndexError for an id outside [0, n).
+
+        `beat` is called every ROWS_BETWEEN_BEATS images.
+        """
         ids = self._checked(ids)
-        shards = np.searchsorted(self._starts, ids, side="right") - 1
-        touched = np.unique(shards)
-        if len(touched) == 1:
-            return torch.from_numpy(self._shards[touched[0]][ids - self._starts[touched[0]]])
         images = np.empty((len(ids), 3, self.image_size, self.image_size), dtype=np.uint8)
-        for shard in touched:
-            here = np.flatnonzero(shards == shard)
-            images[here] = self._shards[shard][ids[here] - self._starts[shard]]
+        for first in range(0, len(ids), ROWS_BETWEEN_BEATS):
+            some, into = ids[first : first + ROWS_BETWEEN_BEATS], images[first : first + ROWS_BETWEEN_BEATS]
+            shards = np.searchsorted(self._starts, some, side="right") - 1
+            for shard in np.unique(shards):
+                here = np.flatnonzero(shards == shard)
+                into[here] = self._shards[shard][some[here] - self._starts[shard]]
+            beat()
         return torch.from_numpy(images)
 
     @property

@@ -3,7 +3,7 @@
 A shard holds the images of one range of positions in the source. Shards can be written in any order, by any process;
 the journal (mapet/data/journal.py) knows the finished ones, so that a killed run goes on from there. The hidden folder:
 
-    .NAME.partial/plan.json, part_*.json, lock   the journal
+    .NAME.partial/plan.json, part_*.json         the journal, and the lock
     .NAME.partial/tokens_00007.npy               tokens of a shard, uint16 (rows, P)
     .NAME.partial/cache/images_00007.npy         its images: the cache in the making
 """
@@ -13,9 +13,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +24,21 @@ import torch
 from torch import Tensor
 
 from mapet.data.journal import Journal, Part
-from mapet.data.manifest import LABELS, MANIFEST, NAMES, TOKENS, CacheDescription, Manifest, Skipped, shard_name
+from mapet.data.manifest import (
+    LABELS,
+    MANIFEST,
+    NAMES,
+    TOKENS,
+    CacheDescription,
+    Manifest,
+    Skipped,
+    read_manifest,
+    shard_name,
+)
 from mapet.data.npyfile import FileRecord, NpyAppender
 from mapet.errors import DataError
-from mapet.files import map_array, sync_folder, write_whole
+from mapet.files import map_array, write_whole
+from mapet.folders import CACHE, Staging, claim, clear
 
 SHARD_IMAGES = 1024
 SHARD_BYTES = 256 * 2**20
@@ -74,11 +84,13 @@ class CacheWriter:
         path: the cache's folder.
         description: what the cache holds.
         capacity: positions in the source; every shard but the last has `shard_images` of them.
-        overwrite: replace a cache at `path`, and drop unfinished work of another kind. Other things are never replaced.
+        overwrite: replace a cache at `path`, and drop unfinished work of another kind. Other things are never replaced,
+            nor a cache with other things in its folder.
         shard_images: wanted size of a shard, as in `shard_size`.
         processes: that write the cache together.
         provenance: what makes the tokens of the shards this process writes.
     Raises:
+        ConfigError: no folder can have this path, or it lies inside another output.
         DataError: something is at `path` that may not be replaced, unfinished work of another kind is in its hidden
             folder, another process is at work there, the disk is full, or the folder is not writable.
     """
@@ -94,15 +106,18 @@ class CacheWriter:
         processes: int = 1,
         provenance: Mapping[str, str] | None = None,
     ) -> None:
-        # The real path: a link to a large disk stays, and the hidden folder lies on that disk.
-        self.path, self.description, self.overwrite = Path(os.path.realpath(path)), description, overwrite
+        self.staging, self.description, self.overwrite = cache_staging(path), description, overwrite
+        self.path = self.staging.path
         self.capacity, self.processes, self.provenance = capacity, processes, dict(provenance or {})
         self.shard_images = shard_size(capacity, description.image_size, shard_images)
         self.shards = -(-capacity // self.shard_images)
         plan = {**asdict(description), "images": capacity, "shard_images": self.shard_images}
         self.journal = Journal(
-            self.path.with_name(f".{self.path.name}.partial"),
+            self.staging.folder,
             plan,
+            CACHE,
+            ("cache", "tokens_*.npy"),
+            self.path,
             parts=self.shards,
             files=lambda number: (_images_file(number), _tokens_file(number)),
             facts=ShardFacts,
@@ -130,8 +145,10 @@ class CacheWriter:
         """
         try:
             with self.disk_errors():
-                check_replaceable(self.path, self.overwrite)
+                check_replaceable(self.staging, self.overwrite)
                 self.dropped = self.journal.begin(restart=self.overwrite)
+                self.staging.restore()
+                check_replaceable(self.staging, self.overwrite)
                 (self.work / "cache").mkdir(exist_ok=True)
         except BaseException:
             self.close()
@@ -140,10 +157,8 @@ class CacheWriter:
 
     def close(self) -> None:
         """Give the lock back. A hidden folder without a finished image is removed, unless others are at work in it."""
-        holds_lock = self.journal.locked
-        self.journal.end()
-        if holds_lock and self.processes == 1 and not any(shard.kept for shard in self.finished()):
-            shutil.rmtree(self.work, ignore_errors=True)
+        if self.journal.locked:
+            self.journal.end(remove=self.processes == 1 and not any(shard.kept for shard in self.finished()))
 
     def positions(self, shard: int) -> range:
         """Positions in the source that a shard is for."""
@@ -197,15 +212,26 @@ class CacheWriter:
                 provenance=_distinct([shard.provenance for shard in shards]),
             )
             self._write_text(MANIFEST, manifest.to_json())
-            _replace(self.work / "cache", self.path)
-        self.journal.end()
-        shutil.rmtree(self.work, ignore_errors=True)
+            self.staging.move(self.work / "cache")
+        self.journal.end(remove=True)
         return manifest
 
     def sweep(self) -> None:
-        """Remove the hidden folder of a run that was killed between moving the cache to its place and the end."""
-        if not (self.work / "cache").exists() and self.journal.read_plan() == self.journal.plan:
-            shutil.rmtree(self.work, ignore_errors=True)
+        """Put right what a run left that was killed between moving the cache to its place and the end.
+
+        Nothing is done where another process is at work, or the disk may only be read.
+        """
+        moved = self.work.is_dir() and not (self.work / "cache").exists()
+        if not moved and not os.path.lexists(self.staging.replaced):
+            return
+        with suppress(DataError, OSError):
+            lock = claim(self.work, CACHE, self.journal.names, self.path)
+            try:
+                self.staging.restore()
+                if self.journal.read_plan() == self.journal.plan and not (self.work / "cache").exists():
+                    clear(self.work)
+            finally:
+                lock.release()
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
@@ -344,14 +370,15 @@ def write_rows(path: Path, parts: Iterator[np.ndarray] | Sequence[np.ndarray]) -
         return file.close()
 
 
-def check_replaceable(path: Path, overwrite: bool) -> None:
-    """DataError unless a cache may be put at `path`: nothing or an empty folder is there, or a cache to overwrite."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / MANIFEST).is_file():
-        raise DataError(f"{path} exists and is no token cache; it is left as it is: give another output folder")
-    if not overwrite:
-        raise DataError(f"{path} holds a token cache already; give another output folder, or overwrite it")
+def cache_staging(path: str | Path) -> Staging:
+    """Where a cache for `path` is made, and what of it may be replaced. ConfigError for a path that cannot be."""
+    return Staging(path, CACHE, lambda folder: [*read_manifest(folder).file_names(), MANIFEST])
+
+
+def check_replaceable(staging: Staging, overwrite: bool) -> None:
+    """DataError unless a cache may be put there: nothing or an empty folder is there, or a cache alone to overwrite."""
+    if staging.earlier() is not None and not overwrite:
+        raise DataError(f"{staging.path} holds a token cache already; give another output folder, or overwrite it")
 
 
 def _images_file(number: int) -> str:
@@ -364,20 +391,3 @@ def _tokens_file(number: int) -> str:
 
 def _distinct(values: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return [value for i, value in enumerate(values) if value not in values[:i]]
-
-
-def _replace(new: Path, path: Path) -> None:
-    """Move a folder to `path`. What is there steps aside first, since a folder cannot be renamed onto a full one."""
-    sync_folder(new)
-    old, aside = path.with_name(f".{path.name}.replaced"), path.exists()
-    if aside:
-        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
-        os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if aside:
-            os.rename(old, path)
-        raise
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from mapet.data.decode import decode
 from mapet.errors import ConfigError, DataError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+
+PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")
+"""What folders of the parts of a set are called, those to train on first."""
 
 
 class ImageSource(ABC):
@@ -51,6 +55,7 @@ class FileSource(ImageSource):
         names: paths relative to the root.
         labels, classes: as in ImageSource.
         orient: apply the EXIF orientation.
+        parts: folders of the root that are the parts of a set, such as train and val; they are no classes.
     """
 
     def __init__(
@@ -61,8 +66,10 @@ class FileSource(ImageSource):
         classes: list[str] | None = None,
         *,
         orient: bool = True,
+        parts: tuple[str, ...] = (),
     ) -> None:
         self.root, self.names, self.labels, self.classes, self.orient = Path(root), names, labels, classes, orient
+        self.parts = parts
 
     def load(self, index: int) -> Image.Image:
         path = self.root / self.names[index]
@@ -76,8 +83,10 @@ class FileSource(ImageSource):
 def folder_source(root: str | Path) -> FileSource:
     """All images below a folder, sorted by name.
 
-    Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Hidden files,
-    files with other extensions, named pipes and devices are left out; links are followed.
+    Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Where the
+    first folders are the parts of a set (train, val, ...) it is the folder below them, with a warning. Hidden files,
+    files with other extensions, named pipes and devices are left out. Links are followed, but each folder is entered
+    once, with a warning.
 
     Raises:
         DataError: no such folder, no image in it, or a folder that cannot be listed or that links back into itself.
@@ -89,35 +98,72 @@ def folder_source(root: str | Path) -> FileSource:
         raise DataError(f"image folder {root}: {error}; give a folder of images, or one of {BUILT_IN}") from error
     if not is_folder:
         raise DataError(f"{root} is a file; give a folder of images, or one of {BUILT_IN}")
-    names = sorted(_walk(root, "", (os.path.realpath(root),)))
+    names, doubled = _walk(root)
+    if doubled:
+        warnings.warn(
+            f"{root}: {len(doubled)} links to folders that were entered already are passed by, such as {doubled[0]}",
+            stacklevel=2,
+        )
     if not names:
         raise DataError(f"no image in {root} or its sub-folders; looked for {', '.join(sorted(EXTENSIONS))}")
-    if not all("/" in name for name in names):
-        return FileSource(root, names)
-    folders = [name.split("/", 1)[0] for name in names]
-    classes = sorted(set(folders))
+    parts = _parts_of_a_set(names)
+    if parts:
+        warnings.warn(
+            f"{root} holds the parts of a set ({', '.join(parts)}): its images are taken together, labelled by the "
+            f"folders below these; to take one part, give {root / parts[0]}",
+            stacklevel=2,
+        )
+    folders = [name.split("/")[int(bool(parts)) : -1] for name in names]
+    if not all(folders):
+        return FileSource(root, names, parts=parts)
+    classes = sorted({below[0] for below in folders})
     number = {name: i for i, name in enumerate(classes)}
-    return FileSource(root, names, np.array([number[folder] for folder in folders], dtype=np.int64), classes)
+    return FileSource(
+        root, names, np.array([number[below[0]] for below in folders], dtype=np.int64), classes, parts=parts
+    )
 
 
-def _walk(root: Path, below: str, parents: tuple[str, ...]) -> Iterator[str]:
-    """Names of the images under root/below; `parents` are the real paths from the root down to here."""
-    try:
-        with os.scandir(root / below) as found:
-            entries = list(found)
-    except OSError as error:
-        raise DataError(f"cannot list image folder {root / below}: {error.strerror}") from error
-    for entry in entries:
-        if entry.name.startswith("."):
+def _parts_of_a_set(names: Sequence[str]) -> tuple[str, ...]:
+    """The first folders, those to train on before the others, where they are called like the parts of a set."""
+    tops = {name.split("/", 1)[0] if "/" in name else "" for name in names}
+    called = {top.lower() for top in tops}
+    if not called <= set(PARTS) or called <= {"test", "testing"}:
+        return ()
+    return tuple(sorted(tops, key=lambda top: PARTS.index(top.lower())))
+
+
+def _walk(root: Path) -> tuple[list[str], list[str]]:
+    """Names of the images below the root, sorted, and of folders passed by, as they were entered under another name.
+
+    Each folder is entered once, under the first of its names in sorted order, so that links cannot multiply.
+    """
+    names, doubled, entered = [], [], set()
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # a folder, and the real paths from the root down to it
+    while waiting:
+        below, parents = waiting.pop()
+        real = os.path.realpath(root / below)
+        if real in parents:
+            raise DataError(f"image folder {root / below} links back to {real}, which contains it; remove the link")
+        if real in entered:
+            doubled.append(below)
             continue
-        name = f"{below}/{entry.name}" if below else entry.name
-        if _is_folder(entry):
-            real = os.path.realpath(entry.path)
-            if real in parents:
-                raise DataError(f"image folder {entry.path} links back to {real}, which contains it; remove the link")
-            yield from _walk(root, name, (*parents, real))
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not _is_special(entry):
-            yield name
+        entered.add(real)
+        try:
+            with os.scandir(root / below) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"cannot list image folder {root / below}: {error.strerror}") from error
+        folders = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = f"{below}/{entry.name}" if below else entry.name
+            if _is_folder(entry):
+                folders.append((name, (*parents, real)))
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not _is_special(entry):
+                names.append(name)
+        waiting.extend(reversed(folders))
+    return sorted(names), doubled
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

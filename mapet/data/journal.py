@@ -2,19 +2,18 @@
 
     plan.json        what the job is; the same command finds it again
     part_00007.json  written when the files of part 7 are safely on disk, last and whole or not at all
-    lock             held by the main process while it runs; a killed process holds nothing
+    .mapet.lock      held by the main process while it runs; a killed process holds nothing (mapet/folders.py)
 
 A process that dies at any moment leaves its finished parts, and files without a record, which are made again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from mapet.checked import conform
 from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
 from mapet.files import UnreadableFile, read_record, sync_folder, write_whole
+from mapet.folders import FolderLock, claim, clear
 
-PLAN, LOCK = "plan.json", "lock"
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,29 @@ class Journal:
     Args:
         folder: holds the journal and, below it, the files of the parts.
         plan: all that decides what the parts hold, as JSON values.
+        what, place: what the job makes, in words, and where; by default in the folder.
+        names: patterns of what else the job puts into the folder.
         parts: how many there are.
         files: the files of a part, by path relative to the folder.
         facts: a dataclass, what else there is to remember of a part.
     """
 
     def __init__(
-        self, folder: Path, plan: dict[str, Any], *, parts: int, files: Callable[[int], Sequence[str]], facts: type
+        self,
+        folder: Path,
+        plan: dict[str, Any],
+        what: str,
+        names: Sequence[str],
+        place: Path | None = None,
+        *,
+        parts: int,
+        files: Callable[[int], Sequence[str]],
+        facts: type,
     ) -> None:
-        self.folder, self.plan = folder, json.loads(json.dumps(plan))
+        self.folder, self.plan, self.what, self.place = folder, json.loads(json.dumps(plan)), what, place
+        self.names = (PLAN, "part_*.json", *names)
         self._count, self._files_of, self._facts = parts, files, facts
-        self._lock = None
+        self._lock: FolderLock | None = None
 
     def begin(self, *, restart: bool = False) -> list[str]:
         """Take the lock, and write the plan where there is none; for the main process.
@@ -64,10 +76,7 @@ class Journal:
             DataError: another process holds the lock, the folder is that of another job (the text names what differs),
                 or it holds other things.
         """
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
-            raise DataError(f"{self.folder} exists and holds no work of mapet; move it away")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._lock = claim(self.folder, self.what, self.names, self.place)
         try:
             found = self.read_plan()
             differences = self.differences(found or {})
@@ -77,7 +86,7 @@ class Journal:
                     "that began it, or delete that folder"
                 )
             if differences:
-                self._clear()
+                clear(self.folder)
                 write_whole(self.folder / PLAN, json.dumps(self.plan, indent=1))
         except BaseException:
             self.end()
@@ -89,10 +98,13 @@ class Journal:
         """Whether this process holds the lock."""
         return self._lock is not None
 
-    def end(self) -> None:
-        """Give the lock back."""
+    def end(self, *, remove: bool = False) -> None:
+        """Give the lock back, if this process holds it; `remove` all that is in the folder first."""
         if self._lock is not None:
-            self._lock.close()
+            if remove:
+                with suppress(OSError):
+                    clear(self.folder)
+            self._lock.release()
             self._lock = None
 
     def read_plan(self) -> dict[str, Any] | None:
@@ -142,26 +154,9 @@ class Journal:
             return None  # damaged: the part is made again
         return Part(part.files, facts) if set(part.files) == set(self._files_of(number)) else None
 
-    def _take_lock(self) -> None:
-        self._lock = open(self.folder / LOCK, "ab")  # noqa: SIM115, held until `end`
-        try:
-            # Not flock, which the forked workers of a killed process would go on holding.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.end()
-            raise DataError(f"another process is at work in {self.folder}; wait for it, or end it") from error
-
     def forget(self, number: int) -> None:
         """Drop the record of a part."""
         (self.folder / _record_name(number)).unlink(missing_ok=True)
-
-    def _clear(self) -> None:
-        """Delete everything but the lock."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
 
 
 def _record_name(number: int) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from mapet.data.augment import color_jitter as change_colors
 from mapet.data.augment import step_jitter
 from mapet.data.cache import TokenCache
+from mapet.data.feed import PATIENCE, Feed
 from mapet.errors import ConfigError
 
 
@@ -78,15 +77,23 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
-class _BatchFetcher(Dataset):
-    """A step and its ids to a Batch, by one gather instead of image by image."""
+@dataclass(frozen=True)
+class _BatchFetcher:
+    """A step and its ids to a Batch."""
 
-    def __init__(self, cache: TokenCache, shares: _StepShares, color_jitter: float) -> None:
-        self.cache, self.shares, self.color_jitter = cache, shares, color_jitter
+    cache: TokenCache
+    shares: _StepShares
+    color_jitter: float
 
-    def __getitem__(self, step_and_ids: tuple[int, Tensor]) -> Batch:
+    @property
+    def bytes(self) -> int:
+        """Of a Batch, about."""
+        pixels = 3 * self.cache.image_size**2 * (4 if self.color_jitter else 1)
+        return self.shares.share * (pixels + 8 * (self.cache.grid**2 + 1))
+
+    def __call__(self, step_and_ids: tuple[int, Tensor], beat: Callable[[], None]) -> Batch:
         step, ids = step_and_ids
-        images = self.cache.images(ids)
+        images = self.cache.images(ids, beat)
         if self.color_jitter:
             draws = step_jitter(self.shares.seed, step, self.shares.global_batch, self.color_jitter)
             images = change_colors(images, draws[self.shares.mine])
@@ -105,9 +112,12 @@ class _StepShares:
     world_size: int
 
     @property
+    def share(self) -> int:
+        return self.global_batch // self.world_size
+
+    @property
     def mine(self) -> slice:
-        share = self.global_batch // self.world_size
-        return slice(self.rank * share, (self.rank + 1) * share)
+        return slice(self.rank * self.share, (self.rank + 1) * self.share)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -116,12 +126,6 @@ class _StepShares:
         for step in self.steps:
             ids = step_ids(self.length, seed=self.seed, step=step, global_batch=self.global_batch)
             yield step, ids[self.mine]
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the run still needs batches to end its step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(
@@ -135,15 +139,19 @@ def make_loader(
     world_size: int = 1,
     workers: int = 0,
     color_jitter: float = 0.0,
-) -> Iterable[Batch]:
+    patience: float = PATIENCE,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Feed[Batch]:
     """Batches of this process for the optimizer steps [start_step, stop_step), one Batch per step, in order.
+
+    The result is a context manager, which ends the workers; `patience`, `stopped` and errors on the way are Feed's.
 
     Neither the number of workers nor the step it starts from changes what a step gets, and no global random state is
     read or changed. With `color_jitter` (its strength) the workers change the images' colours, as `step_jitter` drew.
 
     Raises:
-        ConfigError: more images in a batch than in the cache, a batch that the processes cannot share evenly, or a rank
-            outside [0, world_size).
+        ConfigError: more images in a batch than in the cache, a batch that the processes cannot share evenly, a rank
+            outside [0, world_size), or less shared memory than the workers need.
     """
     steps_per_epoch(len(cache), global_batch)
     if not 0 <= rank < world_size:
@@ -151,12 +159,14 @@ def make_loader(
     if global_batch % world_size:
         raise ConfigError(f"global batch {global_batch} is not divisible by the {world_size} processes")
     shares = _StepShares(len(cache), seed, global_batch, range(start_step, stop_step), rank, world_size)
-    return DataLoader(
-        _BatchFetcher(cache, shares, color_jitter),
-        sampler=shares,
-        batch_size=None,
-        num_workers=workers,
+    fetch = _BatchFetcher(cache, shares, color_jitter)
+    return Feed(
+        fetch,
+        shares,
+        workers=workers,
+        batch_bytes=fetch.bytes,
+        patience=patience,
+        stopped=stopped,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_parent,
-        generator=torch.Generator().manual_seed(seed),  # a DataLoader without one draws from the global state
+        prefix="data.",
     )

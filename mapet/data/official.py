@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mapet.data.build import build_cache
+from mapet.data.feed import PATIENCE
 from mapet.data.images import FileSource
 from mapet.data.manifest import CacheDescription
 from mapet.data.npyfile import FileRecord
@@ -47,6 +48,7 @@ def import_official(
     class_names: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 2,
+    patience: float = PATIENCE,
     max_skipped: float = 0.01,
     overwrite: bool = False,
     shard_images: int = 0,
@@ -61,7 +63,7 @@ def import_official(
         root: folder of the images. They are read as the official code does, without their EXIF orientation.
         vocabulary: tokens must be in [0, vocabulary).
         tokenizer: the name the cache gives for the tokenizer.
-        shard_images, world: as for `mapet.tokenize.tokenize`.
+        patience, shard_images, world: as for `mapet.tokenize.tokenize`.
         class_names: label_encoder_classes.npy, an array of text; without it classes are called by their numbers.
     Raises:
         DataError: naming the file: not a token tensor (files are loaded without running code), more or fewer rows than
@@ -91,6 +93,7 @@ def import_official(
         rows,
         batch_size=batch_size,
         workers=workers,
+        patience=patience,
         max_skipped=max_skipped,
         overwrite=overwrite,
         shard_images=shard_images,

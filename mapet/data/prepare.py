@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from mapet.data.feed import PATIENCE, Feed
 from mapet.data.images import ImageSource, centre_square
 from mapet.data.manifest import Skipped
 from mapet.errors import ConfigError, DataError
@@ -40,16 +40,17 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Preparer(Dataset):
+class _Preparer:
     """A batch of positions to a Prepared."""
 
     source: ImageSource
     image_size: int | None
     prepare: Callable[[Image.Image], Tensor] | None
 
-    def __getitem__(self, batch: Sequence[int]) -> Prepared:
+    def __call__(self, batch: Sequence[int], beat: Callable[[], None]) -> Prepared:
         ids, crops, inputs, skipped = [], [], [], []
         for index in batch:
+            beat()
             try:
                 image = self.source.load(index)
             except DataError as error:
@@ -73,27 +74,32 @@ def prepared_batches(
     *,
     image_size: int | None = None,
     prepare: Callable[[Image.Image], Tensor] | None = None,
+    input_size: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterable[Prepared]:
-    """Decode batches of positions of the source, in order.
+    patience: float = PATIENCE,
+) -> Feed[Prepared]:
+    """Decode batches of positions of the source, in order. A context manager, which ends the workers; see Feed.
 
     Args:
         image_size: side of the centre-square crops; None for no crops.
         prepare: `Tokenizer.prepare`; None for no tokenizer inputs.
+        input_size: side of what it makes.
         workers: processes; 0 decodes in this one.
         pin_memory: put tokenizer inputs into page-locked memory, for a GPU.
+        patience: seconds that a worker may take for one image.
     """
-    # A forked worker shares the tokenizer's weights with its parent; a spawned one would be sent a copy of them.
-    fork = workers > 0 and sys.platform == "linux"
-    return DataLoader(
+    pixels = 3 * ((image_size or 0) ** 2 + (input_size**2 if prepare else 0))
+    return Feed(
         _Preparer(source, image_size, prepare),
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
+        batches,
+        workers=workers,
+        batch_bytes=max(map(len, batches), default=0) * pixels,
+        patience=patience,
         pin_memory=pin_memory,
-        multiprocessing_context="fork" if fork else None,
-        generator=torch.Generator().manual_seed(0),  # without one, the loader draws from the global random state
+        # A forked worker shares the tokenizer's weights with its parent; a spawned one would be sent a copy of them.
+        fork=sys.platform == "linux",
+        prefix="--",
     )
 
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mapet.words import say
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -24,7 +26,13 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(what, total=total)
         yield lambda count: bars.advance(task, count)
@@ -46,10 +54,10 @@ def _lines(total: int, what: str) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            print(progress_line(what, done, total, now - start), file=sys.stderr, flush=True)
+            say(progress_line(what, done, total, now - start), file=sys.stderr)
 
     yield advance
-    print(progress_line(what, done, total, time.monotonic() - start), file=sys.stderr, flush=True)
+    say(progress_line(what, done, total, time.monotonic() - start), file=sys.stderr)
 
 
 def progress_line(what: str, done: int, total: int, seconds: float) -> str:

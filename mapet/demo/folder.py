@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from mapet.config import to_dict
 from mapet.demo.recipe import Recipe
 from mapet.errors import ConfigError, DataError
 from mapet.evaluate import EvaluationResult
-from mapet.files import read_json, read_record
+from mapet.files import read_json, read_record, write_whole
+from mapet.folders import LOCK
 
 SETTINGS = "demo.json"
 AGAIN = "delete it, and run the demo again"
@@ -69,7 +69,7 @@ class DemoFolder:
                     "not mixed. Name another --output, or delete that folder"
                 )
             return
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        if self.root.exists() and (not self.root.is_dir() or any(path.name != LOCK for path in self.root.iterdir())):
             raise ConfigError(f"{self.root} is no folder of a demo and is not empty: name another --output")
         write_json(path, wanted)
 
@@ -108,15 +108,11 @@ class Timings:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file, whole or not at all. DataError where the disk does not take it."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:

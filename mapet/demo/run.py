@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import timm
 import torch
 
+from mapet import words
+from mapet.checked import at_least, check_fields
 from mapet.checkpoint import load_weights
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, open_source
@@ -22,9 +25,10 @@ from mapet.demo.pictures import digit_gallery, loss_picture, photo_gallery, visi
 from mapet.demo.recipe import FULL, QUICK, Recipe
 from mapet.demo.seed import SeedJob, Stopped
 from mapet.distributed import pick_device
-from mapet.errors import CheckpointError, ConfigError
+from mapet.errors import CheckpointError
 from mapet.evaluate import CacheImages, extract_features
 from mapet.export import TOLERANCE, ExportReport, export, to_timm
+from mapet.folders import check_place, locked
 from mapet.report.report import Picture, write_report
 
 THREADS = 1
@@ -38,13 +42,12 @@ class DemoOptions:
     """Options of `mapet demo`."""
 
     output: Path = Path("runs/demo")
-    seeds: int = 3
+    seeds: Annotated[int, at_least(1, 1000)] = 3
     device: str = "auto"
     quick: bool = False
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"seeds must be at least 1, got {self.seeds}")
+        check_fields(self)
 
     @property
     def command(self) -> str:
@@ -63,7 +66,13 @@ def run_demo(options: DemoOptions) -> None:
     """
     recipe = QUICK if options.quick else FULL
     device = pick_device(options.device, None)
-    folder = DemoFolder(options.output)
+    check_place(options.output, "demo")
+    with locked(options.output, "demo"):
+        run_in(DemoFolder(options.output), options, recipe, device)
+
+
+def run_in(folder: DemoFolder, options: DemoOptions, recipe: Recipe, device: torch.device) -> None:
+    """As `run_demo`, in a folder that is this process's."""
     folder.claim(recipe, device.type)
     cost = "under a minute" if options.quick else f"about {1 + 1.5 * options.seeds:.0f} minutes on a CPU"
     say(f"{options.seeds} seeds on {device}, into {folder.root}; {cost}. Ctrl-C is safe: the same command goes on")
@@ -155,7 +164,7 @@ def draw_pictures(folder: DemoFolder, recipe: Recipe, results: Sequence[SeedResu
 
 def say(text: str) -> None:
     """A plain line for the person watching."""
-    print(f"demo: {text}", flush=True)
+    words.say(f"demo: {text}")
 
 
 @contextmanager

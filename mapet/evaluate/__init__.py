@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from mapet.checked import check_fields
+from mapet.config import Count, CountOrNone, PositiveRate, Seed
 from mapet.errors import ConfigError
 from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
 from mapet.evaluate.images import CacheImages, Images, RandomViews, SourceImages
@@ -54,21 +56,19 @@ class EvaluationConfig:
 
     methods: tuple[Method, ...] = ("knn", "linear", "logistic")
     """In this order; logistic regression is for small sets, it takes all features at once."""
-    neighbours: int = 20
-    temperature: float = 0.07
-    labels_per_class: int = 10
+    neighbours: Count = 20
+    temperature: PositiveRate = 0.07
+    labels_per_class: CountOrNone = 10
     """Also measure with so many labels of every class, drawn by `seed`; 0 leaves that out."""
-    augment_views: int = 0
+    augment_views: CountOrNone = 0
     """Train the linear probe on so many random crops of each image instead of its centre; needs the model, and time."""
-    seed: int = 0
+    seed: Seed = 0
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
-        if not self.methods or not set(self.methods) <= set(get_args(Method)):
-            raise ConfigError(f"evaluation.methods must be some of {', '.join(get_args(Method))}, got {self.methods}")
-        for name in ("labels_per_class", "augment_views", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"evaluation.{name} must not be negative, got {getattr(self, name)}")
+        check_fields(self, "evaluation.")
+        if not self.methods:
+            raise ConfigError(f"evaluation.methods must be some of {', '.join(get_args(Method))}, got none")
 
 
 @dataclass(frozen=True)

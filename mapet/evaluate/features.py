@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from mapet.errors import CheckpointError, DataError
 from mapet.evaluate.images import Images, as_tensor
-from mapet.files import UnreadableFile, map_array, read_record
+from mapet.files import UnreadableFile, map_array, read_record, replacing, write_whole
 
 Layers = Literal["all", "last"]
 FORMAT = 1
@@ -213,19 +212,16 @@ def _layer_names(model: VisionTransformer, layers: Layers) -> tuple[str, ...]:
 
 def _write_cache(path: Path, key: FeatureKey, model: VisionTransformer, images: Images, batch_size: int) -> None:
     """Stream the features into a file beside `path` and rename it when it is whole."""
-    manifest, staging = path.with_suffix(".json"), path.with_name(f".{path.name}.{os.getpid()}")
+    manifest = path.with_suffix(".json")
     header = {"descr": "<f4", "fortran_order": False, "shape": _shape(model, len(images), key.layers)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Written, not mapped: a full disk is an error when it is written to, and a crash when it is mapped.
-            with staging.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for batch in _feature_batches(model, images, key.layers, batch_size):
-                    file.write(np.ascontiguousarray(batch, dtype="<f4").data)
-            manifest.write_text(json.dumps(dataclasses.asdict(key), indent=2) + "\n", encoding="utf-8")
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+        # Written, not mapped: a full disk is an error when it is written to, and a crash when it is mapped.
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in _feature_batches(model, images, key.layers, batch_size):
+                file.write(np.ascontiguousarray(batch, dtype="<f4").data)
+            file.flush()
+            write_whole(manifest, json.dumps(dataclasses.asdict(key), indent=2) + "\n")
     except OSError as error:
-        raise DataError(f"could not write cached features {path}: {error}") from error
+        raise DataError(f"could not write cached features {path}: {error.strerror or error}") from error

@@ -22,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapet.errors import ConfigError
+from mapet.checked import check_fields
+from mapet.config import BatchSize, Count, PositiveRate, Rate, Seed
 from mapet.evaluate.features import Features
 
 
@@ -34,18 +35,14 @@ class ProbeConfig:
     variance; take a smaller batch there.
     """
 
-    epochs: int = 50
-    batch: int = 1024
-    lr: float = 4e-3
-    weight_decay: float = 1e-4
-    seed: int = 0
+    epochs: Count = 50
+    batch: BatchSize = 1024
+    lr: PositiveRate = 4e-3
+    weight_decay: Rate = 1e-4
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"probe.{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ConfigError(f"probe.lr must be positive and weight_decay not negative, got {self}")
+        check_fields(self, "probe.")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Everything is counted over all tokens of a token cache. The folder:
 
-    report.md          the numbers and the pictures
+    report.md          the numbers and the pictures; its first line says whose it is
     usage.png          sorted usage
     most_used.png, least_used.png, chosen.png, classes.png   patches of entries
     usage.csv          entry, tokens, share, the earlier entry that it repeats
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +23,24 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from mapet.checked import check
 from mapet.codebook import CodebookUsage, class_counts, pointwise_mutual_information, repeated_entries
+from mapet.config import Count, Rows
 from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, DataError
-from mapet.files import write_whole
+from mapet.files import UnreadableFile, read_bytes, write_whole
+from mapet.folders import check_place, locked
 from mapet.report.codebook_pictures import draw_usage
-from mapet.report.markdown import table
+from mapet.report.markdown import plain, table
 from mapet.report.report import Picture
 from mapet.tokenizers.gallery import GalleryRow, draw_gallery, most_used, share_text
+from mapet.words import in_line
 
+KIND = "codebook report"
+REPORT, USAGE, CLASSES = "report.md", "usage.csv", "classes.csv"
+PICTURES = ("usage", "most_used", "least_used", "chosen", "classes")
+MARK = "<!-- Written by mapet codebook, which will replace this file, and the pictures and tables beside it. -->"
 SHOWN_CLASSES = 100
 """Classes in the table of report.md, at most; classes.csv has them all."""
 SHOWN_IDS = 40
@@ -71,8 +81,7 @@ class CodebookStatistics:
     """
 
     def __init__(self, cache: TokenCache, codebook: Tensor | None = None, *, floor: int = 20) -> None:
-        if floor < 1:
-            raise ConfigError(f"the floor is at least 1 token, got {floor}")
+        check(Count, floor, "floor")
         self.cache, self.floor = cache, floor
         self.tokens = cache.token_array
         self.repeats = None if codebook is None else repeated_entries(codebook)
@@ -120,7 +129,7 @@ def write_codebook_report(
     seed: int = 0,
     command: str = "",
 ) -> Path:
-    """Write the report of a cache's codebook into a folder; report.md, whose path is returned, last.
+    """Write the report of a cache's codebook into a folder; the path of report.md is returned.
 
     Args:
         codebook: (K, F), for repeated entries.
@@ -129,24 +138,38 @@ def write_codebook_report(
         floor: as in CodebookStatistics.
         seed: picks the patches drawn.
     Raises:
-        ConfigError: a chosen entry outside the codebook, or rows or floor below 1.
-        DataError: files cannot be written.
+        ConfigError: a chosen entry outside the codebook, rows or floor below 1, or a folder inside another output.
+        DataError: files cannot be written, others have their names, or another process is at work there.
     """
-    if rows < 1:
-        raise ConfigError(f"a picture has at least 1 row, got {rows}")
+    check(Rows, rows, "rows")
     if outside := [entry for entry in chosen if not 0 <= entry < cache.vocabulary]:
         raise ConfigError(f"entries {', '.join(map(str, outside))}: the codebook has 0 to {cache.vocabulary - 1}")
     output, found = Path(output), CodebookStatistics(cache, codebook, floor=floor)
+    check_place(output, KIND)
+    check_ours(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        pictures = list(_pictures(found, output, chosen, rows, seed))
-        write_whole(output / "usage.csv", _usage_csv(found))
-        if cache.labels is not None:
-            write_whole(output / "classes.csv", _classes_csv(found))
-        write_whole(output / "report.md", render(found, pictures, chosen, command))
+        with locked(output, KIND):
+            check_ours(output)
+            if not (output / REPORT).exists():  # the mark comes before what it is for
+                write_whole(output / REPORT, f"{MARK}\n\nThis report is not done.\n")
+            pictures = list(_pictures(found, output, chosen, rows, seed))
+            write_whole(output / USAGE, _usage_csv(found))
+            if cache.labels is not None:
+                write_whole(output / CLASSES, _classes_csv(found))
+            write_whole(output / REPORT, f"{MARK}\n\n{render(found, pictures, chosen, command)}")
     except OSError as error:
         raise DataError(f"could not write the codebook report {output}: {error.strerror or error}") from error
-    return output / "report.md"
+    return output / REPORT
+
+
+def check_ours(output: Path) -> None:
+    """DataError, naming it, where a file of another origin has a name of the report's."""
+    with suppress(UnreadableFile):
+        if read_bytes(output / REPORT).startswith(MARK.encode()):
+            return
+    for name in (REPORT, USAGE, CLASSES, *(f"{picture}.png" for picture in PICTURES)):
+        if os.path.lexists(output / name):
+            raise DataError(f"{output / name} was not written by mapet codebook, so it stays: name another folder")
 
 
 def render(found: CodebookStatistics, pictures: Sequence[Picture], chosen: Sequence[int], command: str) -> str:
@@ -155,7 +178,7 @@ def render(found: CodebookStatistics, pictures: Sequence[Picture], chosen: Seque
         picture.path.stem: [f"![{picture.path.stem}]({picture.path.name})", "", picture.caption] for picture in pictures
     }
     sections = [
-        [f"# Codebook of {found.cache.path.name}", *(["", f"Made by `{command}`."] if command else [])],
+        [f"# Codebook of {plain(found.cache.path.name)}", *(["", f"Made by `{in_line(command)}`."] if command else [])],
         ["## Usage", "", *table(("", ""), _facts(found)), "", *shown["usage"]],
         ["## Entries", "", *shown["most_used"]],
         shown["least_used"],
@@ -175,7 +198,7 @@ def _facts(found: CodebookStatistics) -> list[tuple[str, str]]:
     else:
         repeats = f"{len(found.repeats):,}" + _some(f"{entry} (as {first})" for entry, first in found.repeats.items())
     return [
-        ("tokenizer", cache.tokenizer),
+        ("tokenizer", plain(cache.tokenizer)),
         ("images", f"{len(cache):,}, of {cache.grid} x {cache.grid} tokens"),
         ("entries", f"{usage.vocabulary:,}, of which {usage.vocabulary - dead:,} are used"),
         ("perplexity", f"{usage.perplexity:,.1f} ({usage.perplexity / usage.vocabulary:.0%} of the entries)"),
@@ -197,7 +220,7 @@ def _class_section(found: CodebookStatistics) -> list[str]:
     for number, name in enumerate(cache.classes[:SHOWN_CLASSES]):
         ties = found.ties(number, CLASS_ENTRIES)
         cells = [f"{tie.entry}: {tie.information:.2f} bits, {tie.tokens:,} tokens ({tie.part:.0%})" for tie in ties]
-        rows.append((name, *(cells + [""] * (CLASS_ENTRIES - len(cells)))))
+        rows.append((plain(name), *(cells + [""] * (CLASS_ENTRIES - len(cells)))))
     left_out = len(cache.classes) - len(rows)
     more = f" The other {left_out} classes are in classes.csv." if left_out else ""
     return [
@@ -307,6 +330,7 @@ class _CacheImages:
 
 
 def _short(name: str, most: int = 14) -> str:
+    name = in_line(name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -321,7 +345,7 @@ def _usage_csv(found: CodebookStatistics) -> str:
 
 def _classes_csv(found: CodebookStatistics) -> str:
     rows = (
-        (name, rank, tie.entry, f"{tie.information:.4f}", tie.tokens, f"{tie.part:.6f}")
+        (in_line(name), rank, tie.entry, f"{tie.information:.4f}", tie.tokens, f"{tie.part:.6f}")
         for number, name in enumerate(found.cache.classes)
         for rank, tie in enumerate(found.ties(number, SAVED_CLASS_ENTRIES), start=1)
     )

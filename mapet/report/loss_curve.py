@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mapet.errors import DataError
+from mapet.metrics import read_lines
 from mapet.report.picture import CYCLE, INK, frame, save
 
 
@@ -27,25 +27,12 @@ class Curve:
 
 
 def read_metrics(path: str | Path) -> Curve:
-    """Read metrics.jsonl: lines with step, loss and, where logged, accuracy and lr. Other lines are passed over.
+    """Read metrics.jsonl: lines with step, loss and, where logged, accuracy and lr. Other lines are passed by.
 
-    A step that a resumed run logged twice counts once, the later time. A last line cut short by a kill is left out.
-    Raises DataError naming the line where another one is damaged, or when no line has a loss.
+    A step that a resumed run logged twice counts once, the later time. DataError where no line has a loss.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no metrics file {path}")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records: dict[int, dict[str, float | None]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-        if isinstance(record, dict) and "step" in record and "loss" in record:
-            records[int(record["step"])] = record
+    records = {record["step"]: record for record in read_lines(path) if "loss" in record}
     if not records:
         raise DataError(f"{path} has no line with a step and a loss")
     steps = sorted(records)

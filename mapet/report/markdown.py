@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from mapet.words import in_line
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table."""
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(in_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def plain(name: str) -> str:
+    """A name that is shown as it is: HTML, links and emphasis in it do nothing."""
+    return re.sub(r"([\\`*<>\[\]])", r"\\\1", in_line(name))

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mapet.files import replacing
+
 INK = "#22303c"
 FAINT = "#8b98a5"
 PAPER = "#ffffff"
@@ -31,9 +33,10 @@ def frame(axes: Axes, grid: Literal["x", "y", "both"] = "both") -> None:
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 160) -> Path:
-    """Write a PNG, making its folder; the path is returned."""
+    """Write a PNG, whole or not at all, making its folder; the path is returned."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=dpi, facecolor=PAPER)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=dpi, facecolor=PAPER, format="png")
     return path

@@ -13,7 +13,9 @@ from typing import Literal
 from mapet.errors import DataError
 from mapet.evaluate import EvaluationResult
 from mapet.export import ExportReport
+from mapet.files import write_whole
 from mapet.report.markdown import table
+from mapet.words import in_line, printable
 
 Verdict = Literal["better", "worse", "within the spread", "one seed"]
 
@@ -95,14 +97,9 @@ def compare(a: Spread, b: Spread) -> Verdict:
 def write_report(path: str | Path, results: DemoResults) -> Path:
     """Write report.md, whole or not at all. Raises DataError when it cannot be written."""
     path = Path(path)
-    staging = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            staging.write_text(render(results, path.parent), encoding="utf-8")
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+        write_whole(path, printable(render(results, path.parent)))
     except OSError as error:
         raise DataError(f"could not write the report {path}: {error}") from error
     return path
@@ -111,7 +108,7 @@ def write_report(path: str | Path, results: DemoResults) -> Path:
 def render(results: DemoResults, folder: Path) -> str:
     """The report as Markdown, for a file in `folder`."""
     sections = [
-        ["# MaPeT demo", "", f"Made by `{results.command}`."],
+        ["# MaPeT demo", "", f"Made by `{in_line(results.command)}`."],
         ["## What was run", "", *table(("", ""), results.facts)],
         ["## Top-1 accuracy on the test images", "", *_accuracy_section(results)],
         ["## What the numbers say", "", *_comparison_section(results)],

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.errors import DataError
+from mapet.files import replacing
+from mapet.words import in_line
 
 CELL = 112
 """Side of a cell in pixels."""
@@ -189,8 +191,9 @@ class _Canvas:
 
     def label(self, row: int, name: str, detail: str) -> None:
         middle = self._top(row) + CELL / 2
-        self.axes.text(LABEL - GAP, middle - 9, name, ha="right", va="center", size=10, weight="bold", color=INK)
-        self.axes.text(LABEL - GAP, middle + 9, detail, ha="right", va="center", size=7.5, color=GREY)
+        place = {"x": LABEL - GAP, "ha": "right", "va": "center", "parse_math": False}  # a name may hold a $
+        self.axes.text(y=middle - 9, s=in_line(name), size=10, weight="bold", color=INK, **place)
+        self.axes.text(y=middle + 9, s=in_line(detail), size=7.5, color=GREY, **place)
 
     def average(self, row: int, patch: np.ndarray) -> None:
         self._paint(patch, LABEL, self._top(row))
@@ -211,7 +214,8 @@ class _Canvas:
         self.axes.text(LABEL + CELL / 2, HEADER - 10, "average", size=8, ha="center", va="center", color=GREY)
         self.axes.text(self._left(0), HEADER - 10, "examples, outlined", size=8, va="center", color=GREY)
         FigureCanvasAgg(self.figure)
-        self.figure.savefig(path, dpi=100)
+        with replacing(path) as partial:
+            self.figure.savefig(partial, dpi=100, format="png")
 
     def _top(self, row: int) -> int:
         return HEADER + row * (CELL + GAP)

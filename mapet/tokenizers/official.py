@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, map_array, unreadable
+from mapet.files import UnreadableFile, map_array, replacing, unreadable
 from mapet_kernels.regular import open_regular
 
 FLAT_L2 = b"IxF2"
@@ -103,12 +103,9 @@ def _array(codebook: Tensor) -> np.ndarray:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A partial file beside the target, which takes its place if nothing goes wrong."""
-    partial = path.with_name(f".{path.name}.partial")
+    """As `mapet.files.replacing`, with DataError."""
     try:
-        yield partial
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            yield partial
     except (OSError, RuntimeError) as error:
         raise DataError(f"cannot write the codebook {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

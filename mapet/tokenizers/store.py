@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,12 +24,17 @@ from mapet.files import (
     parsed_json,
     read_record,
     read_tensors,
+    replacing,
     sha256_of,
     tensors_metadata,
+    write_through,
 )
+from mapet.folders import LOCK, PARTIAL_FILES, TOKENIZER, check_place
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
+UNFINISHED = "fit"
+"""Folder of a fit that is not done."""
 PROVENANCE = "provenance"
 """Metadata of codebook.safetensors, as JSON: all of tokenizer.json but the hash of the file itself."""
 FORMAT = 1
@@ -58,7 +63,13 @@ class StoredTokenizer:
 
 
 def write(folder: Path, stored: StoredTokenizer, codebook: Tensor, report: FitReport | None) -> None:
-    """Write both files, each whole or not at all, the manifest last. DataError where the disk does not take them."""
+    """Write both files, each whole or not at all, the manifest last.
+
+    ConfigError where no tokenizer may be, DataError where the disk does not take it or files of others have its names.
+    """
+    check_place(folder, TOKENIZER, option="the folder")
+    if any((folder / name).exists() for name in (CODEBOOK, MANIFEST)) and not _is_ours(folder):
+        raise DataError(f"{folder} has a {CODEBOOK} or {MANIFEST} of something else, which is left as it is")
     tensors = {"codebook": codebook.cpu()}
     if report is not None:
         tensors["usage_counts"] = torch.from_numpy(report.usage.counts)
@@ -67,20 +78,35 @@ def write(folder: Path, stored: StoredTokenizer, codebook: Tensor, report: FitRe
     payload = safetensors.torch.save(tensors, {PROVENANCE: json.dumps(_provenance(stored), sort_keys=True)})
     stored = dataclasses.replace(stored, codebook_sha256=hashlib.sha256(payload).hexdigest())
     text = json.dumps(dataclasses.asdict(stored), indent=2) + "\n"
-    partial = {folder / f".{name}.partial": folder / name for name in (CODEBOOK, MANIFEST)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(partial, (payload, text.encode()), strict=True):
-            _write_through(path, content)
-        # Both are safely on the disk before either replaces what was there; a crash between the two renames leaves a
-        # manifest with the hash of another codebook, which `read` refuses.
-        for path, target in partial.items():
-            os.replace(path, target)
+        # Both are safely on the disk before either replaces what was there, the codebook first; a crash between the two
+        # renames leaves a manifest with the hash of another codebook, which `read` refuses.
+        with replacing(folder / MANIFEST) as manifest, replacing(folder / CODEBOOK) as numbers:
+            write_through(numbers, payload)
+            write_through(manifest, text.encode())
     except OSError as error:
         raise DataError(f"cannot save the tokenizer in {folder}: {error.strerror or error}") from error
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing stands in the way of a tokenizer: a new or empty folder, a fit that was not done, one of ours."""
+    if not folder.is_dir():
+        return not folder.exists()
+    names = {path.name for path in folder.iterdir()} - {LOCK, UNFINISHED}
+    return all(fnmatch(name, PARTIAL_FILES) for name in names) or _is_ours(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the manifest, or where there is none the codebook, is of a tokenizer of ours."""
+    try:
+        if (folder / MANIFEST).exists():
+            read_manifest(folder)
+        else:
+            read_provenance(folder / CODEBOOK)
+    except DataError:
+        return False
+    return True
 
 
 def read_manifest(folder: Path) -> StoredTokenizer:
@@ -129,13 +155,6 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
 
 def _provenance(stored: StoredTokenizer) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(stored).items() if name != "codebook_sha256"}
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _fit_to_json(report: FitReport) -> dict[str, Any]:

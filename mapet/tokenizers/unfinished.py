@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from torch import Tensor
 from mapet.checked import at_least
 from mapet.data.npyfile import NpyAppender
 from mapet.errors import ConfigError, DataError
-from mapet.files import UnreadableFile, read_record
+from mapet.files import UnreadableFile, read_record, replacing, write_whole
+from mapet.tokenizers.store import UNFINISHED
 from mapet_kernels.kmeans import NpyRows
 
-FOLDER = "fit"
 ROWS_AT_ONCE = 4096
 
 
@@ -54,7 +53,7 @@ class UnfinishedFit:
     """
 
     def __init__(self, tokenizer_folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.folder, self.settings = tokenizer_folder / FOLDER, settings
+        self.folder, self.settings = tokenizer_folder / UNFINISHED, settings
         self.kmeans = self.folder / "kmeans"
         self._rows, self._description = self.folder / "sample.npy", self.folder / "sample.json"
         saved = self._saved()
@@ -81,19 +80,23 @@ class UnfinishedFit:
         return Sample(source.read(0, source.shape[0]), saved.images, saved.patches)
 
     def save(self, sample: Sample) -> None:
-        """Keep the sample; what an earlier run left half-written goes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self._rows, self._description, self.kmeans):
-            path.unlink(missing_ok=True)
+        """Keep the sample; what an earlier run left half-written goes. DataError, leaving nothing, on a full disk."""
+        self.remove()
         dtype = str(sample.rows.dtype).removeprefix("torch.")
-        with NpyAppender(self._rows, dtype, tuple(sample.rows.shape[1:])) as file:
-            for rows in sample.rows.split(ROWS_AT_ONCE):
-                file.append(rows.numpy())
-            file.close()
         described = dataclasses.asdict(Description(sample.images, sample.patches, self.settings))
-        partial = self._description.with_suffix(".partial")
-        partial.write_text(json.dumps(described, indent=1) + "\n")
-        os.replace(partial, self._description)
+        try:
+            self.folder.mkdir(parents=True)
+            with replacing(self._rows) as partial, NpyAppender(partial, dtype, tuple(sample.rows.shape[1:])) as file:
+                for rows in sample.rows.split(ROWS_AT_ONCE):
+                    file.append(rows.numpy())
+                file.close()
+            write_whole(self._description, json.dumps(described, indent=1) + "\n")
+        except OSError as error:
+            self.remove()
+            raise DataError(
+                f"cannot keep the sample of the fit in {self.folder}: {error.strerror or error}; make room, or give "
+                "--fit-save-every 0"
+            ) from error
 
     def remove(self) -> None:
         """Forget it: the fit is done, or not wanted."""
