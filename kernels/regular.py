@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import stat
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def load_plain(file: BinaryIO, classes: Sequence[type] = ()) -> Any:
     else:  # torch's older format; of a real file torch would read parts by itself
         file = io.BytesIO(file.read())
     try:
-        with torch.serialization.safe_globals(list(classes)):
+        with torch.serialization.safe_globals(list(classes)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickles' ways, which end in errors anyway
             value = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # whose text advises to run the code
         raise ValueError("it is damaged, or holds more than tensors, numbers and text, which could run code") from error

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -136,7 +138,8 @@ def _plain(kind: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name} must not hold a NUL, got {shown(value)}")
         return Path(value)
     if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
-        return int(value)
+        with suppress(TypeError):  # of a tensor of several numbers
+            return operator.index(value)
     if kind in (str, bool, dict, list) and isinstance(value, kind):
         return value
     if kind in (type(None), None) and value is None:

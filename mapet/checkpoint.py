@@ -312,12 +312,13 @@ def _weights_in(folder: Path, ema: bool) -> tuple[ModelConfig, ObjectiveConfig |
     try:
         model = conform(ModelConfig, config.get("model"), "model")
         objective = conform(ObjectiveConfig | None, config.get("objective"), "objective")
-    except ValueError as error:
+        shapes = pretraining_shapes(model)
+    except (ValueError, OverflowError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be used: config.json: {error}") from error
     weights = folder / ("ema.safetensors" if ema else "model.safetensors")
     if not weights.exists():
         raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
-    return model, objective, _read(folder, weights.name, read_tensors, pretraining_shapes(model), finite=True)
+    return model, objective, _read(folder, weights.name, read_tensors, shapes, finite=True)
 
 
 def _read(folder: Path, name: str, read: Callable[..., T], *arguments: Any, **options: Any) -> T:

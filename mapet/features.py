@@ -36,11 +36,12 @@ from mapet.data.progress import progress
 from mapet.data.report import TimeUse
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
-from mapet.files import map_array, write_whole
+from mapet.files import map_array, one_line, write_whole
 from mapet.folders import SAMPLE, check_place
 from mapet.rng import step_generator
 from mapet.stages import StageClock, stage
 from mapet.words import say
+from mapet_kernels.kmeans import NpyRows
 
 GROUP = 40
 """Images of which vectors are drawn together."""
@@ -130,6 +131,17 @@ class FeatureFiles:
     def paths(self) -> list[Path]:
         """The .npy files in order."""
         return [self.folder / name for name in self.files]
+
+    def open(self) -> NpyRows:
+        """All vectors, read when they are needed. DataError names a file that is damaged."""
+        try:
+            found = NpyRows(self.paths)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read the features in {self.folder}: {one_line(error)}") from error
+        if found.shape != (sum(self.rows), self.features):
+            wanted = (sum(self.rows), self.features)
+            raise DataError(f"the features in {self.folder} are of shape {found.shape}, their records say {wanted}")
+        return found
 
     def load(self) -> Tensor:
         """All vectors, (n, F) float16, in memory."""

@@ -69,13 +69,12 @@ def check_optimizer_state(state: Any, optimizer: torch.optim.AdamW) -> None:
 
     Shapes matter above all: the fused update on the CPU writes as far as the parameter is long, whatever it is given.
     """
-    own = optimizer.state_dict()["param_groups"]
-    numbers = {"state": None, "param_groups": [{"params": group["params"]} for group in own]}
     state = conform(dict[str, Any], state, "optimizer")
     groups = conform(list[dict[str, Any]], state.get("param_groups"), "optimizer.param_groups")
     # What else there is in a group follows from the configuration.
-    given = [{name: part for name, part in group.items() if name == "params"} for group in groups]
-    check_like({**state, "state": None, "param_groups": given}, numbers, "optimizer")
+    members = conform(list[list[int]], [group.get("params") for group in groups], "optimizer.param_groups")
+    if members != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
+        raise ValueError("optimizer.param_groups are not those of this network")
     moments = conform(dict[int, dict[str, Any]], state.get("state"), "optimizer.state")
     if not moments:
         return  # no update was made: in fp16 the first ones may be skipped

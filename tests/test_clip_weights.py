@@ -205,6 +205,9 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"cannot read weights from .*{name}"):
             read_weights(tmp_path / name)
+    torch.save({1: torch.ones(3)}, tmp_path / "numbers.pt")
+    with pytest.raises(DataError, match=r"numbers\.pt holds a dict, not a state dict"):
+        read_weights(tmp_path / "numbers.pt")
     torch.save([torch.ones(3)], tmp_path / "list.pt")
     with pytest.raises(DataError, match=r"list\.pt holds a list, not a state dict"):
         read_weights(tmp_path / "list.pt")

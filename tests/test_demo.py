@@ -168,7 +168,7 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     folder = DemoFolder(tmp_path)
     (tmp_path / "seed_0").mkdir()
     (tmp_path / "seed_0" / "scores.json").write_text('{"seed": 0}')
-    with pytest.raises(DataError, match=r"scores.json is damaged .* delete it"):
+    with pytest.raises(DataError, match=r"cannot read .*scores.json: its content lacks .*; delete it"):
         folder.load_result(0)
 
 

@@ -41,7 +41,7 @@ from mapet.tokenize import FitBatches, fit_batches, tokenize
 from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
 from mapet.tokenizers.unfinished import UnfinishedFit
 from mapet.words import say
-from mapet_kernels.kmeans import Iteration, NpyRows, share_of_rows
+from mapet_kernels.kmeans import Iteration, share_of_rows
 
 SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
 IN_MEMORY_BYTES = 4 * 2**30
@@ -257,7 +257,7 @@ def fit_files(
         if checkpoint and options.overwrite:
             checkpoint.unlink(missing_ok=True)
     tokenizer.fit_rows(
-        share_of_rows(NpyRows(files.paths), world.rank, world.size),
+        share_of_rows(files.open(), world.rank, world.size),
         images=files.images,
         patches=files.patches,
         **fit_settings(options),

@@ -81,7 +81,9 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         weights = read_pickle(path)
     except UnreadableFile as error:
         raise DataError(f"cannot read weights from {path}: {error.reason}") from error
-    if not isinstance(weights, Mapping):
+    if isinstance(weights, Mapping):
+        weights = weights.get("state_dict", weights)  # as training code saves them
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise DataError(f"{path} holds a {type(weights).__name__}, not a state dict")
     return weights
 
