@@ -186,7 +186,7 @@ def pick_device(name: str, local_rank: int | None) -> torch.device:
         return torch.device("cpu")
     if name in ("auto", "cuda"):
         index = local_rank or 0
-    elif name.startswith("cuda:") and name[5:].isdigit():
+    elif name.startswith("cuda:") and name[5:].isdecimal():
         if local_rank is not None:
             raise ConfigError(f"device {name} names one GPU, but torchrun gives each process its own: use cuda")
         index = int(name[5:])

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from mapet.cli import main
 from mapet.data import feed
 from mapet.data.feed import Feed, FeedStopped, WorkerFailure, check_shared_memory
 from mapet.errors import ConfigError, DataError
@@ -163,6 +164,13 @@ def test_shared_memory_is_compared_with_the_batches_under_way(free, processes, t
     check_shared_memory(0, 16 * 2**20)
     monkeypatch.setattr(feed, "free_shared_memory", lambda: None)
     check_shared_memory(2, 2**50)
+
+
+def test_tokenize_compares_before_the_fit(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(feed, "free_shared_memory", lambda: 2**20)
+    assert main(["tokenize", "--images", "digits", "--output", str(tmp_path / "cache"), "--vocabulary", "16"]) == 2
+    error = capsys.readouterr().err
+    assert "--workers 0" in error and "/dev/shm has 1.0 MiB free" in error and not list(tmp_path.iterdir())
 
 
 def feed_in_a_child():

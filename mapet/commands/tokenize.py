@@ -16,6 +16,7 @@ from torch import Tensor
 from mapet.config import ModelConfig
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import cache_staging, check_replaceable
+from mapet.data.feed import check_shared_memory
 from mapet.data.images import ImageSource, open_source
 from mapet.data.manifest import MANIFEST
 from mapet.data.official import import_official
@@ -144,7 +145,10 @@ def find_tokenizer(options: Tokenize, source: ImageSource, world: World, held: E
             say(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
         return check_compile(options, tokenizer)
     tokenizer = new_tokenizer(options, world.device)
-    check_compile(options, tokenizer)  # before a long fit, not after it
+    # Before a long fit, not after it.
+    check_compile(options, tokenizer)
+    pixels = 3 * (tokenizer.image_size**2 + tokenizer.input_size**2)
+    check_shared_memory(options.workers, min(options.batch_size, len(source)) * pixels, prefix="--")
     if features_folder(options, source, tokenizer):
         fit_files(options, source, tokenizer, folder, world, held)
         return tokenizer
