@@ -144,5 +144,5 @@ def test_parts_are_even_where_they_can_be(shape, processes, dimension):
 
 
 def test_a_value_that_is_not_allowed_is_refused():
-    with pytest.raises(ConfigError, match=r"train\.parallel must be ddp or fsdp, got 'zero'"):
+    with pytest.raises(ConfigError, match=r"train\.parallel must be one of ddp, fsdp, got 'zero'"):
         make_config(Path("c"), Path("o"), **{"train.parallel": "zero"})
