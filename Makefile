@@ -16,7 +16,7 @@ $(VENV)/triton36/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==3.6.0
 	touch $@
 
-# The oldest timm that is allowed, of which tests see that it runs no code in the files given to mapet; 3 MB.
+# The oldest timm that is allowed, of which tests see that it runs no code in the files given to mapet; 16 MB on disk.
 $(VENV)/timm_oldest/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) timm==1.0.26
 	touch $@
