@@ -37,7 +37,8 @@ def torchrun(output: Path, kills: str, cache: Path, **changes: object) -> subpro
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
+@pytest.mark.long
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_killed_processes_go_on_from_the_last_whole_checkpoint(tmp_path: Path, parallel: str) -> None:
     """Rank 1 is killed in step 3, between checkpoints; then the main process while it saves after step 6."""
     cache = make_cache(tmp_path / "cache")

@@ -39,7 +39,7 @@ def statuses(summary: dict) -> dict[str, str]:
     return {name: outcome["status"] for name, outcome in summary["parts"].items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_goes_through_every_part_of_both_calls(tmp_path: Path) -> None:
     first, rows, _ = dry_run(tmp_path / "first")
     assert statuses(first) == {part.name: "skipped" if part.name in NO_CPU else "ok" for part in registry.FIRST}
