@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mapet.checked import conform, shown
@@ -131,18 +130,23 @@ def read_tensors(
         if finite and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
             raise ValueError(f"{broken[0]} has NaN or infinity")
         return tensors
-    except (OSError, SafetensorError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
         raise unreadable(path, error, advice) from error
 
 
 @contextmanager
-def _tensors_in(path: str | os.PathLike) -> Iterator[safe_open]:
+def _tensors_in(path: str | os.PathLike) -> Iterator[Any]:
     """A safetensors file, open; the library takes no name that is not UTF-8, but finds the file by its descriptor."""
+    from safetensors import SafetensorError, safe_open  # which a machine that only times kernels may lack
+
     with open_regular(path) as opened:
         name = os.fspath(path)
         readable = os.fsencode(name).decode("utf-8", "replace") == name
-        with safe_open(name if readable else f"/dev/fd/{opened.fileno()}", framework="pt") as file:
-            yield file
+        try:
+            with safe_open(name if readable else f"/dev/fd/{opened.fileno()}", framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
 
 
 def tensors_metadata(path: str | os.PathLike, *, advice: str = "") -> dict[str, str]:
@@ -150,7 +154,7 @@ def tensors_metadata(path: str | os.PathLike, *, advice: str = "") -> dict[str, 
     try:
         with _tensors_in(path) as file:
             return dict(file.metadata() or {})
-    except (OSError, SafetensorError, ValueError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise unreadable(path, error, advice) from error
 
 

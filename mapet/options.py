@@ -85,7 +85,7 @@ class Tokenize:
     output: Annotated[Path, arg(metavar="CACHE")] = Path("runs/cache")
     """Folder for the cache."""
     tokenizer: Annotated[Literal["pixel", "kclip"] | None, _wanted("pixel|kclip", "pixel, or the codebook's")] = None
-    """k-means over pixels or CLIP features."""
+    """k-means over pixels or over CLIP RN50x64 features."""
     image_size: Annotated[Side | None, _wanted("INT", "224, or the codebook's")] = None
     """Side of the crops in pixels."""
     patch_size: Annotated[Side | None, _wanted("INT", "16, or the codebook's")] = None
@@ -93,7 +93,7 @@ class Tokenize:
     vocabulary: Annotated[Vocabulary | None, _wanted("INT", "8192, or the codebook's")] = None
     """Codebook entries."""
     codebook: Annotated[Path | None, _wanted("FOLDER|NPY", "CACHE_tokenizer")] = None
-    """Saved tokenizer, centroids, or a new folder."""
+    """Saved tokenizer, or centroids, or a new folder for one."""
     weights: Annotated[Path | None, _wanted("FILE", "found in caches or on the hub")] = None
     """Weights of CLIP RN50x64, for kclip."""
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _wanted("TYPE", "fp16 on a GPU, else fp32")] = None
@@ -107,7 +107,7 @@ class Tokenize:
     fit_redos: Count = 5
     """k-means starts, of which the best is kept."""
     features_dir: Annotated[Path | None, _wanted("DIR", "CACHE_features if above 4 GB")] = None
-    """For features of the fit."""
+    """Folder for the features of the fit."""
     fit_init: Annotated[Literal["random", "k-means++"], arg(metavar="NAME")] = "random"
     """How k-means starts: random or k-means++."""
     fit_tolerance: Annotated[float, fraction(one=False)] = 0.0
@@ -117,11 +117,11 @@ class Tokenize:
     fit_save_every: Annotated[float, at_least(0)] = 60.0
     """Seconds between saves of an unfinished fit; 0 for none."""
     fit: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Only fit the tokenizer; make no cache."""
+    """Only fit the tokenizer and save it; make no cache."""
     import_tokens: Annotated[tuple[Path, ...], arg(metavar="FILE...", help_behavior_hint="")] = ()
     """Token files of the official code, in order, or a folder; needs --csv, --root."""
     csv: Annotated[Path | None, _wanted("FILE")] = None
-    """Their official list of images (path,class)."""
+    """The official list of images (path,class) that the token files belong to."""
     root: Annotated[Path | None, _wanted("DIR")] = None
     """The folder its paths are relative to."""
     class_names: Annotated[Path | None, _wanted("NPY")] = None

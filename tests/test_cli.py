@@ -32,7 +32,7 @@ from mapet.options import COMMANDS
 from mapet.tokenizers import load_tokenizer
 from mapet.tokenizers.pixel import PixelTokenizer
 
-LINES, COLUMNS = 50, 100
+LINES, COLUMNS = 51, 100
 
 
 @pytest.fixture

@@ -99,6 +99,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
 def test_a_second_interrupt_prints_no_traceback(tmp_path):
     code = """
 import sys, types, signal, os, atexit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.argv = ["mapet", "doctor"]
 def run(options):
     os.kill(os.getpid(), signal.SIGINT)
