@@ -38,7 +38,7 @@ if __name__ == "__main__":
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from fuzz_cases import Case, cases
-from fuzz_world import files_of, inflict, make_world, snapshot, users
+from fuzz_world import copy, files_of, inflict, make_world, snapshot, users
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from mapet import cli, doctor
@@ -137,21 +137,6 @@ class Fuzz:
             tally.failing.append({"case": json.loads(case.to_json()), "process": process, "problems": problems})
 
 
-def copy(source: Path, target: Path) -> None:
-    """A copy of a folder; FIFOs and links are made again."""
-    os.makedirs(target)
-    for entry in os.scandir(os.fsencode(source)):
-        name = os.fsdecode(entry.name)
-        if entry.is_symlink():
-            os.symlink(os.readlink(entry.path), os.fsencode(target / name))
-        elif entry.is_dir():
-            copy(source / name, target / name)
-        elif entry.is_file():
-            shutil.copyfile(entry.path, os.fsencode(target / name))
-        else:
-            os.mkfifo(target / name)
-
-
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """Work in a folder; the command line's default places are relative."""
@@ -222,12 +207,12 @@ def wrong_message(outcome: Outcome) -> Iterator[str]:
     """An error is one line, the last, or a box of the parser of options; a name's control characters are not obeyed."""
     lines = outcome.err.splitlines()
     errors = [line for line in lines if line.startswith("mapet: error")]
-    parser = outcome.code == 2 and any(line.startswith("╭") for line in lines)
+    parser = outcome.code == 2 and "For full helptext" in outcome.err
     if outcome.code in (1, 2) and not parser and (len(errors) != 1 or lines[-1] != errors[0]):
         yield f"message: exit code {outcome.code} without an error of one line: {outcome.err[-1000:]}"
     if outcome.code == 0 and errors:
         yield f"message: exit code 0 with an error: {errors[0]}"
-    for name, text in (("stdout", outcome.out), ("stderr", outcome.err)):
+    for name, text in (("stdout", outcome.out), ("stderr", "" if parser else outcome.err)):
         if found := CONTROL.search(text):
             yield f"message: {name} has {found[0]!r}: {text[max(0, found.start() - 100) : found.start() + 100]!r}"
 

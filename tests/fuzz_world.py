@@ -12,14 +12,16 @@ The world is one folder; it stands in a folder of its own, so that `..` is watch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import random
 import shutil
+import signal
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,8 @@ from planted import make_everything, rehash, succeed, traps
 from safetensors.torch import load_file, save_file
 
 NOTE = b"a note of the user's\n"
-ODD_NAMES = (b"\xff\xfe.png", b"[/red]b[bold].png", b"\x1b[31mred\x1b[0m\r.png", "\u202egnp.png".encode())
-ODD_CLASS = b"d[/red]\x1b[31m\xffots"
+ODD_NAMES = (b"\xff\xfe.png", b"[red]b[bold].png", b"\x1b[31mred\x1b[0m\r.png", "\u202egnp.png".encode())
+ODD_CLASS = b"d[red]\x1b[31m\xffots["
 NAMES = (
     *("note.txt", "step_777", "checkpoints/step_000000009", "manifest.json", "report.md", "config.json", "plan.json"),
     *("sample.json", "fit/note.txt", "features/note.txt", "new", ".x.partial/note.txt", "lock", "metrics.jsonl"),
@@ -45,13 +47,18 @@ NAMES = (
 
 def make_world(base: Path) -> Path:
     """Make it, once; `base/world` is it."""
-    world = base / "world"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return _make(base / "world")
+
+
+def _make(world: Path) -> Path:
     world.mkdir(parents=True)
     make_everything(world)
     odd = pictures(world / "odd", per_class=5)
-    os.rename(odd / "dots", os.path.join(os.fsencode(odd), ODD_CLASS))
+    os.rename(odd / "dots/00.png", odd / "dots/red].png")  # a closing tag, with the folder's name
+    os.rename(odd / "dots", odd / os.fsdecode(ODD_CLASS))
     for i, name in enumerate(ODD_NAMES):
-        os.rename(odd / f"bars/0{i}.png", os.path.join(os.fsencode(odd / "bars"), name))
+        os.rename(odd / f"bars/0{i}.png", odd / "bars" / os.fsdecode(name))
     (odd / "bars/no_picture.png").write_bytes(b"GIF89a")
     os.mkfifo(odd / "bars/pipe.png")
     os.symlink("loop.png", odd / "bars/loop.png")
@@ -97,10 +104,40 @@ def inflict(world: Path, damage: Damage, canary: Path) -> None:
     """Do it, where it can be done."""
     path = world / damage.path
     if os.path.lexists(path):
-        with suppress(Exception):  # an earlier damage may have made this one impossible
+        with suppress(Exception), at_most(2):  # an earlier damage may have made this one impossible
             DAMAGES[damage.kind](path, random.Random(damage.seed), world, canary)
             if damage.rehashed:
                 rehash(world, path)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError in a block that takes longer."""
+
+    def interrupt(*_: object) -> None:
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A copy of a file or folder; FIFOs and links are made again."""
+    if source.is_symlink():
+        os.symlink(os.readlink(source), target)
+    elif source.is_dir():
+        os.makedirs(target)
+        for name in os.listdir(source):
+            copy(source / name, target / name)
+    elif source.is_file():
+        shutil.copyfile(source, target)
+    else:
+        os.mkfifo(target)
 
 
 def _content(change: Callable[[bytearray, random.Random], bytes]) -> Callable:
@@ -167,7 +204,7 @@ def _move(path: Path, rng: random.Random, world: Path, *_: Any) -> None:
 def _copy(path: Path, rng: random.Random, world: Path, *_: Any) -> None:
     target = world / rng.choice(OUTPUTS) / path.name
     if target.parent.is_dir() and not os.path.lexists(target) and not target.is_relative_to(path):
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, target)
+        copy(path, target)
 
 
 def _exchange(path: Path, rng: random.Random, world: Path, *_: Any) -> None:
