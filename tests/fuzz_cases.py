@@ -33,15 +33,26 @@ class Case:
 
 
 ABSURD = (
-    *("-1", "0", "1", "2.5", "1e30", "-1e30", "1e-320", "nan", "inf", "-inf", "9223372036854775808", "9" * 400, "١"),
-    *("", " ", "x", "None", "true", "-", "--", "--help", "a b", "/dev/null", "[/red]", "\x1b[31mx", "\udcff", "\0", "{}"),
+    *("-1", "0", "1", "2.5", "1e30", "-1e30", "1e-320", "nan", "inf", "-inf", "9223372036854775808", "9" * 400),
+    *("١", "", " ", "x", "None", "true", "-", "--", "--help", "a b", "/dev/null", "[/red]"),
+    *("\x1b[31mx", "\udcff", "\0", "{}"),
 )
 BIG = ("1000000000", "2147483648", "65536")
 """Allowed in some places, and too much for memory."""
 PLACES = (
     *("", "/", ".", "..", "./", "../world", "new", "new/deep", "new/../cache", "cache/", "x" * 255, "x" * 300, "x\0y"),
-    *("cache/deep", "run/deep/er", "export/x", "/dev/null", "/dev/full/x", "/proc/x", "list.csv", "list.csv/x", "[/red]"),
-    *("\x1b[31mred", "new\udcff", ".new.partial", ".cache.partial", "~", "-x", "notes/notes.txt", "odd/bars/pipe.png"),
+    *("cache/deep", "run/deep/er", "export/x", "/dev/null", "/dev/full/x", "/proc/x", "list.csv", "list.csv/x"),
+    *(
+        "[/red]",
+        "\x1b[31mred",
+        "new\udcff",
+        ".new.partial",
+        ".cache.partial",
+        "~",
+        "-x",
+        "notes/notes.txt",
+        "odd/bars/pipe.png",
+    ),
 )
 IMAGES = ("images", "odd", "images/bars", "digits", "cache", "photos:0", "photos:x:y", "digits:", "odd/bars/loop.png")
 CHECKPOINTS = ("run", "run/checkpoints/step_000000001", "run/checkpoints", "export", "foreign", "cache")
@@ -73,7 +84,7 @@ BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
             },
             (),
         ),
-        ({"--images": "images", "--output": "new", "--tokenizer": "kclip", "--weights": "clip.pt", **FIT, **DECODE}, ()),
+        ({"--images": "images", "--output": "k", "--tokenizer": "kclip", "--weights": "clip.pt", **FIT, **DECODE}, ()),
     ],
     "pretrain": [
         ({"--cache": "cache", "--output": "run", "--max-steps": "3", **RUN}, ("--set=train.ema_decay=0.9",)),
@@ -109,10 +120,10 @@ BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
         ({"--checkpoint": "run", "--output": "export"}, ()),
         ({"--checkpoint": "run", "--output": "new"}, ("--ema",)),
     ],
-    "demo": [({"--output": "cache"}, ()), ({"--seeds": "-1"}, ()), ({"--device": "nonsense"}, ())],
+    "demo": [({"--output": "cache"}, ()), ({"--seeds": "1"}, ("--quick",))],
     "doctor": [({"--cache": "cache"}, ()), ({"--run": "run", "--cache": "odd_cache"}, ())],
 }
-"""Options and flags that work, but for `demo`, which would take minutes."""
+"""Options and flags that work, but for `demo`, which would take minutes: it is always refused."""
 
 MORE: dict[str, tuple[str, ...]] = {
     "tokenize": (
@@ -121,12 +132,21 @@ MORE: dict[str, tuple[str, ...]] = {
         *("--shard-images", "--seed", "--import-tokens", "--patience"),
     ),
     "pretrain": (
-        *("--recipe", "--model", "--objective", "--lr", "--precision", "--parallel", "--micro-batch", "--seed", "--set"),
-        *("--set", "--set", "--set", "--save-every", "--gpu-memory", "--gpus", "--budget"),
+        *("--recipe", "--model", "--objective", "--lr", "--precision", "--parallel", "--micro-batch", "--seed"),
+        *("--set", "--set", "--set", "--set", "--save-every", "--gpu-memory", "--gpus", "--budget"),
     ),
     "plan": (
-        *("--recipe", "--objective", "--cut", "--parallel", "--micro-batch", "--global-batch", "--gpus", "--gpu-memory"),
-        *("--gpu", "--interconnect", "--images", "--images-per-second", "--set", "--set", "--precision"),
+        *("--recipe", "--objective", "--cut", "--parallel", "--micro-batch", "--global-batch", "--gpus"),
+        *(
+            "--gpu-memory",
+            "--gpu",
+            "--interconnect",
+            "--images",
+            "--images-per-second",
+            "--set",
+            "--set",
+            "--precision",
+        ),
     ),
     "probe": ("--test-images", "--test-fraction", "--views", "--lr", "--batch-size", "--seed"),
     "codebook": ("--codebook", "--entries", "--seed"),
@@ -169,6 +189,8 @@ USUAL = {
     "--pool": ("avg", "token"),
     "--device": ("auto", "cuda", "cuda:0", "cuda:-1", "mps", "meta", "cpu:1"),
 }
+REFUSED = ("cache", "run/x", "", "/", "x" * 300, "x\0y")
+"""Places where a demo begins nothing, which would take minutes."""
 PLACED = {"--output", "--features-dir", "--images", "--root", "--test-images"}
 """Options whose absurd values are places; others would be walked, or written, outside of the world."""
 
@@ -182,7 +204,9 @@ def values_for(command: str, option: str) -> st.SearchStrategy[str]:
                 st.sampled_from([name for name in FIELDS if name not in LASTING_FIELDS]),
                 st.sampled_from(("true", "false", "2", "16", *BIG)),
             )
-            | st.sampled_from(("model.x=1", "x", "=", "model.width", "data.cache=", "train.output=/", "train.output=notes"))
+            | st.sampled_from(
+                ("model.x=1", "x", "=", "model.width", "data.cache=", "train.output=/", "train.output=run")
+            )
         )
     if option == "--images" and command == "plan":
         return st.sampled_from(("1.28M", "1e400M", "-1M", *ABSURD, *BIG))
@@ -220,8 +244,8 @@ def command_lines(draw: st.DrawFn, command: str) -> tuple[str, ...]:
         options.setdefault("--max-steps", "1")
         if options["--max-steps"] == "0":
             options["--epochs"] = "1"
-    if command == "demo" and not any(name in options for name in ("--output", "--seeds", "--device")):
-        options["--seeds"] = "0"
+    if command == "demo" and options.get("--output") not in REFUSED:
+        options["--device"] = draw(st.sampled_from(("nonsense", "cuda:99", "", "1", "meta")))
     glued = [f"{name}={value}" if value.startswith("-") else (name, value) for name, value in options.items()]
     typed = [part for one in glued for part in ([one] if isinstance(one, str) else one)]
     return (command, *typed, *extra)

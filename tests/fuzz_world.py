@@ -239,8 +239,21 @@ def _edit_json(path: Path, rng: random.Random, *_: Any) -> None:
 
 
 VALUES = (
-    *(None, True, -1, 0, 1, 7, 2**31, 2**64, 10**400, 0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x", "0", "nan"),
-    *("../notes/notes.txt", "/dev/zero", "\x1b[31mred", "\udcff", "[/red]", "x" * 5000, [], [1], {}, {"x": 1}, [[[]]]),
+    *(None, True, -1, 0, 1, 7, 2**31, 2**64, 10**400, 0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x", "0"),
+    *(
+        "nan",
+        "../notes/notes.txt",
+        "/dev/zero",
+        "\x1b[31mred",
+        "\udcff",
+        "[/red]",
+        "x" * 5000,
+        [],
+        [1],
+        {},
+        {"x": 1},
+        [[[]]],
+    ),
 )
 
 
@@ -321,7 +334,7 @@ def _edit_header(path: Path, rng: random.Random, *_: Any) -> None:
 
 
 def _text(path: Path, rng: random.Random, *_: Any) -> None:
-    path.write_bytes(rng.choice([b"\0" * 99, b"\xff\xfe", b"x", b"{", b'{"format": 1}', b"\n" * 50, "ä".encode("utf-16")]))
+    path.write_bytes(rng.choice([b"\0" * 99, b"\xff\xfe", b"x", b"{", b'{"format": 1}', b"\n" * 50, b"\xff\xfe\xe4\0"]))
 
 
 def _code(path: Path, rng: random.Random, world: Path, canary: Path) -> None:
