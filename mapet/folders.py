@@ -106,10 +106,14 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 
 def claim(folder: Path, what: str, names: Sequence[str], place: Path | None = None) -> FolderLock:
-    """The lock of a folder that is for our work alone: DataError where others than `names` (patterns) are in it."""
+    """The lock of a folder that is for our work alone: DataError where others than `names` are in it.
+
+    Args:
+        names: patterns; those with a suffix are of files, and a folder of such a name is not ours.
+    """
     if folder.is_dir():
         allowed = (LOCK, "lock", PARTIAL_FILES, *names)  # earlier versions had a file `lock`
-        foreign = [name for name in os.listdir(folder) if not any(fnmatch(name, pattern) for pattern in allowed)]
+        foreign = [path.name for path in folder.iterdir() if not any(_fits(path, pattern) for pattern in allowed)]
         if foreign:
             raise DataError(f"{folder} exists and holds no work of mapet; move it away ({_listed(folder, foreign)})")
     return FolderLock(folder, what, place)
@@ -311,6 +315,10 @@ def _remove(folder: Path, files: Sequence[str]) -> None:
         for name in (*files, LOCK):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _fits(path: Path, pattern: str) -> bool:
+    return fnmatch(path.name, pattern) and not (Path(pattern).suffix and path.is_dir())
 
 
 def _any(folder: Path, pattern: str) -> bool:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import faulthandler
 import io
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -32,9 +34,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fuzz_cases import Case, cases
+from fuzz_cases import Case, draw_case
 from fuzz_world import copy, files_of, inflict, make_world, snapshot, users
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from mapet import cli, doctor
 from mapet.commands.pretrain import run_config
@@ -78,6 +79,15 @@ class Tally:
     slowest: float = 0.0
     processes: int = 0
 
+    def count(self, case: Case, outcome: Outcome, problems: list[str], process: bool) -> None:
+        self.cases[case.command] += 1
+        self.codes[str(outcome.code)] += 1
+        self.processes += process
+        self.slowest = max(self.slowest, outcome.seconds)
+        self.problems.update({problem.split(":")[0] for problem in problems})
+        if problems:
+            self.failing.append({"case": json.loads(case.to_json()), "process": process, "problems": problems})
+
 
 class Fuzz:
     """The world, made once, and the cases run in copies of it."""
@@ -87,12 +97,16 @@ class Fuzz:
         self.users = users(self.pristine)
         self.files = files_of(self.pristine)
         self.base, self.canary = base / "case", base / "canary"
-        self.tally = Tally()
 
-    def check(self, case: Case, *, process: bool = False) -> list[str]:
-        """Run a case; everything that did not hold, in words."""
+    def case(self, start: int, number: int) -> Case:
+        """A case, the same for the same two numbers."""
+        return draw_case(self.files, random.Random(f"{start} {number}"))
+
+    def check(self, case: Case, *, process: bool = False, tally: Tally | None = None) -> list[str]:
+        """Run a case and count it; everything that did not hold, in words."""
         shutil.rmtree(self.base, ignore_errors=True)
         world = self.base / "world"
+        self.base.mkdir()
         copy(self.pristine, world)
         for damage in case.damages:
             inflict(world, damage, self.canary)
@@ -101,7 +115,8 @@ class Fuzz:
             written = outputs(case.arguments)
             outcome = run_process(case.arguments, world) if process else run_here(case.arguments)
         problems = list(self.judge(case, outcome, before, snapshot(self.base), written))
-        self.count(case, outcome, problems, process)
+        if tally is not None:
+            tally.count(case, outcome, problems, process)
         return problems
 
     def judge(
@@ -121,16 +136,6 @@ class Fuzz:
         yield from lost_files(outcome, before, after, written, self.users)
         yield from new_files(case.command, outcome, before, after, written)
 
-    def count(self, case: Case, outcome: Outcome, problems: list[str], process: bool) -> None:
-        tally = self.tally
-        tally.cases[case.command] += 1
-        tally.codes[str(outcome.code)] += 1
-        tally.processes += process
-        tally.slowest = max(tally.slowest, outcome.seconds)
-        tally.problems.update({problem.split(":")[0] for problem in problems})
-        if problems:
-            tally.failing.append({"case": json.loads(case.to_json()), "process": process, "problems": problems})
-
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
@@ -144,11 +149,11 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 def run_here(arguments: tuple[str, ...]) -> Outcome:
-    """The command in this process, with a limit on time and memory, and without doctor's slow trials."""
+    """The command in this process, with a limit on time and memory, and without what is slow in doctor."""
     outcome, out, err = Outcome(), io.StringIO(), io.StringIO()
     start = time.monotonic()
-    agrees = mock.patch.object(doctor, "two_stream_agreement", lambda *_: Agreement(0.0, 0.0))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), agrees, limited():
+    quick = mock.patch.multiple(doctor, two_stream_agreement=lambda *_: Agreement(0.0, 0.0), OPTIONAL_PACKAGES={})
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quick, limited():
         try:
             outcome.code = cli.main(list(arguments))
         except SystemExit as stop:
@@ -341,22 +346,16 @@ def new_files(
             yield f"left: {path} is new (exit code {outcome.code})"
 
 
-def run_cases(fuzz: Fuzz, count: int, start: int | None, on_case: Any) -> None:
-    """Draw `count` cases, from a seed or else the same ones every time, and give each to `on_case`."""
-
-    @settings(
-        max_examples=count,
-        derandomize=start is None,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases(fuzz.files))
-    def each(case: Case) -> None:
-        on_case(case)
-
-    (each if start is None else seed(start)(each))()
+def simplest(fuzz: Fuzz, case: Case, problems: list[str]) -> Case:
+    """A case without the damages and arguments that a problem of the same kind does not need."""
+    kinds = {problem.split(":")[0] for problem in problems}
+    for name in ("damages", "arguments"):
+        for i in reversed(range(name == "arguments", len(getattr(case, name)))):
+            parts = getattr(case, name)
+            less = dataclasses.replace(case, **{name: parts[:i] + parts[i + 1 :]})
+            if kinds & {problem.split(":")[0] for problem in fuzz.check(less)}:
+                case = less
+    return case
 
 
 def main() -> int:
@@ -369,30 +368,32 @@ def main() -> int:
     parser.add_argument("--replay", help="a case as JSON, as a failure is printed, instead")
     parser.add_argument("--process", action="store_true", help="replay it in a process of its own")
     options = parser.parse_args()
-    began = time.monotonic()
+    began, tally = time.monotonic(), Tally()
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
         if options.replay:
             problems = fuzz.check(Case.from_json(options.replay), process=options.process)
-            print("\n".join(problems) or "all holds", *fuzz.tally.codes)
+            print("\n".join(problems) or "all holds")
             return int(bool(problems))
 
-        def each(case: Case) -> None:
-            number = sum(fuzz.tally.cases.values()) + 1
-            for problem in fuzz.check(case, process=bool(options.every) and number % options.every == 0):
-                print(f"case {number}: {problem}\n    {case.to_json()}", flush=True)
+        for number in range(1, options.cases + 1):
+            case = fuzz.case(options.seed, number)
+            process = bool(options.every) and number % options.every == 0
+            if problems := fuzz.check(case, process=process, tally=tally):
+                for problem in problems:
+                    print(f"case {number}: {problem}\n    {case.to_json()}", flush=True)
+                if not process and "hang" not in tally.failing[-1]["problems"][0]:
+                    print(f"    in short: {simplest(fuzz, case, problems).to_json()}", flush=True)
             if number % 100 == 0:
-                print(f"{number} cases, {dict(fuzz.tally.problems)}, {time.monotonic() - began:.0f} s", flush=True)
-
-        run_cases(fuzz, options.cases, options.seed, each)
-        results = record(fuzz.tally, options.seed, time.monotonic() - began)
+                print(f"{number} cases, {dict(tally.problems)}, {time.monotonic() - began:.0f} s", flush=True)
+        results = record(tally, options.seed, time.monotonic() - began)
     print(json.dumps({**results, "failing": len(results["failing"])}, indent=1))
     if options.output:
         sys.path.insert(0, str(Path(__file__).parent.parent))
         from bench import records
 
         print(f"record: {records.write('fuzz', f'command_line_{options.cases}', results, options.output)}")
-    return int(bool(fuzz.tally.failing))
+    return int(bool(tally.failing))
 
 
 def record(tally: Tally, start: int, seconds: float) -> dict[str, Any]:

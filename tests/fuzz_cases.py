@@ -1,13 +1,14 @@
-"""Command lines and damages for the fuzz, drawn by hypothesis: values that work mixed with absurd ones."""
+"""Command lines and damages for the fuzz, drawn at random: values that work mixed with absurd ones."""
 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from fuzz_world import DAMAGES, OUTPUTS, Damage
-from hypothesis import strategies as st
 
 from mapet.settings import settings
 
@@ -59,6 +60,7 @@ CHECKPOINTS = ("run", "run/checkpoints/step_000000001", "run/checkpoints", "expo
 TOKENIZERS = ("cache_tokenizer", "odd_cache_tokenizer", "codebook.npy", "memory_tokenizer", "new_tokenizer", "export")
 CACHES = ("cache", "odd_cache")
 FIELDS = sorted(settings().keys() - {"data.cache", "data.workers", "train.output", "speed.compile", "train.budget"})
+NO_FIELDS = ("model.x=1", "x", "=", "model.width", "data.cache=", "train.output=/", "train.output=run")
 LASTING = ("--epochs", "--views", "--fit-iterations", "--fit-redos", "--max-steps", "--workers", "--seeds", "--budget")
 LASTING_FIELDS = ("optim.epochs", "train.max_steps", "model.depth", "data.patience")
 """A large value here is allowed, and takes as long as it says."""
@@ -155,7 +157,7 @@ MORE: dict[str, tuple[str, ...]] = {
     "doctor": (),
 }
 FLAGS = {
-    "tokenize": ("--overwrite", "--fit", "--compile"),
+    "tokenize": ("--overwrite", "--fit"),
     "pretrain": ("--fresh", "--auto-batch", "--list-options"),
     "probe": ("--baselines", "--ema"),
     "export": ("--ema",),
@@ -195,46 +197,38 @@ PLACED = {"--output", "--features-dir", "--images", "--root", "--test-images"}
 """Options whose absurd values are places; others would be walked, or written, outside of the world."""
 
 
-def values_for(command: str, option: str) -> st.SearchStrategy[str]:
-    """What may be typed after an option."""
+def value_for(command: str, option: str, rng: random.Random) -> str:
+    """What is typed after an option."""
     if option == "--set":
-        return st.builds(lambda name, value: f"{name}={value}", st.sampled_from(FIELDS), st.sampled_from(ABSURD)) | (
-            st.builds(
-                lambda name, value: f"{name}={value}",
-                st.sampled_from([name for name in FIELDS if name not in LASTING_FIELDS]),
-                st.sampled_from(("true", "false", "2", "16", *BIG)),
-            )
-            | st.sampled_from(
-                ("model.x=1", "x", "=", "model.width", "data.cache=", "train.output=/", "train.output=run")
-            )
-        )
+        name = rng.choice(FIELDS)
+        usual = ("true", "false", "2", "16", *(() if name in LASTING_FIELDS else BIG))
+        return rng.choice((*(f"{name}={value}" for value in (*usual, *ABSURD)), *NO_FIELDS))
     if option == "--images" and command == "plan":
-        return st.sampled_from(("1.28M", "1e400M", "-1M", *ABSURD, *BIG))
+        return rng.choice(("1.28M", "1e400M", "-1M", *ABSURD, *BIG))
     if option in PLACED:
-        allowed = [name for name in USUAL[option] if option == "--output" or name not in ("/", "..")]
-        return st.sampled_from(allowed)
-    return st.sampled_from((*USUAL.get(option, ()), *ABSURD, *(() if option in LASTING else (*BIG, "3"))))
+        return rng.choice([name for name in USUAL[option] if option == "--output" or name not in ("/", "..")])
+    return rng.choice((*USUAL.get(option, ()) * 2, *ABSURD, *(() if option in LASTING else (*BIG, "3"))))
 
 
-@st.composite
-def command_lines(draw: st.DrawFn, command: str) -> tuple[str, ...]:
-    """The arguments of `mapet`: those that work with up to three changes."""
-    options, flags = draw(st.sampled_from(BASES[command]))
+def command_line(command: str, rng: random.Random) -> tuple[str, ...]:
+    """The arguments of `mapet`: those that work, most often with changes."""
+    options, flags = rng.choice(BASES[command])
     options, extra = dict(options), list(flags)
-    for _ in range(draw(st.integers(0, 3))):
-        change = draw(st.integers(0, 19))
-        names = sorted({*options, *MORE[command]})
+    for _ in range(rng.choice((0, 0, 1, 1, 2, 4))):
+        change = rng.randrange(30)
         if change == 0:
-            extra.append(draw(st.sampled_from(("--bogus", "bogus", "--bogus=1", "-h", "--", "\x1b[31m", "--output"))))
+            extra.append(rng.choice(("--bogus", "bogus", "--bogus=1", "-h", "--", "\x1b[31m", "--output")))
         elif change == 1:
-            options.pop(draw(st.sampled_from(sorted(options))), None)
-        elif change == 2 and options:
-            extra.append(draw(st.sampled_from([f"{name}={value}" for name, value in sorted(options.items())])))
-        elif change < 6 and command in FLAGS:
-            extra.append(draw(st.sampled_from(FLAGS[command])))
-        else:
-            name = draw(st.sampled_from(names))
-            value = draw(values_for(command, name))
+            options.pop(rng.choice(sorted(options)), None)
+        elif change == 2:
+            extra.append(rng.choice([f"{name}={value}" for name, value in sorted(options.items())] or ["x"]))
+        elif change < 9 and command in FLAGS:
+            extra.append(rng.choice(FLAGS[command]))
+        elif change < 16 and "--output" in options:
+            options["--output"] = value_for(command, "--output", rng)
+        elif names := sorted({*options, *MORE[command]}):
+            name = rng.choice(names)
+            value = value_for(command, name, rng)
             if name == "--set":
                 extra.append(f"--set={value}")
             else:
@@ -245,10 +239,9 @@ def command_lines(draw: st.DrawFn, command: str) -> tuple[str, ...]:
         if options["--max-steps"] == "0":
             options["--epochs"] = "1"
     if command == "demo" and options.get("--output") not in REFUSED:
-        options["--device"] = draw(st.sampled_from(("nonsense", "cuda:99", "", "1", "meta")))
-    glued = [f"{name}={value}" if value.startswith("-") else (name, value) for name, value in options.items()]
-    typed = [part for one in glued for part in ([one] if isinstance(one, str) else one)]
-    return (command, *typed, *extra)
+        options["--device"] = rng.choice(("nonsense", "cuda:99", "", "1", "meta"))
+    typed = [(f"{name}={value}",) if value.startswith("-") else (name, value) for name, value in options.items()]
+    return (command, *chain.from_iterable(typed), *extra)
 
 
 READ = {
@@ -266,22 +259,15 @@ OFTEN = ("tokenize",) * 6 + ("pretrain",) * 5 + ("probe",) * 4 + ("export",) * 3
 COMMANDS = (*OFTEN, "plan", "demo")
 
 
-def cases(files: list[str]) -> st.SearchStrategy[Case]:
-    """Cases for a world with these files."""
-
-    @st.composite
-    def draw_case(draw: st.DrawFn) -> Case:
-        command = draw(st.sampled_from(COMMANDS))
-        near = [name for name in files if name.startswith(READ[command])]
-        damages = []
-        for _ in range(draw(st.sampled_from((0, 1, 1, 1, 2)))):
-            path = draw(st.sampled_from(near) if draw(st.integers(0, 4)) else st.sampled_from(files))
-            kind = draw(st.sampled_from(kinds_for(path)))
-            seed = draw(st.integers(0, 2**32 - 1))
-            damages.append(Damage(kind, path, seed, draw(st.booleans())))
-        return Case(tuple(damages), draw(command_lines(command)))
-
-    return draw_case()
+def draw_case(files: list[str], rng: random.Random) -> Case:
+    """A case for a world with these files."""
+    command = rng.choice(COMMANDS)
+    near = [name for name in files if name.startswith(READ[command])]
+    damages = []
+    for _ in range(rng.choice((0, 1, 1, 1, 1, 2, 3))):
+        path = rng.choice(near if rng.random() < 0.8 else files)
+        damages.append(Damage(rng.choice(kinds_for(path)), path, rng.randrange(1000), rng.random() < 0.5))
+    return Case(tuple(damages), command_line(command, rng))
 
 
 def kinds_for(path: str) -> list[str]:

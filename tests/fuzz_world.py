@@ -126,15 +126,15 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: str | Path, target: str | Path) -> None:
     """A copy of a file or folder; FIFOs and links are made again."""
-    if source.is_symlink():
+    if os.path.islink(source):
         os.symlink(os.readlink(source), target)
-    elif source.is_dir():
-        os.makedirs(target)
+    elif os.path.isdir(source):
+        os.mkdir(target)
         for name in os.listdir(source):
-            copy(source / name, target / name)
-    elif source.is_file():
+            copy(os.path.join(source, name), os.path.join(target, name))
+    elif os.path.isfile(source):
         shutil.copyfile(source, target)
     else:
         os.mkfifo(target)

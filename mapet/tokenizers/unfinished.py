@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,7 +85,7 @@ class UnfinishedFit:
         dtype = str(sample.rows.dtype).removeprefix("torch.")
         described = dataclasses.asdict(Description(sample.images, sample.patches, self.settings))
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self._rows) as partial, NpyAppender(partial, dtype, tuple(sample.rows.shape[1:])) as file:
                 for rows in sample.rows.split(ROWS_AT_ONCE):
                     file.append(rows.numpy())
@@ -99,8 +99,13 @@ class UnfinishedFit:
             ) from error
 
     def remove(self) -> None:
-        """Forget it: the fit is done, or not wanted."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget it: the fit is done, or not wanted. What others put beside its files stays."""
+        for path in (self._description, self._rows, self.kmeans):  # the description says that the others are ours
+            with suppress(OSError):
+                path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+                path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def _saved(self) -> Description | None:
         try:
