@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+from command_line import FIT as FITTING
+from command_line import SIZES
 from fuzz_world import DAMAGES, OUTPUTS, Damage
 
 from mapet.settings import settings
@@ -33,15 +35,31 @@ class Case:
         return cls(tuple(Damage(**damage) for damage in values["damages"]), tuple(values["arguments"]))
 
 
+NUMBERS = ("-1", "0", "1", "2", "5", "13", "9223372036854775807")
 ABSURD = (
-    *("-1", "0", "1", "2.5", "1e30", "-1e30", "1e-320", "nan", "inf", "-inf", "9223372036854775808", "9" * 400),
+    *NUMBERS * 4,
+    *("2.5", "1e30", "-1e30", "1e-320", "nan", "inf", "-inf", "9223372036854775808", "9" * 400),
     *("١", "", " ", "x", "None", "true", "-", "--", "--help", "a b", "/dev/null", "[/red]"),
     *("\x1b[31mx", "\udcff", "\0", "{}"),
 )
 BIG = ("1000000000", "2147483648", "65536")
 """Allowed in some places, and too much for memory."""
 PLACES = (
-    *("", "/", ".", "..", "./", "../world", "new", "new/deep", "new/../cache", "cache/", "x" * 255, "x" * 300, "x\0y"),
+    *(
+        "",
+        "/",
+        ".",
+        "..",
+        "./",
+        "../world",
+        "new",
+        "new/deep",
+        "notes/../cache",
+        "cache/",
+        "x" * 255,
+        "x" * 300,
+        "x\0y",
+    ),
     *("cache/deep", "run/deep/er", "export/x", "/dev/null", "/dev/full/x", "/proc/x", "list.csv", "list.csv/x"),
     *(
         "[/red]",
@@ -65,7 +83,7 @@ LASTING = ("--epochs", "--views", "--fit-iterations", "--fit-redos", "--max-step
 LASTING_FIELDS = ("optim.epochs", "train.max_steps", "model.depth", "data.patience")
 """A large value here is allowed, and takes as long as it says."""
 
-FIT = {"--image-size": "16", "--patch-size": "4", "--vocabulary": "16", "--fit-redos": "1", "--fit-iterations": "2"}
+FIT = dict(zip(*[map(str, (*SIZES, *FITTING))] * 2, strict=True))
 DECODE = {"--workers": "0", "--device": "cpu", "--max-skipped": "0.9"}
 MODEL = ("image_size=16", "patch_size=4", "vocabulary=16", "width=32", "depth=2", "heads=2")
 RUN = {"--cut": "5", "--epochs": "4", "--warmup-epochs": "1", "--batch": "8", "--workers": "0", "--device": "cpu"}
@@ -238,6 +256,8 @@ def command_line(command: str, rng: random.Random) -> tuple[str, ...]:
         options.setdefault("--max-steps", "1")
         if options["--max-steps"] == "0":
             options["--epochs"] = "1"
+    if options.get("--tokenizer") == "kclip":
+        options.setdefault("--image-size", "16")  # its own size takes minutes
     if command == "demo" and options.get("--output") not in REFUSED:
         options["--device"] = rng.choice(("nonsense", "cuda:99", "", "1", "meta"))
     typed = [(f"{name}={value}",) if value.startswith("-") else (name, value) for name, value in options.items()]
