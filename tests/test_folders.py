@@ -155,6 +155,12 @@ class TestLock:
         with pytest.raises(DataError, match=r"holds no work of mapet; move it away \(thesis.tex\)"):
             claim(tmp_path, "cache", ("*.npy",))
 
+    def test_a_folder_with_the_name_of_a_file_is_not_claimed(self, tmp_path):
+        (tmp_path / "plan.json").mkdir()
+        (tmp_path / "plan.json/thesis.tex").write_text(THESIS)
+        with pytest.raises(DataError, match=r"holds no work of mapet; move it away \(plan.json/\)"):
+            claim(tmp_path, "cache", ("plan.json", "cache"))
+
 
 class TestRun:
     def test_a_second_pretrain_is_refused_and_the_first_loses_nothing(self, mapet, tiny, tmp_path, monkeypatch):
@@ -456,6 +462,15 @@ class TestTokenizer:
         with pytest.raises(DataError, match="of something else, which is left as it is"):
             tokenizer.save(folder)
         assert entries(tmp_path) == before
+
+    def test_what_others_put_beside_a_fit_stays(self, mapet, images, tmp_path):
+        command = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
+        thesis = tmp_path / "cache_tokenizer/fit/thesis.tex"
+        thesis.parent.mkdir(parents=True)
+        thesis.write_text(THESIS)
+        mapet.succeed(*command)
+        mapet.succeed(*command)
+        assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"] and thesis.read_text() == THESIS
 
     def test_a_full_disk_leaves_no_half_of_a_sample(self, mapet, images, tmp_path, monkeypatch):
         def full(self, rows):
