@@ -114,8 +114,10 @@ class TestWhatIsSeen:
         case = fuzz.case(0, 0)
         case = Case(
             (Damage("folder", "cache/names.json"),),
-            ("tokenize", "--images", "images", "--codebook", "cache_tokenizer", "--output", "cache", "--overwrite")
-            + ("--workers", "0", "--device", "cpu"),
+            (
+                *("tokenize", "--images", "images", "--codebook", "cache_tokenizer", "--output", "cache"),
+                *("--overwrite", "--workers", "0", "--device", "cpu"),
+            ),
         )
         assert any(problem.startswith("lost: world/cache/names.json/note.txt") for problem in fuzz.check(case))
 
