@@ -467,7 +467,15 @@ def test_random_views_are_used_where_asked_for():
     assert seen == ["Tensor", "Tensor", "RandomViews", "RandomViews"]
 
 
-def test_too_many_neighbours_are_refused():
+def test_too_many_neighbours_are_refused_before_features_are_computed():
     images = make_images(24)
-    with pytest.raises(ConfigError, match="1 <= k <= 24"):
-        evaluate(pixel_features, images, LABELS, images, LABELS, config=EvaluationConfig(neighbours=25))
+
+    def computed(given):
+        raise AssertionError("features were computed")
+
+    for config, most in (
+        (EvaluationConfig(neighbours=25, labels_per_class=0), 24),
+        (EvaluationConfig(neighbours=5, labels_per_class=2), 2 * len(np.unique(LABELS))),
+    ):
+        with pytest.raises(ConfigError, match=f"1 <= k <= {most}"):
+            evaluate(computed, images, LABELS, images, LABELS, config=config)

@@ -16,7 +16,7 @@ from mapet.config import Count, CountOrNone, PositiveRate, Seed
 from mapet.errors import ConfigError
 from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
 from mapet.evaluate.images import CacheImages, Images, RandomViews, SourceImages
-from mapet.evaluate.knn import knn_accuracy, knn_predict
+from mapet.evaluate.knn import check_neighbours, knn_accuracy, knn_predict
 from mapet.evaluate.labels import check_labels, check_same_classes, draw_per_class, split
 from mapet.evaluate.probe import LinearProbeResult, ProbeConfig, linear_probe, logistic_probe
 
@@ -132,6 +132,8 @@ def evaluate(
     if config.labels_per_class:
         chosen = draw_per_class(train_labels, config.labels_per_class, seed=config.seed, classes=classes)
         subsets[f"{config.labels_per_class} per class"] = chosen
+    if "knn" in config.methods:
+        check_neighbours(config.neighbours, min(map(len, subsets.values())))
     if device is None:
         device = next(features.parameters()).device if isinstance(features, torch.nn.Module) else "cpu"
     extract = functools.partial(extract_features, features) if isinstance(features, torch.nn.Module) else features

@@ -26,8 +26,7 @@ def knn_predict(
     takes the label of the nearest. Equal votes go to the smaller label.
     Raises ConfigError unless 1 <= k <= n and temperature > 0.
     """
-    if not 1 <= k <= len(train):
-        raise ConfigError(f"kNN needs 1 <= k <= {len(train)} training images, got k = {k}")
+    check_neighbours(k, len(train))
     if temperature <= 0:
         raise ConfigError(f"the kNN temperature must be positive, got {temperature}")
     present, places = np.unique(train_labels, return_inverse=True)
@@ -42,6 +41,12 @@ def knn_predict(
         votes = torch.zeros(len(weights), len(present), device=device).scatter_add_(1, votes_for[nearest], weights)
         predicted.append(votes.argmax(dim=1).cpu())
     return present[torch.cat(predicted).numpy()]
+
+
+def check_neighbours(k: int, images: int) -> None:
+    """ConfigError unless there are as many training images as neighbours."""
+    if not 1 <= k <= images:
+        raise ConfigError(f"kNN needs 1 <= k <= {images} training images, got k = {k}")
 
 
 def knn_accuracy(
