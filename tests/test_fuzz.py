@@ -76,17 +76,16 @@ class TestWhatIsSeen:
         return "\n".join(fuzz.check(Case((), arguments)))
 
     def test_a_traceback(self, fuzz, monkeypatch):
-        monkeypatch.setattr(cli, "parse", lambda arguments: 1 / 0)
+        monkeypatch.setattr("mapet.commands.plan.run", lambda options: 1 / 0)
         assert "traceback: " in self.problems(fuzz, "plan")
 
     def test_a_hang(self, fuzz, monkeypatch):
-        def wait(arguments):
+        def wait(options):
             while True:
                 pass
 
-        monkeypatch.setattr("fuzz.LIMIT", 0.2)
-        monkeypatch.setattr("fuzz.outputs", lambda arguments: Written())
-        monkeypatch.setattr(cli, "parse", wait)
+        monkeypatch.setattr("fuzz.LIMIT", 1)
+        monkeypatch.setattr("mapet.commands.plan.run", wait)
         assert "hang: " in self.problems(fuzz, "plan")
 
     @pytest.mark.parametrize("text", ["one\x1b[31m", "\udcff"])
@@ -111,15 +110,10 @@ class TestWhatIsSeen:
             shutil.rmtree(staging.path)
 
         monkeypatch.setattr(cache_writer, "check_replaceable", careless)
-        case = fuzz.case(0, 0)
-        case = Case(
-            (Damage("folder", "cache/names.json"),),
-            (
-                *("tokenize", "--images", "images", "--codebook", "cache_tokenizer", "--output", "cache"),
-                *("--overwrite", "--workers", "0", "--device", "cpu"),
-            ),
-        )
-        assert any(problem.startswith("lost: world/cache/names.json/note.txt") for problem in fuzz.check(case))
+        places = ("--images", "images", "--codebook", "cache_tokenizer", "--output", "cache")
+        command = ("tokenize", *places, "--overwrite", "--workers", "0", "--device", "cpu")
+        problems = fuzz.check(Case((Damage("folder", "cache/names.json"),), command))
+        assert any(problem.startswith("lost: world/cache/names.json/note.txt") for problem in problems)
 
     @pytest.mark.parametrize("code", [0, 1])
     def test_files_that_change_or_go(self, code):
