@@ -29,7 +29,6 @@ from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet.checked import at_least, conform
@@ -299,7 +298,7 @@ def load_weights(
         folder = _checkpoint_folder(Path(path))
         try:
             return _weights_in(folder, ema)
-        except (OSError, MapetError, SafetensorError):
+        except (OSError, MapetError):
             if folder.exists():
                 raise
     raise CheckpointError(f"{path} is being trained, and its checkpoints go before they are read: raise train.keep")

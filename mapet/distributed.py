@@ -138,6 +138,11 @@ def connect(device: str, *, patience: timedelta | None = None) -> Iterator[World
             dist.destroy_process_group()
 
 
+def is_restart() -> bool:
+    """Whether torchrun started this process in place of one that died; nodes may count differently, so ask on one."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed since another process is gone: gloo has no type of error for that, NCCL has."""
     if isinstance(error, dist.DistError):

@@ -257,7 +257,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        with open(partial, "rb") as file:
+        with open(partial, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:

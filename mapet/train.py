@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 
@@ -26,7 +26,7 @@ from mapet.config import RunConfig, to_dict
 from mapet.data.cache import TokenCache
 from mapet.data.feed import Feed, FeedStopped
 from mapet.data.loader import Batch, make_loader, step_ids
-from mapet.distributed import StopRequest, World, connect
+from mapet.distributed import StopRequest, World, connect, is_restart
 from mapet.errors import CheckpointError, DataError, TrainingError
 from mapet.files import write_whole
 from mapet.folders import check_place, locked, set_aside
@@ -88,6 +88,8 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         stop = stack.enter_context(StopRequest(world))
         stack.enter_context(deterministic_algorithms(config.train.deterministic))
         cap_memory(config.train.gpu_memory, world.device)
+        if not config.train.resume and world.on_main(is_restart):  # what torchrun's first attempt set aside stays there
+            config = replace(config, train=replace(config.train, resume=True))
         cache = TokenCache.open(config.data.cache)
         cache.check_model(config.model)
         config, why = settled(config, world)

@@ -216,6 +216,16 @@ class TestRun:
         (output / "before_1/budget.json").unlink()
         assert pretrain(going_on).step == 4
 
+    def test_a_restart_by_torchrun_goes_on_with_what_was_begun_afresh(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        fresh = {"train.max_steps": 2, "train.resume": False}
+        for _ in range(2):
+            pretrain(make_config(tiny, tmp_path, **fresh))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        pretrain(make_config(tiny, tmp_path, **fresh | {"train.max_steps": 3}))
+        assert CheckpointStore(tmp_path / "checkpoints").steps() == [2, 3]
+        assert not (tmp_path / "before_2").exists()
+
     def test_nothing_to_set_aside(self, tmp_path):
         (tmp_path / "notes.txt").write_text(THESIS)
         assert set_aside(tmp_path, ("*.json", "checkpoints")) is None
