@@ -75,6 +75,24 @@ def read(batches):
     return [int(batch[0]) for batch in batches]
 
 
+def reset():
+    raise ConnectionResetError("Connection reset by peer")
+
+
+class Reset:
+    """Raises where it arrives, as what a dying worker has begun to hand over."""
+
+    def __reduce__(self):
+        return reset, ()
+
+
+def half_handed_over(key, beat):
+    if key == 3:
+        threading.Timer(0.3, kill, (beat,)).start()
+        return Reset()
+    return numbers(key, beat)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_batches_come_in_order_and_the_end_stays_the_end(workers):
     with fed(numbers, workers) as batches:
@@ -100,6 +118,14 @@ def test_a_worker_that_fails_is_named_and_all_are_ended(trouble, text):
     # A batch that a worker has made, but not handed over, goes with it.
     assert got == list(range(len(got))) and len(got) <= 3
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_whose_connection_breaks_before_its_end_is_known_is_named():
+    with (
+        pytest.raises(WorkerFailure, match=r"data worker 1 of 2 \(process \d+\) was killed by SIGKILL"),
+        fed(half_handed_over) as batches,
+    ):
+        read(batches)
 
 
 def test_a_bug_in_a_worker_keeps_its_traceback_and_ends_the_workers():

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from ctypes import c_uint64
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -92,7 +93,7 @@ class Feed(Generic[T]):
 
     Args:
         make: makes one batch, calling `beat` now and then; picklable where workers are spawned.
-        keys: what the batches are made of; its length is known.
+        keys: what the batches are made of; its length is known. No tensors: they would travel in shared memory.
         workers: processes; 0 for none but this one.
         batch_bytes: of a batch in shared memory, about.
         patience: seconds without progress after which a worker counts as stalled.
@@ -174,6 +175,8 @@ class Feed(Generic[T]):
                 raise StopIteration
             if isinstance(got.error, MapetError):
                 raise got.error
+            # It may be that of a connection to a worker whose end the system has yet to tell.
+            connection.wait([process.sentinel for process in self._processes], timeout=TAKE_SECONDS)
             self._check_alive()
             raise got.error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -79,53 +79,27 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _BatchFetcher:
-    """A step and its ids to a Batch."""
+    """The number of a step to the Batch that one process takes: its contiguous share of the global batch, in order."""
 
     cache: TokenCache
-    shares: _StepShares
+    seed: int
+    global_batch: int
+    mine: slice
     color_jitter: float
 
     @property
     def bytes(self) -> int:
         """Of a Batch, about."""
         pixels = 3 * self.cache.image_size**2 * (4 if self.color_jitter else 1)
-        return self.shares.share * (pixels + 8 * (self.cache.grid**2 + 1))
+        return (self.mine.stop - self.mine.start) * (pixels + 8 * (self.cache.grid**2 + 1))
 
-    def __call__(self, step_and_ids: tuple[int, Tensor], beat: Callable[[], None]) -> Batch:
-        step, ids = step_and_ids
+    def __call__(self, step: int, beat: Callable[[], None]) -> Batch:
+        ids = step_ids(len(self.cache), seed=self.seed, step=step, global_batch=self.global_batch)[self.mine]
         images = self.cache.images(ids, beat)
         if self.color_jitter:
-            draws = step_jitter(self.shares.seed, step, self.shares.global_batch, self.color_jitter)
-            images = change_colors(images, draws[self.shares.mine])
+            draws = step_jitter(self.seed, step, self.global_batch, self.color_jitter)
+            images = change_colors(images, draws[self.mine])
         return Batch(images, self.cache.tokens(ids), ids)
-
-
-@dataclass(frozen=True)
-class _StepShares:
-    """One process's contiguous share of the global batch of each step, in order."""
-
-    length: int
-    seed: int
-    global_batch: int
-    steps: range
-    rank: int
-    world_size: int
-
-    @property
-    def share(self) -> int:
-        return self.global_batch // self.world_size
-
-    @property
-    def mine(self) -> slice:
-        return slice(self.rank * self.share, (self.rank + 1) * self.share)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        for step in self.steps:
-            ids = step_ids(self.length, seed=self.seed, step=step, global_batch=self.global_batch)
-            yield step, ids[self.mine]
 
 
 def make_loader(
@@ -158,11 +132,11 @@ def make_loader(
         raise ConfigError(f"rank must be in [0, world size {world_size}), got {rank}")
     if global_batch % world_size:
         raise ConfigError(f"global batch {global_batch} is not divisible by the {world_size} processes")
-    shares = _StepShares(len(cache), seed, global_batch, range(start_step, stop_step), rank, world_size)
-    fetch = _BatchFetcher(cache, shares, color_jitter)
+    share = global_batch // world_size
+    fetch = _BatchFetcher(cache, seed, global_batch, slice(rank * share, (rank + 1) * share), color_jitter)
     return Feed(
         fetch,
-        shares,
+        range(start_step, stop_step),
         workers=workers,
         batch_bytes=fetch.bytes,
         patience=patience,
