@@ -2,23 +2,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Bytecode is made, and kept, of what is used: pip would take half a minute to make it of everything.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all test-gpu harvest harvest-second harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[test,demo]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[test,demo]'
 	touch $@
 
 # Another Triton beside the installed one, of which tests see what it makes of the kernels; 190 MB.
 $(VENV)/triton36/.installed: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==3.6.0
+	$(BIN)/pip install --quiet --no-compile --no-deps --upgrade --target $(@D) triton==3.6.0
 	touch $@
 
 # The oldest timm that is allowed, of which tests see that it runs no code in the files given to mapet; 16 MB on disk.
 $(VENV)/timm_oldest/.installed: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) timm==1.0.26
+	$(BIN)/pip install --quiet --no-compile --no-deps --upgrade --target $(@D) timm==1.0.26
 	touch $@
 
 OLDER := $(VENV)/triton36/.installed $(VENV)/timm_oldest/.installed
@@ -28,8 +30,7 @@ demo: $(VENV)/.installed
 
 # A process for each core, and one thread in it: the tests' sizes gain nothing from more threads.
 # Tests marked long are left to test-all.
-TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE= \
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
+TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.installed $(OLDER)
 	$(TESTS) -m "not long"
 

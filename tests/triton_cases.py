@@ -40,7 +40,7 @@ TINY = {
     "last_block": TwoStreamShape(7, 3, batch=1, heads=2, size=4, with_content=False),
     "pim_blind_row": TwoStreamShape(5, 0, batch=1, heads=1, size=4, mask_tokens=False),
 }
-RANDOM_SHAPES = int(os.environ.get("TRITON_RANDOM_SHAPES", "40"))
+RANDOM_SHAPES = int(os.environ.get("TRITON_RANDOM_SHAPES", "25"))
 
 
 @pytest.fixture
