@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import FIT, PROBE, SIZES, TRAINING, Mapet, everything_in, pictures, training
+from command_line import FIT, PROBE, SIZES, TRAINING, everything_in, pictures, training
 from PIL import Image
 
 from mapet import checkpoint
@@ -19,11 +19,6 @@ from mapet.cli import main
 from mapet.data import npyfile
 from mapet.data.cache import TokenCache
 from mapet.tokenizers.pixel import PixelTokenizer
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture(scope="module")

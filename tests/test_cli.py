@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from command_line import FIT, PROBE, SIZES, TRAINING, Mapet, everything_in, pictures
+from command_line import FIT, PROBE, SIZES, TRAINING, everything_in, pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -33,11 +33,6 @@ from mapet.tokenizers import load_tokenizer
 from mapet.tokenizers.pixel import PixelTokenizer
 
 LINES, COLUMNS = 51, 100
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +109,6 @@ def test_the_kernels_need_no_mapet_and_wait_for_no_compiler():
 
 class TestExits:
     """What `main` makes of exceptions; the command is a stand-in."""
-
-    @pytest.fixture
-    def failing(self, mapet, monkeypatch):
-        def run_with(error):
-            def run(options):
-                raise error
-
-            monkeypatch.setattr(tokenize_command, "run", run)
-            return mapet("tokenize", "--images", "x")
-
-        return run_with
 
     @pytest.mark.parametrize(("kind", "code"), [(ConfigError, 2), (DataError, 1), (CheckpointError, 1)])
     def test_expected_failures_are_a_line(self, kind, code, failing):

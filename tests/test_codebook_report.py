@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import FIT, SIZES, Mapet, everything_in, pictures
+from command_line import FIT, SIZES, everything_in, pictures
 from datafakes import description
 from PIL import Image
 
@@ -23,11 +23,6 @@ from mapet.report.codebook_report import CodebookStatistics, write_codebook_repo
 from mapet.tokenizers import gallery, load_tokenizer
 
 CLASSES = ["cat", "dog", "eel"]
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_writer import make_state
-from command_line import FIT, PROBE, SIZES, TRAINING, Mapet, everything_in, pictures, training
+from command_line import FIT, PROBE, SIZES, TRAINING, everything_in, pictures, training
 from datafakes import description, entries, random_rows, write_cache
 from forked import FORK, killed_at_sync, run_ranks
 from safetensors.torch import save_file
@@ -38,11 +38,6 @@ from mapet.train import pretrain
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=32, depth=1, heads=2, vocabulary=16)
 THESIS = "years of work"
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture(scope="module")

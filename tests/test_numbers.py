@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TRAINING, Mapet, everything_in, pictures
+from command_line import TRAINING, everything_in, pictures
 from tiny_run import make_cache, make_config
 
 from mapet.checked import Range, at_least, fraction
@@ -28,11 +28,6 @@ from mapet.units import parse_bytes, parse_count, parse_duration, parse_link
 from mapet_kernels import kmeans
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TRAINING, Mapet
+from command_line import TRAINING
 from tiny_run import make_cache
 
 from mapet.commands import pretrain as command
@@ -16,11 +16,6 @@ from mapet.errors import ConfigError
 from mapet.options import Pretrain
 
 BASE = ("--model", "base", "--cut", 60, "--precision", "bf16")
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import SIZES, Mapet, pictures
+from command_line import SIZES, pictures
 
 from mapet.commands import tokenize as command
 from mapet.tokenizers import PixelTokenizer
@@ -17,11 +17,6 @@ from mapet_kernels import kmeans
 
 SCRIPT = Path(__file__).parent / "fit_script.py"
 FIT = ("--workers", 0, "--batch-size", 16, "--fit", "--fit-redos", 2, "--fit-iterations", 4)
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import FIT, SIZES, Mapet, pictures
+from command_line import FIT, SIZES, pictures
 from datafakes import BrightnessTokenizer, NoiseSource, entries
 from forked import kill_after, killed_at_sync, run_ranks
 
@@ -21,11 +21,6 @@ from mapet.tokenize import tokenize
 
 TOKENIZER = BrightnessTokenizer()
 SHARDS = {"image_size": 8, "batch_size": 2, "shard_images": 4, "workers": 0}
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -57,11 +57,6 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
-
-
-@pytest.fixture
 def fresh(made, tmp_path):
     """Makes a copy of everything at the place where it was made, as absolute paths are part of what is kept."""
     aside = made.with_name("aside")

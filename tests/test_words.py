@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import FIT, SIZES, TRAINING, Mapet, pictures
+from command_line import FIT, SIZES, TRAINING, pictures
 from rich.console import Console
 from tiny_run import make_cache, make_config
 
-from mapet.commands import tokenize as tokenize_command
 from mapet.commands.probe import as_table
 from mapet.data.images import folder_source
 from mapet.doctor import Finding, doctor
@@ -28,25 +27,6 @@ from mapet.train import pretrain
 from mapet.words import in_line, printable
 
 HOSTILE = ["\x1b[31mred", "[/red]", "caf\udce9", "$\\frac", "a\nb", "<script>", "a|b`c`"]
-
-
-@pytest.fixture
-def mapet(capsys) -> Mapet:
-    return Mapet(capsys)
-
-
-@pytest.fixture
-def failing(mapet, monkeypatch):
-    """What `main` makes of an exception."""
-
-    def run_with(error):
-        def run(options):
-            raise error
-
-        monkeypatch.setattr(tokenize_command, "run", run)
-        return mapet("tokenize", "--images", "x")
-
-    return run_with
 
 
 @pytest.mark.parametrize(
