@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 from mapet.checked import at_least, conform
-from mapet.errors import ConfigError, MapetError
+from mapet.errors import ConfigError, DataError, MapetError
 from mapet.files import read_bytes, write_whole
 
 FILE_NAME, BOARD = "metrics.jsonl", "tensorboard"
@@ -133,6 +133,12 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [line for line in read_lines(path) if line["step"] <= step]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
+
+
+def check_ours(path: Path) -> None:
+    """DataError where a metrics file is there, and holds no line of a run."""
+    if os.path.lexists(path) and (content := read_bytes(path)) and not any(map(_line, content.split(b"\n"))):
+        raise DataError(f"{path} holds no line of a run; it is left as it is: move it away, or give another folder")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from mapet.files import write_whole
 from mapet.folders import check_place, locked, set_aside
 from mapet.learner import Learner
 from mapet.limits import cap_memory
-from mapet.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, import_trackers
+from mapet.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, check_ours, import_trackers
 from mapet.precision import settled
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
@@ -116,9 +116,12 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
 
 def take_folder(config: RunConfig, stack: ExitStack) -> None:
     """Lock the run's folder until the stack ends, and set an earlier run aside that is not wanted."""
-    stack.enter_context(locked(config.train.output, "run"))
+    folder = config.train.output
+    stack.enter_context(locked(folder, "run"))
     if not config.train.resume:
-        set_aside(config.train.output, RUN_FILES)
+        set_aside(folder, RUN_FILES)
+    elif not (folder / FOLDER).exists():
+        check_ours(folder / FILE_NAME)
 
 
 class Run:

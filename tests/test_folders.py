@@ -178,6 +178,16 @@ class TestRun:
         assert lines == [1, 2, 3, 4, 5, 6]
         assert not (output / LOCK).exists()
 
+    @pytest.mark.parametrize("content", ['{"note": 1}\n', "mine"])
+    def test_metrics_of_others_are_not_replaced(self, content, tiny, tmp_path):
+        theirs = tmp_path / "metrics.jsonl"
+        theirs.write_text(content)
+        with pytest.raises(DataError, match="metrics.jsonl holds no line of a run; it is left as it is"):
+            pretrain(make_config(tiny, tmp_path))
+        assert entries(tmp_path) == {"metrics.jsonl": content.encode()}
+        theirs.write_text("")
+        assert pretrain(make_config(tiny, tmp_path, **{"train.max_steps": 1})).step == 1
+
     def test_under_torchrun_all_ranks_end(self, tiny, tmp_path):
         def rank(number: int) -> int:
             try:
