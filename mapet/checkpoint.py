@@ -44,12 +44,14 @@ from mapet.files import (
     sync_folder,
     write_through,
 )
+from mapet.folders import CHECKPOINT, CHECKPOINTS, a, kind_of
 from mapet.official import pretraining_shapes
 from mapet.settings import REPLACED
 
 T = TypeVar("T")
 FORMAT = 1
 FOLDER = "checkpoints"
+WANTED = f"give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
 REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
 PARTIAL, REMOVED = ".partial_", ".removed_"
 ATTEMPTS = 20
@@ -244,7 +246,8 @@ class CheckpointStore:
         reason = f"{error.strerror or error}"
         if error.errno in NO_SPACE:
             free = shutil.disk_usage(self.folder).free
-            reason = f"the disk is full ({reason}; {free / 2**20:.1f} MiB free); make room, or lower train.keep"
+            fewer = ", or lower train.keep" if len(self.steps()) > 1 else ""
+            reason = f"the disk is full ({reason}; {free / 2**20:.1f} MiB free); make room{fewer}"
         complete = [self.path(step).name for step in self.steps()]
         kept = (
             f"the earlier checkpoints are untouched ({', '.join(complete)})" if complete else "there is no earlier one"
@@ -329,14 +332,14 @@ def _read(folder: Path, name: str, read: Callable[..., T], *arguments: Any, **op
 
 
 def _checkpoint_folder(path: Path) -> Path:
+    if (kind := kind_of(path)) not in (None, CHECKPOINT, CHECKPOINTS):
+        raise CheckpointError(f"{path} is {a(kind)}; {WANTED}")
     if (path / "manifest.json").exists():
         return path
     store = CheckpointStore(path / FOLDER)
     step = store.newest_valid()
     if step is None:
-        raise CheckpointError(
-            f"{path} holds no checkpoint; give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
-        )
+        raise CheckpointError(f"{path} holds no checkpoint; {WANTED}")
     return store.path(step)
 
 

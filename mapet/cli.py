@@ -25,7 +25,7 @@ import tyro
 
 from mapet import __version__
 from mapet.errors import MapetError
-from mapet.options import COMMANDS, check_options
+from mapet.options import COMMANDS, check_options, in_options
 from mapet.words import printable
 
 ABOUT = "Pre-train vision transformers by masked and permuted visual tokens (MaPeT)."
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except MapetError as error:
-            complain("error", error)
+            complain("error", in_options(str(error)) if {"pretrain", "plan"} & {*arguments[:1]} else error)
             return error.exit_code
         except KeyboardInterrupt as interrupt:
             if is_process:

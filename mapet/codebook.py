@@ -165,7 +165,7 @@ class FitReport:
         lines = [
             f"codebook {self.tokenizer}: {usage.vocabulary} entries of {self.features} numbers, "
             f"from {self.rows} of {self.patches} patches of {self.images} images",
-            f"k-means: {self.init} start, seed {self.seed}, best of {len(self.objectives)} redos is {self.redo}; "
+            f"k-means: {self.init} start, seed {self.seed}, best of {len(self.objectives)} redos is {self.redo + 1}; "
             f"objective {curve[0]:.6g} to {curve[-1]:.6g} in {len(curve)} iterations, {self.splits} splits",
             f"usage: perplexity {usage.perplexity:.1f} of {usage.vocabulary}, {len(usage.dead)} dead, "
             f"{usage.repeated} repeated, most used entry {usage.largest_share:.1%}",

@@ -20,6 +20,7 @@ from rich.text import Text
 from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
+from mapet.folders import instead
 from mapet.precision import automatic
 from mapet.words import printable
 from mapet_kernels.backends import available_backends, explain_auto, reason_against_rocm
@@ -283,7 +284,14 @@ def run_findings(path: Path) -> list[Finding]:
     except OSError as error:
         return [Finding("run", "problem", f"{path} cannot be read: {error.strerror or error}")]
     if not steps:
-        return [Finding("run", "problem", f"{path} holds no checkpoint", f"give a run folder, with {FOLDER}/ in it")]
+        return [
+            Finding(
+                "run",
+                "problem",
+                f"{path} holds no checkpoint{instead(path)}",
+                f"give a run folder, with {FOLDER}/ in it",
+            )
+        ]
     return [_checkpoint_finding(store.path(step), step) for step in steps]
 
 

@@ -33,9 +33,10 @@ LONGEST_NAME = 255
 HIDDEN = re.compile(r"\..+\.(partial|replaced)")
 SHOWN = 5
 
-CACHE, CHECKPOINT, EXPORT, TOKENIZER, SAMPLE = (
+CACHE, CHECKPOINT, CHECKPOINTS, EXPORT, TOKENIZER, SAMPLE = (
     "token cache",
     "checkpoint",
+    "folder of checkpoints",
     "exported model",
     "tokenizer",
     "feature sample",
@@ -138,10 +139,21 @@ def kind_of(folder: Path) -> str | None:
             if isinstance(values, dict) and fits(values):
                 return kind
     if folder.name == "checkpoints" and ((folder.parent / "metrics.jsonl").exists() or _any(folder, "step_*")):
-        return "folder of checkpoints"
+        return CHECKPOINTS
     if folder.name == "features" and _any(folder, "features_*.npy"):
         return "folder of features"
     return None
+
+
+def a(kind: str) -> str:
+    """A kind with its article."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def instead(folder: Path) -> str:
+    """That a folder is something else of ours, for a message that it is not what was asked for; empty where it is not."""
+    kind = kind_of(folder)
+    return f" (it is {a(kind)})" if kind else ""
 
 
 def check_name(path: str | Path, kind: str, *, staged: bool = False, option: str = "--output") -> None:
@@ -172,7 +184,7 @@ def check_place(path: str | Path, kind: str, *, staged: bool = False, option: st
             if found and not (found == kind and place == real):
                 where = "there" if place == real else "around it"
                 raise ConfigError(
-                    f"{option} {path}: {place} is a {found}, and nothing else may be {where}; name another folder"
+                    f"{option} {path}: {place} is {a(found)}, and nothing else may be {where}; name another folder"
                 )
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror or error}") from error

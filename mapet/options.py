@@ -5,6 +5,7 @@ Nothing here imports torch, so that `mapet COMMAND --help` is quick.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,6 +64,17 @@ def as_typed(error: FieldError, option: str, short_for: str = "") -> FieldError:
     """The error of a field with the option's name before it: --batch-size, or --lr (optim.lr)."""
     name = f"--{option.replace('_', '-')}" + (f" ({short_for})" if short_for else "")
     return FieldError(error.name, f"{name}{str(error).removeprefix(error.name)}")
+
+
+def in_options(text: str) -> str:
+    """A message about a run with its fields as they are typed, `--lr` or `--set optim.clip`."""
+    typed = {name: f"--{option.replace('_', '-')}" for option, name in FIELD_OF.items()}
+    names = "|".join(re.escape(name) for name in sorted(settings(), key=len, reverse=True))
+    return re.sub(
+        rf"(?<![\w./(-])(?<!--set )({names})\b(?![/-]|\.\w)",
+        lambda found: typed.get(found[0], f"--set {found[0]}"),
+        text,
+    )
 
 
 def _wanted(metavar: str, hint: str = "") -> Any:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -88,6 +90,7 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         stop = stack.enter_context(StopRequest(world))
         stack.enter_context(deterministic_algorithms(config.train.deterministic))
         cap_memory(config.train.gpu_memory, world.device)
+        again = "the same command" + ("" if config.train.resume else ", without --fresh,")
         if not config.train.resume and world.on_main(is_restart):  # what torchrun's first attempt set aside stays there
             config = replace(config, train=replace(config.train, resume=True))
         cache = TokenCache.open(config.data.cache)
@@ -101,9 +104,10 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
             steps = plan_steps(config, len(cache), world.size)
             if world.is_main:
                 say(decision)
-        run = Run(config, world, cache, steps)
+        run = Run(config, world, cache, steps, again)
         start = run.resume({"train.precision": f"{why}; to go on here, name the earlier one"} if why else {})
         if world.is_main:
+            run.check_room()
             log = MetricsLog(config.train.output, start, config.train.trackers, to_dict(config))
             run.log = stack.enter_context(log)
             run.display = stack.enter_context(make_progress(steps.last, start))
@@ -119,16 +123,22 @@ def take_folder(config: RunConfig, stack: ExitStack) -> None:
     folder = config.train.output
     stack.enter_context(locked(folder, "run"))
     if not config.train.resume:
-        set_aside(folder, RUN_FILES)
+        if aside := set_aside(folder, RUN_FILES):
+            say(f"the earlier run is now in {aside}")
     elif not (folder / FOLDER).exists():
         check_ours(folder / FILE_NAME)
 
 
 class Run:
-    """The loop around a learner: data in, numbers and checkpoints out. The main process has `log` and `display`."""
+    """The loop around a learner: data in, numbers and checkpoints out. The main process has `log` and `display`.
 
-    def __init__(self, config: RunConfig, world: World, cache: TokenCache, steps: StepPlan) -> None:
-        self.config, self.world, self.cache, self.steps = config, world, cache, steps
+    `again` is what goes on with the run, in words.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, again: str = "the same command"
+    ) -> None:
+        self.config, self.world, self.cache, self.steps, self.again = config, world, cache, steps, again
         self.learner = Learner(config, world, steps)
         self.store = CheckpointStore(config.train.output / FOLDER, config.train.keep)
         self.log: MetricsLog | None = None
@@ -185,7 +195,7 @@ class Run:
             raise DataError(self.lost_data(failure, saved)) from failure
         if verdict.signal and done < last:
             why = "the end of its torchrun" if stop.orphaned else Signals(verdict.signal).name
-            self.tell(f"stopped by {why} after step {done}; the same command goes on from there")
+            self.tell(f"stopped by {why} after step {done}; {self.again} goes on from there")
         best = self.log.best_loss if self.log else None
         return TrainResult(
             step=done,
@@ -220,7 +230,7 @@ class Run:
         what = (
             str(failure) if failure else "another process of this run has no data to go on with; its message says why"
         )
-        kept = f"The checkpoint of step {saved} is kept, and the same command goes on from it" if saved else ""
+        kept = f"The checkpoint of step {saved} is kept, and {self.again} goes on from it" if saved else ""
         return f"{what}. {kept or 'There is no checkpoint yet'}"
 
     def report(self, done: int, clock: Clock) -> StepMetrics:
@@ -267,6 +277,17 @@ class Run:
         self.world.on_main(lambda: self.store.save(done, state))
         return done
 
+    def check_room(self) -> None:
+        """Warn where the disk has no room for another checkpoint."""
+        copies = 3 + (self.config.train.ema_decay > 0)  # with both moments of AdamW
+        needed = copies * sum(parameter.nbytes for parameter in self.learner.model.parameters())
+        if (free := shutil.disk_usage(self.config.train.output).free) < needed:
+            warnings.warn(
+                f"a checkpoint of this run takes about {needed / 2**20:.1f} MiB, and the disk of "
+                f"{self.config.train.output} has {free / 2**20:.1f} MiB free: make room, or the run ends at its first",
+                stacklevel=2,
+            )
+
     def earlier(self) -> str:
         """What there is to go on from after a failure."""
         steps = self.store.steps()
@@ -303,7 +324,7 @@ class Run:
             images += f", ... (all {len(ids)} {where})"
         raise TrainingError(
             f"step {failure.step} (counted from 0): loss {failure.loss:g}, gradient norm {failure.gradient_norm:g}. "
-            f"{weights} Images of its batch: {images}. Lower optim.lr or set optim.clip; {self.earlier()}"
+            f"{weights} Images of its batch: {images}. Lower optim.lr or try optim.clip=1; {self.earlier()}"
         )
 
 

@@ -194,7 +194,11 @@ def run_process(arguments: tuple[str, ...], world: Path) -> Outcome:
     start = time.monotonic()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "mapet", *arguments], cwd=world, env=environment, capture_output=True, timeout=4 * LIMIT
+            [sys.executable, "-m", "mapet", *arguments],
+            cwd=world,
+            env=environment,
+            capture_output=True,
+            timeout=4 * LIMIT,
         )
     except subprocess.TimeoutExpired:
         return Outcome(hung=True, trace="in a process of its own", seconds=time.monotonic() - start)

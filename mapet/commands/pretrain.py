@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -115,14 +116,17 @@ def print_options(config: RunConfig) -> None:
 def summary(config: RunConfig, result: TrainResult) -> str:
     """Where the results are, and what can be done with them."""
     output = config.train.output
-    newest = result.checkpoint or "none yet"
-    lines = [f"{result.step} of {result.last_step} steps are done; newest checkpoint: {newest}"]
+    done = f"{result.step} of {result.last_step} steps are done"
+    if result.step > result.last_step:
+        done = f"nothing to do: {result.step} steps are done, {result.last_step} were asked for"
+    lines = [f"{done}; newest checkpoint: {result.checkpoint or 'none yet'}"]
     if result.best_loss is not None:
         lines.append(f"smallest loss {result.best_loss:.4f}, at step {result.best_step}")
     lines.append(f"numbers: {output}/metrics.jsonl; curves: tensorboard --logdir {output}/tensorboard")
-    if result.step == result.last_step:
-        lines.append(f"next: mapet probe --checkpoint {output} --images LABELLED-IMAGES")
-        lines.append(f"      mapet export --checkpoint {output} --output {output}/timm")
+    if result.step >= result.last_step:
+        typed = shlex.quote(str(output))
+        lines.append(f"next: mapet probe --checkpoint {typed} --images LABELLED-IMAGES")
+        lines.append(f"      mapet export --checkpoint {typed} --output {typed}/timm")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapet.config import ModelConfig
+from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import cache_staging, check_replaceable
 from mapet.data.feed import check_shared_memory
@@ -361,7 +362,7 @@ def iteration_line(done: Iteration, options: Tokenize) -> str:
 
 
 def pretrain_line(folder: Path) -> str:
-    """The command that pre-trains on a cache, for a model of the sizes in it."""
+    """The command that pre-trains on a cache: a model of the sizes in it, and what it is too small for set lower."""
     cache = TokenCache.open(folder)
     sizes = {
         "image_size": cache.image_size,
@@ -369,4 +370,9 @@ def pretrain_line(folder: Path) -> str:
         "vocabulary": cache.vocabulary,
     }
     needed = [f" --set model.{name}={size}" for name, size in sizes.items() if size != getattr(ModelConfig, name)]
-    return f"mapet pretrain --cache {folder}{''.join(needed)}"
+    patches, usual = cache.grid**2, ModelConfig().grid ** 2
+    if (cut := ObjectiveConfig().cut) >= patches:
+        needed.append(f" --cut {max(1, round(cut * patches / usual))}")
+    if len(cache) < OptimConfig.global_batch:
+        needed.append(f" --batch {2 ** (len(cache).bit_length() - 1)}")  # the largest power of two
+    return f"mapet pretrain --cache {shlex.quote(str(folder))}{''.join(needed)}"

@@ -37,6 +37,7 @@ from mapet.errors import DataError
 from mapet.files import UnreadableFile, map_array, read_json
 
 ANEW = "make the cache anew"
+ANOTHER = "tokenise into another folder, or replace this cache with --overwrite"
 
 ROWS_BETWEEN_BEATS = 256
 
@@ -160,15 +161,15 @@ class TokenCache:
 
     def check_description(self, wanted: CacheDescription) -> None:
         """DataError naming the first entry in which the cache differs from what is wanted."""
+        found = self.manifest.description
+        if found.source_fingerprint != wanted.source_fingerprint:
+            raise DataError(f"{self.path} is of other images, or these have changed since: {ANOTHER}")
         for name, value in vars(wanted).items():
-            self._expect(name, getattr(self.manifest.description, name), value)
+            self._expect(name, getattr(found, name), value)
 
     def _expect(self, what: str, found: object, expected: object) -> None:
         if found != expected:
-            raise DataError(
-                f"{self.path / MANIFEST}: {what} is {found}, expected {expected}; "
-                f"tokenise into another folder, or overwrite this cache"
-            )
+            raise DataError(f"{self.path / MANIFEST}: {what} is {found}, expected {expected}; {ANOTHER}")
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

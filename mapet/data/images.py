@@ -15,6 +15,7 @@ from PIL import Image
 
 from mapet.data.decode import decode
 from mapet.errors import ConfigError, DataError
+from mapet.folders import instead
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
@@ -95,7 +96,9 @@ def folder_source(root: str | Path) -> FileSource:
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
     except (OSError, ValueError) as error:
-        raise DataError(f"image folder {root}: {error}; give a folder of images, or one of {BUILT_IN}") from error
+        raise DataError(
+            f"image folder {root}: {getattr(error, 'strerror', error)}; give a folder of images, or one of {BUILT_IN}"
+        ) from error
     if not is_folder:
         raise DataError(f"{root} is a file; give a folder of images, or one of {BUILT_IN}")
     names, doubled = _walk(root)
@@ -105,7 +108,8 @@ def folder_source(root: str | Path) -> FileSource:
             stacklevel=2,
         )
     if not names:
-        raise DataError(f"no image in {root} or its sub-folders; looked for {', '.join(sorted(EXTENSIONS))}")
+        looked_for = ", ".join(sorted(EXTENSIONS))
+        raise DataError(f"no image in {root} or its sub-folders{instead(root)}; looked for {looked_for}")
     parts = _parts_of_a_set(names)
     if parts:
         warnings.warn(

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as V
 
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, centre_square
+from mapet.errors import DataError
 
 
 class Images(Protocol):
@@ -46,7 +47,10 @@ class SourceImages:
         return len(self.ids)
 
     def __getitem__(self, which: slice) -> np.ndarray:
-        return np.stack([centre_square(self.source.load(int(i)), self.size) for i in self.ids[which]])
+        try:
+            return np.stack([centre_square(self.source.load(int(i)), self.size) for i in self.ids[which]])
+        except DataError as error:
+            raise DataError(f"{error}; take it away, or give a token cache of these images, made without it") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, DataError
 from mapet.files import UnreadableFile, read_bytes, write_whole
-from mapet.folders import check_place, locked
+from mapet.folders import LOCK, PARTIAL_FILES, check_place, locked
 from mapet.report.codebook_pictures import draw_usage
 from mapet.report.markdown import plain, table
 from mapet.report.report import Picture
@@ -163,12 +164,12 @@ def write_codebook_report(
 
 
 def check_ours(output: Path) -> None:
-    """DataError, naming it, where a file of another origin has a name of the report's."""
+    """DataError, naming it, where a file of another origin has a name of the report's, or the folder is not its own."""
     with suppress(UnreadableFile):
         if read_bytes(output / REPORT).startswith(MARK.encode()):
             return
-    for name in (REPORT, USAGE, CLASSES, *(f"{picture}.png" for picture in PICTURES)):
-        if os.path.lexists(output / name):
+    for name in sorted(os.listdir(output)) if output.is_dir() else ():
+        if name != LOCK and not fnmatch(name, PARTIAL_FILES):
             raise DataError(f"{output / name} was not written by mapet codebook, so it stays: name another folder")
 
 

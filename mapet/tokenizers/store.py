@@ -29,7 +29,7 @@ from mapet.files import (
     tensors_metadata,
     write_through,
 )
-from mapet.folders import LOCK, PARTIAL_FILES, TOKENIZER, check_place
+from mapet.folders import LOCK, PARTIAL_FILES, TOKENIZER, check_place, instead
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"
@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> StoredTokenizer:
     except UnreadableFile as error:
         if not error.missing:
             raise
-        raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}") from error
+        raise DataError(f"{folder} holds no tokenizer: there is no {MANIFEST}{instead(folder)}") from error
     if not isinstance(stored.settings.get("vocabulary"), int):
         raise UnreadableFile(path, "its settings have no vocabulary")
     return stored
