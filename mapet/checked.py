@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mapet.errors import FieldError
+from mapet.errors import ConfigError, FieldError
 
 SHOWN = 80
 
@@ -166,6 +166,15 @@ def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> An
             raise ValueError(f"{name} must have {len(kinds)} entries, got {len(value)}")
         return tuple(conform(kind, part, f"{name}[{i}]") for i, (kind, part) in enumerate(zip(kinds, value)))  # noqa: B905
     return origin(conform(kinds[0], part, f"{name}[{i}]") for i, part in enumerate(value))
+
+
+def environment_number(name: str, default: int | None = 1) -> int:
+    """A number that torchrun puts into the environment. ConfigError where it is none, or missing without a default."""
+    text = os.environ.get(name) or default
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {text!r} in a run of several processes; start them with torchrun") from None
 
 
 def _build(kind: type, values: Any, name: str) -> Any:

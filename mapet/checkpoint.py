@@ -53,7 +53,7 @@ FORMAT = 1
 FOLDER = "checkpoints"
 WANTED = f"give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
 REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
-PARTIAL, REMOVED = ".partial_", ".removed_"
+PARTIAL, REMOVED = ".partial_", ".removed_"  # before the name of a checkpoint
 ATTEMPTS = 20
 """To read weights of a run that goes on, and removes what is being read."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -177,7 +177,10 @@ class CheckpointStore:
             raise CheckpointError(self._save_failure(target, error)) from error
         current = [existing for existing in self.steps() if existing <= step][-self.keep :]
         for other in set(self.steps()) - set(current):
-            _remove(self.path(other))
+            try:
+                _remove(self.path(other))
+            except OSError as error:
+                warnings.warn(f"could not remove {self.path(other)}: {error.strerror or error}", stacklevel=2)
         return target
 
     def newest_valid(self) -> int | None:
@@ -239,8 +242,8 @@ class CheckpointStore:
 
     def _remove_leftovers(self) -> None:
         for entry in self.folder.iterdir():
-            if entry.name.startswith((PARTIAL, REMOVED)):
-                shutil.rmtree(entry)
+            if re.fullmatch(rf"({PARTIAL}|{REMOVED})step_\d+", entry.name):
+                _delete(entry)
 
     def _save_failure(self, target: Path, error: OSError) -> str:
         reason = f"{error.strerror or error}"
@@ -260,7 +263,7 @@ def verify(folder: Path) -> int:
     manifest = _read_manifest(folder)
     for name, expected in manifest.files.items():
         try:
-            found = FileRecord.of(folder / name)
+            found = FileRecord.of(folder / name, expected)
         except UnreadableFile as error:
             raise _damaged(folder, f"{name} cannot be read ({error.reason})") from error
         if found.bytes != expected.bytes:
@@ -410,4 +413,12 @@ def _rename_over(partial: Path, target: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; a kill halfway leaves a hidden folder for the next save to remove, not half a checkpoint."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{REMOVED}{folder.name}")))
+    _delete(folder.rename(folder.with_name(f"{REMOVED}{folder.name}")))
+
+
+def _delete(entry: Path) -> None:
+    """Delete a folder with all that is in it; of a link only the link."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()

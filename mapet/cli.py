@@ -46,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     is_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as the process is
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     with readable_warnings():
         try:
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except MapetError as error:
-            complain("error", in_options(str(error)) if {"pretrain", "plan"} & {*arguments[:1]} else error)
+            kind = COMMANDS.get(arguments[0])
+            complain("error", in_options(str(error), kind) if hasattr(kind, "set") else error)
             return error.exit_code
         except KeyboardInterrupt as interrupt:
             if is_process:
@@ -127,7 +130,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, object]:
 
 def complain(what: str, text: object) -> None:
     """One line on stderr, with the number of the process when torchrun started several."""
-    process = f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else ""
+    rank = os.environ.get("RANK")
+    process = f" (process {rank})" if rank and os.environ.get("WORLD_SIZE", "1") not in ("", "1") else ""
     line = " ".join(part.strip() for part in str(text).splitlines())
     with suppress(OSError):  # nobody reads it
         print(printable(f"mapet: {what}{process}: {line}"), file=sys.stderr, flush=True)

@@ -306,7 +306,8 @@ class RunConfig:
 
 def check_cut(cut: int, tokens: int) -> None:
     """Raise FieldError unless 1 <= cut <= tokens - 1 (paper, section 3.3: c in [1, N - 1])."""
-    _require(1 <= cut <= tokens - 1, "objective.cut", f"must be in [1, {tokens - 1}] with {tokens} patches, got {cut}")
+    allowed = f"must be in [1, {tokens - 1}] with {tokens} tokens an image, got {cut}"
+    _require(1 <= cut <= tokens - 1, "objective.cut", allowed)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

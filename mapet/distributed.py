@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -16,17 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mapet.checked import environment_number
 from mapet.errors import ConfigError, MapetError
 
 T = TypeVar("T")
 POLL_SECONDS = 0.02
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENDING = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (*ENDING, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,11 @@ def connect(device: str, *, patience: timedelta | None = None) -> Iterator[World
     how long processes wait for each other in `on_main` and `gather`; torch's default where it is None.
     ConfigError when the device is absent or the environment is incomplete.
     """
-    size = _environment("WORLD_SIZE", 1)
+    size = environment_number("WORLD_SIZE")
     if size == 1:
         yield World(pick_device(device, None))
         return
-    chosen = pick_device(device, _environment("LOCAL_RANK"))
+    chosen = pick_device(device, environment_number("LOCAL_RANK", None))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -124,7 +128,10 @@ def connect(device: str, *, patience: timedelta | None = None) -> Iterator[World
         store, rank, size = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=store_of_attempt(store, rank, size), rank=rank, world_size=size)
     else:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except ValueError as error:
+            raise ConfigError(f"the environment is not that of torchrun: {error}") from error
     try:
         yield World(chosen, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
     except RuntimeError as error:
@@ -138,9 +145,21 @@ def connect(device: str, *, patience: timedelta | None = None) -> Iterator[World
             dist.destroy_process_group()
 
 
-def is_restart() -> bool:
-    """Whether torchrun started this process in place of one that died; nodes may count differently, so ask on one."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+def launch() -> str:
+    """What the processes that one torchrun starts, those in place of dead ones too, have in common; "" without one."""
+    if (name := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+        return ""
+    parent = os.getppid()
+    # With the time at which it was started, where that is known, since numbers of processes come again.
+    return " ".join((name, socket.gethostname(), str(parent), *process_facts(parent)[19:20]))
+
+
+def process_facts(pid: int) -> list[str]:
+    """What Linux tells of a process after its name (man proc_pid_stat, from its state on); nothing on other systems."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -202,14 +221,6 @@ def pick_device(name: str, local_rank: int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _environment(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, default)
-    try:
-        return int(text)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is {text!r} in a run of several processes; start them with torchrun") from None
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What the processes agree on, the same in all of them.
@@ -224,11 +235,12 @@ class Verdict:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT as a request to stop after the current step, agreed on by all processes.
+    """SIGTERM, SIGINT and SIGHUP as a request to stop after the current step, agreed on by all processes.
 
-    Within the `with` block the first signal is only noted. In a single process a second Ctrl-C interrupts at once;
-    under torchrun it does not, since Ctrl-C reaches a process there twice, from the terminal and from torchrun. A
-    process whose torchrun has died counts as one that received SIGTERM: nobody else would end it.
+    SIGHUP comes where a terminal is closed or a connection lost, and stays ignored where nohup had it so. Within the
+    `with` block the first signal is only noted. In a single process a second Ctrl-C interrupts at once; under torchrun
+    it does not, since Ctrl-C reaches a process there twice, from the terminal and from torchrun. A process whose
+    torchrun has died counts as one that received SIGTERM: nobody else would end it.
     """
 
     def __init__(self, world: World) -> None:
@@ -243,7 +255,10 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python sets signal handlers in the main thread only; a run in another thread is stopped by its caller.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            heard = [
+                number for number in STOP_SIGNALS if number in ENDING or signal.getsignal(number) != signal.SIG_IGN
+            ]
+            self._previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -7,6 +7,7 @@ reason. What the content means is checked by those who ask for it, with `mapet.c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from mapet_kernels.regular import load_plain, open_regular, read_regular
 T = TypeVar("T")
 Shape = tuple[int, ...]
 LONGEST_REASON = 300
+MOST_TENSORS = 4096
 
 
 class UnreadableFile(DataError):
@@ -51,7 +53,9 @@ def one_line(text: object) -> str:
 def unreadable(path: str | os.PathLike, error: BaseException, advice: str = "") -> UnreadableFile:
     """What went wrong while reading a file, as one of its own kind."""
     missing = isinstance(error, FileNotFoundError)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+        reason, advice = error.strerror, ""  # nothing is wrong with the file
+    elif isinstance(error, OSError):
         reason = error.strerror or str(error)
     elif isinstance(error, RecursionError):
         reason = "it is nested too deeply"
@@ -98,10 +102,12 @@ def read_record(path: str | os.PathLike, kind: type[T], *, version: int | None =
         raise unreadable(path, error, advice) from error
 
 
-def sha256_of(path: str | os.PathLike, *, advice: str = "") -> tuple[int, str]:
-    """Bytes of a file, and their SHA-256 as hexadecimal text."""
+def sha256_of(path: str | os.PathLike, *, most: int | None = None, advice: str = "") -> tuple[int, str]:
+    """Bytes of a file, and their SHA-256 as hexadecimal text; of a file of more than `most` bytes, an empty one."""
     try:
         with open_regular(path) as file:
+            if most is not None and (size := os.fstat(file.fileno()).st_size) > most:  # it may be sparse, and endless
+                return size, ""
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return file.tell(), digest
     except OSError as error:
@@ -120,7 +126,10 @@ def read_tensors(
     """
     try:
         with _tensors_in(path) as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            names = list(file.keys())
+            if len(names) > MOST_TENSORS:  # some versions of safetensors take time by their square
+                raise ValueError(f"it holds {len(names)} tensors, at most {MOST_TENSORS} are read")
+            found = {name: file.get_slice(name) for name in names}
             if shapes is not None:
                 check_shapes({name: tuple(part.get_shape()) for name, part in found.items()}, shapes)
             kinds = {name: part.get_dtype() for name, part in found.items()}
@@ -252,9 +261,11 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write, whose file then takes the place of `path`, safely on the disk, unless the block fails. OSError.
 
-    A file that a killed process left half-written is written again by the next call for the same path.
+    A file that a killed process left half-written is written again by the next call for the same path. Through a link
+    nothing is written.
     """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         with open(partial, "r+b") as file:

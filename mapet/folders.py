@@ -151,7 +151,7 @@ def a(kind: str) -> str:
 
 
 def instead(folder: Path) -> str:
-    """That a folder is something else of ours, for a message that it is not what was asked for; empty where it is not."""
+    """What else of ours a folder is, for a message that it is not what was asked for; empty for others."""
     kind = kind_of(folder)
     return f" (it is {a(kind)})" if kind else ""
 
@@ -306,6 +306,8 @@ def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
         found = [path for pattern in names for path in sorted(folder.glob(pattern))]
         number = next(number for number in count(1) if not os.path.lexists(folder / f"before_{number}"))
         aside, partial = folder / f"before_{number}", folder / ".before.partial"
+        if partial.is_symlink():
+            partial.unlink()
         if partial.is_dir() and any((partial / path.name).exists() for path in found):
             partial.rename(aside)  # of a killed call, and a run has been there since
             return set_aside(folder, names)

@@ -72,15 +72,15 @@ class MetricsLog:
     """Writes StepMetrics to every place. Lines of a resumed run that lie after its checkpoint are dropped first.
 
     `start` is the step the run resumes from, 0 for a fresh one. ConfigError when a tracker is not installed; MapetError
-    when the folder cannot be written.
+    when the folder cannot be written in the beginning. Later that is a warning: it is the checkpoints that count.
     """
 
     def __init__(self, folder: Path, start: int, trackers: tuple[str, ...] = (), config: dict | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main process logs
 
         modules = import_trackers(trackers)
-        self.folder, self.best_loss = folder, Best()
-        with self._disk_errors():
+        self.folder, self.best_loss, self._failed = folder, Best(), set()
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             for line in keep_until(folder / FILE_NAME, start):
                 self.best_loss.consider(line["step"], line.get("loss"))
@@ -90,15 +90,18 @@ class MetricsLog:
             except UnicodeError:
                 self._board = None
                 warnings.warn(f"TensorBoard writes to no folder whose name is not UTF-8, {folder}", stacklevel=2)
+        except OSError as error:
+            raise MapetError(f"cannot write the metrics of the run in {folder}: {error.strerror or error}") from error
         self._trackers = [_start(module, folder, config or {}) for module in modules]
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._disk_errors():
+        with self._dispensable(FILE_NAME):
             self._file.close()
-            if self._board:
+        if self._board:
+            with self._dispensable(BOARD):
                 self._board.close()
         for tracker in self._trackers:
             tracker.finish()
@@ -108,22 +111,28 @@ class MetricsLog:
         values = {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(metrics).items()}
         self.best_loss.consider(metrics.step, metrics.loss)
         curves = {name: value for name, value in values.items() if name not in NO_CURVE and value is not None}
-        with self._disk_errors():
+        with self._dispensable(FILE_NAME):
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-            for name, value in curves.items() if self._board else ():
-                self._board.add_scalar(name, value, metrics.step)
+        if self._board:
+            with self._dispensable(BOARD):
+                for name, value in curves.items():
+                    self._board.add_scalar(name, value, metrics.step)
         for tracker in self._trackers:
             tracker.log(curves, step=metrics.step)
 
     @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
+    def _dispensable(self, name: str) -> Iterator[None]:
+        """Turn what the disk refuses into a warning, once for each name."""
         try:
             yield
         except OSError as error:
-            raise MapetError(
-                f"cannot write the metrics of the run in {self.folder}: {error.strerror or error}"
-            ) from error
+            if name not in self._failed:
+                warnings.warn(
+                    f"cannot write {self.folder / name}: {error.strerror or error}; the run goes on without",
+                    stacklevel=4,
+                )
+            self._failed.add(name)
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -66,9 +66,9 @@ def as_typed(error: FieldError, option: str, short_for: str = "") -> FieldError:
     return FieldError(error.name, f"{name}{str(error).removeprefix(error.name)}")
 
 
-def in_options(text: str) -> str:
-    """A message about a run with its fields as they are typed, `--lr` or `--set optim.clip`."""
-    typed = {name: f"--{option.replace('_', '-')}" for option, name in FIELD_OF.items()}
+def in_options(text: str, kind: type) -> str:
+    """A message about a run with its fields as they are typed in a command, `--lr` or `--set optim.clip`."""
+    typed = {name: f"--{option.replace('_', '-')}" for option, name in FIELD_OF.items() if hasattr(kind, option)}
     names = "|".join(re.escape(name) for name in sorted(settings(), key=len, reverse=True))
     return re.sub(
         rf"(?<![\w./(-])(?<!--set )({names})\b(?![/-]|\.\w)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Protocol, TextIO
 
 from rich.console import Console, Group
@@ -29,7 +30,7 @@ class ProgressDisplay(Protocol):
 
 
 class PlainProgress:
-    """One line per report."""
+    """One line per report. Where they cannot be written, as nobody reads them any more, the run goes on without."""
 
     def __init__(self, total: int, stream: TextIO) -> None:
         self.total, self.stream = total, stream
@@ -38,13 +39,14 @@ class PlainProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stream.flush()
+        pass
 
     def show(self, metrics: StepMetrics) -> None:
-        say(f"step {metrics.step}/{self.total} · {describe(metrics)}", file=self.stream)
+        self.note(f"step {metrics.step}/{self.total} · {describe(metrics)}")
 
     def note(self, text: str) -> None:
-        say(text, file=self.stream)
+        with suppress(OSError):
+            say(text, file=self.stream)
 
 
 class LiveProgress:
@@ -61,14 +63,16 @@ class LiveProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.live.stop()
+        with suppress(OSError):
+            self.live.stop()
 
     def show(self, metrics: StepMetrics) -> None:
         self.bar.update(self.task, completed=metrics.step)
         self.live.update(Group(self.bar, Text(describe(metrics))))
 
     def note(self, text: str) -> None:
-        self.console.print(Text(printable(text)))
+        with suppress(OSError):
+            self.console.print(Text(printable(text)))
 
 
 def make_progress(total: int, start: int, stream: TextIO | None = None) -> ProgressDisplay:

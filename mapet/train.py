@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
@@ -28,9 +28,9 @@ from mapet.config import RunConfig, to_dict
 from mapet.data.cache import TokenCache
 from mapet.data.feed import Feed, FeedStopped
 from mapet.data.loader import Batch, make_loader, step_ids
-from mapet.distributed import StopRequest, World, connect, is_restart
+from mapet.distributed import StopRequest, World, connect, launch
 from mapet.errors import CheckpointError, DataError, TrainingError
-from mapet.files import write_whole
+from mapet.files import UnreadableFile, read_bytes, write_whole
 from mapet.folders import check_place, locked, set_aside
 from mapet.learner import Learner
 from mapet.limits import cap_memory
@@ -44,6 +44,7 @@ from mapet.words import say
 SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
 IDS_SHOWN = 32
 FAILURE = "failed_step_{step}.json"
+BEGUN = ".mapet.begun"
 RUN_FILES = (FAILURE.format(step="*"), BUDGET, BOARD, FILE_NAME, FOLDER)
 """All that a run writes into its folder, as patterns."""
 
@@ -91,7 +92,8 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         stack.enter_context(deterministic_algorithms(config.train.deterministic))
         cap_memory(config.train.gpu_memory, world.device)
         again = "the same command" + ("" if config.train.resume else ", without --fresh,")
-        if not config.train.resume and world.on_main(is_restart):  # what torchrun's first attempt set aside stays there
+        # Where this torchrun has begun afresh, what it starts anew goes on with that.
+        if not config.train.resume and world.on_main(lambda: is_begun(config.train.output)):
             config = replace(config, train=replace(config.train, resume=True))
         cache = TokenCache.open(config.data.cache)
         cache.check_model(config.model)
@@ -125,8 +127,19 @@ def take_folder(config: RunConfig, stack: ExitStack) -> None:
     if not config.train.resume:
         if aside := set_aside(folder, RUN_FILES):
             say(f"the earlier run is now in {aside}")
+        if launch():
+            with suppress(OSError):
+                write_whole(folder / BEGUN, launch())
     elif not (folder / FOLDER).exists():
         check_ours(folder / FILE_NAME)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether the torchrun of this process has begun a run here, with nothing of an earlier one."""
+    try:
+        return bool(launch()) and read_bytes(folder / BEGUN) == launch().encode()
+    except UnreadableFile:
+        return False
 
 
 class Run:

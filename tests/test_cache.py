@@ -385,7 +385,7 @@ class TestWriter:
     def test_shards_that_are_not_all_there(self, tmp_path):
         with CacheWriter(tmp_path / "c", description(), capacity=6, shard_images=2) as writer:
             write_shard(writer, 1, *random_rows(6))
-            with pytest.raises(ValueError, match=r"shards \[1\] are finished, of 3"):
+            with pytest.raises(DataError, match="has 1 of 3 finished shards"):
                 writer.finish([])
             with (
                 pytest.raises(ValueError, match="shard 0 is for 2 images, got 0, and 1 skipped"),

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -77,6 +78,41 @@ def test_only_the_newest_stay(tmp_path):
         store.save(step, make_state(step))
         assert store.steps() == [s for s in (5, 10, 15, 20) if step - 5 <= s <= step]
     assert sorted(path.name for path in store.folder.iterdir()) == ["step_000000015", "step_000000020"]
+
+
+def test_checkpoints_may_be_links_to_another_disk(tmp_path):
+    """A link goes, and what it names stays; other things called like leftovers do not stop a run either."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    kept = store.save(1, make_state(1)).rename(tmp_path / "elsewhere")
+    before = contents(kept)
+    store.path(1).symlink_to(kept)
+    (store.folder / ".partial_step_000000007").symlink_to(kept)
+    (store.folder / ".partial_note").write_text("mine")
+    for step in (1, 2, 3):
+        store.save(step, make_state(step))
+    assert sorted(path.name for path in store.folder.iterdir()) == [".partial_note", "step_000000003"]
+    assert contents(kept) == before
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_a_run(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    store.save(1, make_state(1))
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("mapet.checkpoint._remove", refuse)
+    with pytest.warns(UserWarning, match=r"could not remove .*step_000000001: Permission denied"):
+        store.save(2, make_state(2))
+    assert store.newest_valid() == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt"])
+def test_an_endless_file_is_not_hashed(name, tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    os.truncate(store.save(1, make_state(1)) / name, 2**43)
+    with pytest.warns(UserWarning, match="has 8796093022208 bytes"), pytest.raises(CheckpointError):
+        store.newest_valid()
 
 
 def test_assertion_07_checkpoints_are_picked_by_number(tmp_path):

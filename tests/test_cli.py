@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -146,6 +147,15 @@ class TestExits:
         assert "mapet: " not in outcome.err
 
 
+def test_the_next_command_can_be_pasted(mapet, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = mapet.succeed("tokenize", "--images", images, "--output", "a [b] c", *SIZES, *FIT)
+    (line,) = (line for line in made.out.splitlines() if line.startswith("next: mapet "))
+    small = ("--set", "model.width=32", "--set", "model.depth=1", "--set", "model.heads=2", "--workers", 0)
+    done = mapet.succeed(*shlex.split(line.removeprefix("next: mapet ")), *small, "--max-steps", 1, "--device", "cpu")
+    assert "1 of 1 steps are done" in done.out
+
+
 def test_from_a_folder_of_images_to_a_timm_model(mapet, images, tmp_path, monkeypatch):
     """The main job, each command with what the one before it printed or wrote."""
     monkeypatch.chdir(tmp_path)
@@ -153,7 +163,7 @@ def test_from_a_folder_of_images_to_a_timm_model(mapet, images, tmp_path, monkey
     assert "40 images" in made.out and "perplexity" in made.out and "dead" in made.out
     next_line = next(line for line in made.out.splitlines() if line.startswith("next: mapet pretrain"))
     sizes = next_line.removeprefix("next: mapet pretrain").split()
-    assert {"model.image_size=16", "model.patch_size=4", "model.vocabulary=16"} < set(sizes)
+    assert {"model.image_size=16", "model.patch_size=4", "model.vocabulary=16", "--cut", "--batch"} < set(sizes)
 
     training = ("pretrain", "--cache", "cache", "--output", "run", *TRAINING)
     first = mapet.succeed(*training, "--max-steps", 3)
@@ -298,7 +308,7 @@ class TestPretrain:
         [
             (("--recipe", "vit_huge"), ("--recipe vit_huge", "vit_base_kclip")),
             (("--batch", 8, "--set", "optim.global_batch=9"), ("--batch", "--set optim.global_batch")),
-            (("--set", "optim.lrr=9"), ("optim.lrr", "did you mean optim.lr")),
+            (("--set", "optim.lrr=9"), ("optim.lrr", "did you mean --lr")),
         ],
     )
     def test_refusals(self, arguments, names, mapet):

@@ -127,9 +127,9 @@ def average_of_row(picture: Path, row: int) -> int:
 
 def test_the_pictures_show_the_right_entries(cache, tmp_path):
     """The grey of a patch is 20 times its token."""
-    write_codebook_report(cache, tmp_path, chosen=[3, 1], rows=2, floor=5)
+    write_codebook_report(cache, tmp_path / "report", chosen=[3, 1], rows=2, floor=5)
     drawn = {
-        name: [average_of_row(tmp_path / f"{name}.png", row) // 20 for row in range(2)]
+        name: [average_of_row(tmp_path / f"report/{name}.png", row) // 20 for row in range(2)]
         for name in ("most_used", "least_used", "chosen", "classes")
     }
     assert drawn == {"most_used": [0, 2], "least_used": [9, 1], "chosen": [3, 1], "classes": [1, 2]}

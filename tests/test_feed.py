@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -118,6 +119,14 @@ def test_a_worker_that_fails_is_named_and_all_are_ended(trouble, text):
     # A batch that a worker has made, but not handed over, goes with it.
     assert got == list(range(len(got))) and len(got) <= 3
     assert not multiprocessing.active_children()
+
+
+def test_too_many_open_files_is_a_failure_of_the_workers():
+    def refuse_files(beat):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(WorkerFailure, match=r"too many files .* fewer workers"), fed(troubled(refuse_files)) as batches:
+        read(batches)
 
 
 def test_a_worker_whose_connection_breaks_before_its_end_is_known_is_named():

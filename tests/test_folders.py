@@ -27,6 +27,7 @@ from mapet.config import ModelConfig
 from mapet.data import npyfile
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
+from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
 from mapet.export import export
 from mapet.folders import LOCK, BusyFolder, FolderLock, Staging, check_apart, check_place, claim, locked, set_aside
@@ -182,7 +183,7 @@ class TestRun:
     def test_metrics_of_others_are_not_replaced(self, content, tiny, tmp_path):
         theirs = tmp_path / "metrics.jsonl"
         theirs.write_text(content)
-        with pytest.raises(DataError, match="metrics.jsonl holds no line of a run; it is left as it is"):
+        with pytest.raises(DataError, match=r"metrics\.jsonl holds no line of a run; it is left as it is"):
             pretrain(make_config(tiny, tmp_path))
         assert entries(tmp_path) == {"metrics.jsonl": content.encode()}
         theirs.write_text("")
@@ -222,14 +223,47 @@ class TestRun:
         assert pretrain(going_on).step == 4
 
     def test_a_restart_by_torchrun_goes_on_with_what_was_begun_afresh(self, tiny, tmp_path, monkeypatch):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-        fresh = {"train.max_steps": 2, "train.resume": False}
-        for _ in range(2):
-            pretrain(make_config(tiny, tmp_path, **fresh))
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        pretrain(make_config(tiny, tmp_path, **fresh | {"train.max_steps": 3}))
-        assert CheckpointStore(tmp_path / "checkpoints").steps() == [2, 3]
-        assert not (tmp_path / "before_2").exists()
+        """Also where the first processes die before they have set the earlier run aside."""
+        pretrain(make_config(tiny, tmp_path, **{"train.max_steps": 1}))
+        for launched, steps, kept, aside in (("a", 2, [2], 1), ("a", 3, [2, 3], 1), ("b", 1, [1], 2)):
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", launched)
+            pretrain(make_config(tiny, tmp_path, **{"train.max_steps": steps, "train.resume": False}))
+            assert CheckpointStore(tmp_path / "checkpoints").steps() == kept
+            assert len(list(tmp_path.glob("before_*"))) == aside
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_a_stopped_run_says_what_goes_on_with_it(self, number, tiny, tmp_path, monkeypatch, capsys):
+        step = Learner.step
+
+        def step_and_stop(learner, done, *arguments, **options):
+            step(learner, done, *arguments, **options)
+            if done == 1:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Learner, "step", step_and_stop)
+        for resume, again in ((True, "the same command"), (False, "the same command, without --fresh,")):
+            stopped = pretrain(make_config(tiny, tmp_path, **{"train.resume": resume}))
+            assert (stopped.step, stopped.exit_code) == (2, 128 + number)
+            assert CheckpointStore(tmp_path / "checkpoints").steps() == [2]
+            told = capsys.readouterr().out
+            assert f"stopped by {number.name} after step 2; {again} goes on from there" in told
+        assert f"the earlier run is now in {tmp_path / 'before_1'}" in told
+
+    def test_hangups_that_nohup_has_ignored_stay_ignored(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopRequest(World(torch.device("cpu"))) as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert not stop.received
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_nothing_is_set_aside_through_a_link(self, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / ".before.partial").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "a.json").write_text("a")
+        assert set_aside(tmp_path, ("*.json",)) == tmp_path / "before_1"
+        assert everything_in(tmp_path) == {"elsewhere", "before_1", "before_1/a.json"}
 
     def test_nothing_to_set_aside(self, tmp_path):
         (tmp_path / "notes.txt").write_text(THESIS)
@@ -583,7 +617,7 @@ class TestExport:
 
 
 class TestReports:
-    @pytest.mark.parametrize("name", ["report.md", "usage.png", "classes.csv"])
+    @pytest.mark.parametrize("name", ["report.md", "usage.png", "classes.csv", "photo.jpg"])
     def test_a_report_of_the_user_stays(self, name, mapet, tmp_path):
         write_cache(tmp_path / "cache")
         (tmp_path / "mine").mkdir()
@@ -656,7 +690,7 @@ class TestPlaces:
     def test_no_output_lies_inside_another(self, around, kind, mapet, outputs, images, run):
         before = everything_in(outputs)
         for output in (outputs / around / "deep/new", outputs / around / "new", outputs / around):
-            named = (output, outputs / around, f"is a {kind}")
+            named = (output, outputs / around, f"{kind}, and nothing else may be")
             cache, place = outputs / "cache", ("--output", output)
             mapet.fail("pretrain", "--cache", cache, *place, *TRAINING, code=2, names=named)
             mapet.fail("codebook", "--cache", cache, *place, code=2, names=named)

@@ -82,3 +82,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "run").write_text("a file, not a folder")
     with pytest.raises(MapetError, match=r"cannot write the metrics of the run in .*run: File exists"):
         MetricsLog(tmp_path / "run", 0)
+
+
+def test_what_cannot_be_written_later_is_a_warning_and_the_run_goes_on(tmp_path):
+    with MetricsLog(tmp_path / "run", 0) as log:
+        log.write(line(1, 2.0))
+        log._file.close()
+        log._file = open("/dev/full", "a")  # noqa: SIM115, the log closes it
+        with pytest.warns(UserWarning, match=r"cannot write .*metrics.jsonl: No space left on device; the run goes on"):
+            log.write(line(2, 1.5))
+        log.write(line(3, 1.0))
+    assert (log.best_loss.step, log.best_loss.value) == (3, 1.0)

@@ -112,7 +112,7 @@ def test_set_is_refused_at_once_and_named_as_typed(name, value, mapet, cache, tm
         ("pretrain", "--lr", "-1", "--lr (optim.lr) must be positive, got -1.0"),
         ("pretrain", "--seed", str(2**64), "--seed (train.seed) must be in [0, "),
         ("pretrain", "--workers", "-1", "--workers (data.workers) must be at least 0, got -1"),
-        ("pretrain", "--cut", "0", "--cut (objective.cut) must be in [1, 195] with 196 patches"),
+        ("pretrain", "--cut", "0", "--cut (objective.cut) must be in [1, 196] with 197 tokens an image"),
         ("pretrain", "--gpus", "0", "--gpus must be at least 1, got 0"),
         ("plan", "--global-batch", str(10**12), "--global-batch must be at most"),
         ("plan", "--micro-batch", "-3", "--micro-batch (train.micro_batch) must be at least 0, got -3"),

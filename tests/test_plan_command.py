@@ -74,7 +74,7 @@ def test_bad_plans_say_what_is_wrong(mapet) -> None:
     mapet.fail("plan", "--gpus", 3, code=2, names=("2048", "3 processes"))
     mapet.fail("plan", "--gpus", 0, code=2, names=("--gpus must be at least 1",))
     mapet.fail("plan", "--interconnect", "fast", code=2, names=("400Gb", "'fast'"))
-    mapet.fail("plan", "--micro-batch", 7, code=2, names=("train.micro_batch 7", "2048"))
+    mapet.fail("plan", "--micro-batch", 7, code=2, names=("--micro-batch 7", "2048"))
     twice = ("--global-batch", 8, "--set", "optim.global_batch=8")
     mapet.fail("plan", *twice, code=2, names=("--global-batch",))
 
@@ -115,7 +115,7 @@ def test_gpus_are_the_processes(mapet, cache, tmp_path) -> None:
 
 def test_a_budget_and_epochs_contradict_each_other(mapet, cache) -> None:
     options = ("--cache", cache, *TRAINING, "--budget", "24h")
-    mapet.fail("pretrain", *options, code=2, names=("train.budget", "optim.epochs"))
+    mapet.fail("pretrain", *options, code=2, names=("--budget", "--epochs"))
     mapet.fail("pretrain", "--cache", cache, "--budget", "soon", code=2, names=("'soon'", "24h"))
 
 
@@ -125,7 +125,7 @@ def test_out_of_memory_is_an_error_without_traceback(mapet, cache, tmp_path, mon
 
     monkeypatch.setattr("mapet.learner.Learner._forward", no_memory)
     options = ("--cache", cache, "--output", tmp_path, *TRAINING)
-    mapet.fail("pretrain", *options, code=1, names=("micro-batch 8", "train.micro_batch=4", "--auto-batch"))
+    mapet.fail("pretrain", *options, code=1, names=("micro-batch 8", "--micro-batch=4", "--auto-batch"))
     failed = mapet("pretrain", *options, "--auto-batch")
     assert failed.code == 1 and "going on with 4" in failed.err and "micro-batch 1 and" in failed.err
 

@@ -1,6 +1,7 @@
 """What the person watching sees."""
 
 import io
+import os
 
 import pytest
 from rich.console import Console
@@ -20,6 +21,15 @@ def test_a_plain_line_says_everything():
     for part in ("30/100", "loss 4.25", "12.5 %", "1.50e-03", "2225 images/s", "data wait 3 %", "ETA 1:01:01"):
         assert part in text
     assert "\x1b" not in text and text.count("\n") == 1
+
+
+def test_a_reader_that_leaves_does_not_end_a_run():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream, make_progress(100, 0, stream) as progress:
+        progress.show(METRICS)
+        progress.note("a line")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)
 
 
 @pytest.mark.parametrize("width", [80, 160])

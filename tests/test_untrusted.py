@@ -6,6 +6,7 @@ Assertions 19, 21, 30 and 33.
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from mapet.data.cache import TokenCache
 from mapet.errors import DataError
+from mapet.files import MOST_TENSORS, UnreadableFile, read_tensors, unreadable, write_whole
+from mapet.tokenizers import load_tokenizer, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 OLDEST_TIMM = Path(sys.prefix, "timm_oldest")
@@ -480,7 +483,7 @@ def test_files_are_read_in_one_place():
         "mapet/metrics.py",
         "mapet/report/loss_curve.py",
         "mapet/doctor.py",  # this and the next: files of the system
-        "mapet/data/feed.py",
+        "mapet/distributed.py",
     }
     found = []
     for path in [*ROOT.glob("mapet/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
@@ -500,3 +503,31 @@ def test_files_are_read_in_one_place():
             if unsafe or ((reads or method or opens or parses) and name not in known):
                 found.append(f"{name}:{call.lineno}: {ast.unparse(call)}")
     assert not found, "\n".join(found)
+
+
+def test_nothing_is_written_through_a_link_in_a_folder_of_others(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("years of work")
+    (tmp_path / ".metrics.jsonl.partial").symlink_to(precious)
+    write_whole(tmp_path / "metrics.jsonl", "{}")
+    assert precious.read_text() == "years of work" and not (tmp_path / "metrics.jsonl").is_symlink()
+
+
+def test_more_tensors_than_any_model_has_are_refused(tmp_path):
+    save_file({str(i): torch.zeros(0) for i in range(MOST_TENSORS + 1)}, tmp_path / "many.safetensors")
+    with pytest.raises(UnreadableFile, match=f"holds {MOST_TENSORS + 1} tensors"):
+        read_tensors(tmp_path / "many.safetensors")
+
+
+def test_an_endless_codebook_is_not_hashed(tmp_path):
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=16)
+    tokenizer.set_codebook(torch.rand(16, 48), "test")
+    tokenizer.save(tmp_path)
+    os.truncate(tmp_path / "codebook.safetensors", 2**43)
+    with pytest.raises(DataError, match="it has 8796093022208 bytes"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_the_machine_lacks_is_no_damage(tmp_path):
+    error = unreadable(tmp_path, OSError(errno.EMFILE, "Too many open files"), "make it anew")
+    assert "anew" not in str(error) and "Too many open files" in str(error)

@@ -18,9 +18,10 @@ from tiny_run import make_cache, make_config
 
 from mapet.commands.probe import as_table
 from mapet.data.images import folder_source
-from mapet.doctor import Finding, doctor
+from mapet.doctor import Finding, doctor, run_findings
 from mapet.evaluate import EvaluationResult, Score
 from mapet.metrics import FILE_NAME, keep_until
+from mapet.options import COMMANDS, in_options
 from mapet.report.loss_curve import read_metrics
 from mapet.report.markdown import plain, table
 from mapet.train import pretrain
@@ -74,6 +75,39 @@ def test_a_reader_that_leaves_ends_it_quietly():
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 141)
     process.stderr.close()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_failure(closed):
+    done = subprocess.run(
+        f"{sys.executable} -m mapet pretrain --list-options {closed}", shell=True, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"])
+def test_variables_of_torchrun_that_are_no_numbers(name, mapet, tmp_path, monkeypatch):
+    cache = make_cache(tmp_path / "cache", vocabulary=16)
+    monkeypatch.setenv("WORLD_SIZE", "2" if name == "LOCAL_RANK" else "1")
+    monkeypatch.setenv(name, "abc")
+    options = ("--cache", cache, "--output", tmp_path / "run", *TRAINING, "--workers", 1)
+    mapet.fail("pretrain", *options, code=2, names=(f"{name} is 'abc'", "torchrun"))
+
+
+def test_fields_are_named_as_they_are_typed():
+    text = "optim.global_batch 9: lower optim.lr. --set optim.clip, --cut (objective.cut), a/train.output/b, train.x"
+    told = "--batch 9: lower --lr. --set optim.clip, --cut (objective.cut), a/train.output/b, train.x"
+    assert in_options(text, COMMANDS["pretrain"]) == told
+    assert in_options("raise data.patience (20 s)", COMMANDS["pretrain"]) == "raise --set data.patience (20 s)"
+    assert in_options("optim.global_batch 9", COMMANDS["plan"]) == "--set optim.global_batch 9"
+
+
+def test_a_folder_of_another_kind_is_named(mapet, tmp_path):
+    cache = make_cache(tmp_path / "cache", vocabulary=16)
+    for command in (("probe", "--images", "digits"), ("export", "--output", tmp_path / "model")):
+        mapet.fail(*command, "--checkpoint", cache, code=1, names=(f"{cache} is a token cache; give a run folder",))
+    mapet.fail("tokenize", "--images", cache, code=1, names=(f"no image in {cache}", "(it is a token cache)"))
+    assert "holds no checkpoint (it is a token cache)" in str(run_findings(cache))
 
 
 def test_a_second_interrupt_prints_no_traceback(tmp_path):

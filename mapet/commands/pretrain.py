@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mapet.checked import environment_number
 from mapet.config import MODEL_PRESETS, RunConfig
 from mapet.errors import ConfigError, FieldError
 from mapet.options import FIELD_OF, Plan, Pretrain, as_typed
@@ -77,7 +78,7 @@ def given(options: Pretrain | Plan) -> dict[str, object]:
 
 def processes(options: Pretrain) -> int:
     """Processes of this run; ConfigError if --gpus says another number."""
-    size = int(os.environ.get("WORLD_SIZE") or 1)
+    size = environment_number("WORLD_SIZE")
     if options.gpus is not None and options.gpus != size:
         raise ConfigError(
             f"--gpus {options.gpus}, but this run has {size} process{'es' * (size > 1)}, one per GPU: start it with "

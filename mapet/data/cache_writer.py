@@ -187,7 +187,7 @@ class CacheWriter:
         """
         parts, shards = self.journal.parts(), self.finished()
         if list(parts) != list(range(self.shards)):
-            raise ValueError(f"shards {list(parts)} are finished, of {self.shards}")
+            raise DataError(f"{self.work} has {len(parts)} of {self.shards} finished shards: others were taken away")
         rows = [len(shard.kept) for shard in shards]
         if not sum(rows):
             raise DataError(f"no image to store in the cache {self.path}")

@@ -8,11 +8,11 @@ stands still for `patience` seconds, though its batch is waited for, is stalled,
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,11 +22,14 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mapet.checked import environment_number
+from mapet.distributed import STOP_SIGNALS, process_facts
 from mapet.errors import ConfigError, DataError, MapetError
 
 T = TypeVar("T")
@@ -42,6 +45,7 @@ AHEAD = 2
 HELD = 2
 """Batches in shared memory besides: one that is handed over, one in use."""
 SHARED_MEMORY = Path("/dev/shm")
+TOO_MANY_FILES = re.compile("too many open files", re.I)
 
 
 class WorkerFailure(DataError):
@@ -176,8 +180,16 @@ class Feed(Generic[T]):
             if isinstance(got.error, MapetError):
                 raise got.error
             # It may be that of a connection to a worker whose end the system has yet to tell.
-            connection.wait([process.sentinel for process in self._processes], timeout=TAKE_SECONDS)
+            ended = connection.wait([process.sentinel for process in self._processes], timeout=5 * TAKE_SECONDS)
+            for process in self._processes:
+                if process.sentinel in ended:
+                    process.join()
             self._check_alive()
+            if TOO_MANY_FILES.search(str(got.error)):
+                raise WorkerFailure(
+                    "batches cannot be handed over: too many files are open; raise the limit (ulimit -n), or take "
+                    f"fewer {self.prefix}workers"
+                ) from got.error
             raise got.error
 
     def close(self) -> None:
@@ -237,7 +249,7 @@ class Feed(Generic[T]):
         if not self.workers:
             raise WorkerFailure(f"reading data has made no progress for {waited:.0f} s; {self._advice()}")
         # The batch of another may be in the way: they come through one queue.
-        states = [state_of(process.pid) for process in self._processes]
+        states = ["".join(process_facts(process.pid)[:1]) for process in self._processes]
         turn = states.index("T") if "T" in states else turn
         name = f"data worker {turn} of {self.workers} (process {self._processes[turn].pid})"
         if (free := free_shared_memory()) is not None and free < self.batch_bytes:
@@ -258,7 +270,7 @@ class Feed(Generic[T]):
         for turn, process in enumerate(self._processes):
             if process.exitcode not in (None, 0):
                 raise WorkerFailure(
-                    f"data worker {turn} of {self.workers} (process {process.pid}) {ended(process.exitcode)}; "
+                    f"data worker {turn} of {self.workers} (process {process.pid}) {how_it_ended(process.exitcode)}; "
                     f"or take fewer {self.prefix}workers"
                 )
 
@@ -272,12 +284,19 @@ def kill(processes: Sequence[multiprocessing.Process]) -> None:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the run still needs batches to end its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """What tells a run to stop reaches the whole process group; the run still needs batches to end its step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = say_no_more
 
 
-def ended(code: int) -> str:
+def say_no_more(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In a worker: a thread that hands batches over has nothing to tell where the run has ended."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def how_it_ended(code: int) -> str:
     """What ended a process, by its exit code, and what to look at."""
     if code >= 0:
         return f"ended with code {code}: its message is above. Mend that"
@@ -289,14 +308,6 @@ def ended(code: int) -> str:
         }.get(name, "its message may be above. Mend that")
         return f"was killed by {name}: {advice}"
     return f"was killed by signal {-code}. Mend that"
-
-
-def state_of(pid: int) -> str:
-    """The letter that Linux has for what a process is doing; empty for unknown."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
 
 
 def free_shared_memory() -> int | None:
@@ -312,7 +323,7 @@ def check_shared_memory(workers: int, batch_bytes: int, *, prefix: str = "") -> 
     free = free_shared_memory()
     if not workers or free is None:
         return
-    processes = max(int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+    processes = max(environment_number("LOCAL_WORLD_SIZE"), 1)
     under_way = AHEAD * workers + HELD
     needed = processes * under_way * batch_bytes
     if needed <= free:

@@ -133,7 +133,7 @@ class Journal:
         """What is wrong with the files of a part, size and SHA-256; None where nothing is."""
         for name, record in part.files.items():
             try:
-                found = FileRecord.of(self.folder / name)
+                found = FileRecord.of(self.folder / name, record)
             except UnreadableFile as error:
                 return f"{name} cannot be read: {error.reason}"
             if found != record:

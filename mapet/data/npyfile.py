@@ -25,9 +25,9 @@ class FileRecord:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> FileRecord:
-        """Size and hash of a file as it is on disk. UnreadableFile where it cannot be read."""
-        return cls(*sha256_of(path))
+    def of(cls, path: Path, expected: FileRecord | None = None) -> FileRecord:
+        """Size and hash of a file as it is on disk; one larger than expected is not hashed. UnreadableFile."""
+        return cls(*sha256_of(path, most=expected and expected.bytes))
 
 
 class NpyAppender:

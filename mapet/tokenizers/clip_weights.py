@@ -47,7 +47,7 @@ def find_clip_weights(given: str | Path | None = None) -> Path:
     WeightsMissingError says what was looked for and how to get it.
     """
     if given is not None:
-        path = Path(given).expanduser()
+        path = at_home(given)
         if not path.is_file():
             raise WeightsMissingError(f"there is no weights file {path}; {_how_to_get_it()}")
         return path
@@ -57,7 +57,7 @@ def find_clip_weights(given: str | Path | None = None) -> Path:
         )
         if isinstance(cached, str):
             return Path(cached)
-    if (path := OPENAI_FILE.expanduser()).is_file():
+    if (path := at_home(OPENAI_FILE)).is_file():
         if sha256_of(path)[1] != OPENAI_SHA256:
             raise DataError(
                 f"{path} is not the RN50x64.pt that OpenAI published (its SHA-256 differs): remove it, or give the "
@@ -65,6 +65,14 @@ def find_clip_weights(given: str | Path | None = None) -> Path:
             )
         return path
     return _download(HUB_FILES[0])
+
+
+def at_home(path: str | Path) -> Path:
+    """A path with its ~ replaced, where there is a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:

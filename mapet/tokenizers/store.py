@@ -37,6 +37,8 @@ UNFINISHED = "fit"
 """Folder of a fit that is not done."""
 PROVENANCE = "provenance"
 """Metadata of codebook.safetensors, as JSON: all of tokenizer.json but the hash of the file itself."""
+MOST_WORDS = 2**24
+"""Bytes of the header of codebook.safetensors."""
 FORMAT = 1
 
 
@@ -127,8 +129,11 @@ def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
     """Manifest, codebook (K, F) and fit report of the folder. DataError names the file that is missing or damaged."""
     stored = read_manifest(folder)
     path, entries = folder / CODEBOOK, stored.settings["vocabulary"]
-    if (digest := sha256_of(path)[1]) != stored.codebook_sha256:
-        raise DataError(f"{path} is damaged, or not the one of {MANIFEST}: its sha256 is {digest}")
+    most = entries * (4 * stored.features + 8) + MOST_WORDS
+    size, digest = sha256_of(path, most=most)
+    if digest != stored.codebook_sha256:
+        what = f"its sha256 is {digest}" if digest else f"it has {size} bytes"
+        raise DataError(f"{path} is damaged, or not the one of {MANIFEST}: {what}")
     examples = {"codebook": torch.empty(entries, stored.features, device="meta")}
     if stored.fit is not None:
         examples["usage_counts"] = torch.empty(entries, dtype=torch.int64, device="meta")
