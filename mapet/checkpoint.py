@@ -53,7 +53,7 @@ FORMAT = 1
 FOLDER = "checkpoints"
 WANTED = f"give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
 REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
-PARTIAL, REMOVED = ".partial_", ".removed_"  # before the name of a checkpoint
+PARTIAL, REMOVED = ".partial_", ".removed_"
 ATTEMPTS = 20
 """To read weights of a run that goes on, and removes what is being read."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -242,7 +242,7 @@ class CheckpointStore:
 
     def _remove_leftovers(self) -> None:
         for entry in self.folder.iterdir():
-            if re.fullmatch(rf"({PARTIAL}|{REMOVED})step_\d+", entry.name):
+            if re.fullmatch(r"\.(partial|removed)_step_\d+", entry.name):
                 _delete(entry)
 
     def _save_failure(self, target: Path, error: OSError) -> str:

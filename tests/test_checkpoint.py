@@ -88,9 +88,10 @@ def test_checkpoints_may_be_links_to_another_disk(tmp_path):
     store.path(1).symlink_to(kept)
     (store.folder / ".partial_step_000000007").symlink_to(kept)
     (store.folder / ".partial_note").write_text("mine")
+    (store.folder / "xpartial_step_000000007").write_text("mine")
     for step in (1, 2, 3):
         store.save(step, make_state(step))
-    assert sorted(path.name for path in store.folder.iterdir()) == [".partial_note", "step_000000003"]
+    assert sorted(path.name for path in store.folder.iterdir()) == [".partial_note", "step_000000003", "xpartial_step_000000007"]
     assert contents(kept) == before
 
 
