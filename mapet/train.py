@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import warnings
@@ -130,8 +131,10 @@ def take_folder(config: RunConfig, stack: ExitStack) -> None:
         if launch():
             with suppress(OSError):
                 write_whole(folder / BEGUN, launch())
-    elif not (folder / FOLDER).exists():
+    elif not os.path.lexists(folder / FOLDER):
         check_ours(folder / FILE_NAME)
+    elif not (folder / FOLDER).is_dir():
+        raise DataError(f"{folder / FOLDER} is no folder, and a run keeps its checkpoints there; move it away")
 
 
 def is_begun(folder: Path) -> bool:

@@ -91,7 +91,8 @@ def test_checkpoints_may_be_links_to_another_disk(tmp_path):
     (store.folder / "xpartial_step_000000007").write_text("mine")
     for step in (1, 2, 3):
         store.save(step, make_state(step))
-    assert sorted(path.name for path in store.folder.iterdir()) == [".partial_note", "step_000000003", "xpartial_step_000000007"]
+    left = [".partial_note", "step_000000003", "xpartial_step_000000007"]
+    assert sorted(path.name for path in store.folder.iterdir()) == left
     assert contents(kept) == before
 
 

@@ -179,6 +179,15 @@ class TestRun:
         assert lines == [1, 2, 3, 4, 5, 6]
         assert not (output / LOCK).exists()
 
+    def test_a_file_in_place_of_the_checkpoints_costs_no_metrics(self, tiny, tmp_path):
+        pretrain(make_config(tiny, tmp_path, **{"train.max_steps": 2}))
+        (tmp_path / "checkpoints").rename(tmp_path / "moved")
+        (tmp_path / "checkpoints").write_text(THESIS)
+        before = entries(tmp_path)
+        with pytest.raises(DataError, match="checkpoints is no folder"):
+            pretrain(make_config(tiny, tmp_path))
+        assert entries(tmp_path) == before
+
     @pytest.mark.parametrize("content", ['{"note": 1}\n', "mine"])
     def test_metrics_of_others_are_not_replaced(self, content, tiny, tmp_path):
         theirs = tmp_path / "metrics.jsonl"
