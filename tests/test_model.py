@@ -260,7 +260,7 @@ def test_model_configuration_errors(values: dict, text: str) -> None:
 
 @pytest.mark.parametrize("cut", [0, 197, -3])
 def test_cut_must_leave_something_to_predict_and_something_to_see(cut: int) -> None:
-    with pytest.raises(ConfigError, match=rf"cut must be in \[1, N - 1\] = \[1, 196\], got {cut}"):
+    with pytest.raises(ConfigError, match=rf"cut must be in \[1, 196\] with 197 tokens an image, got {cut}"):
         RunConfig(objective=ObjectiveConfig(cut=cut))
     with pytest.raises(ConfigError, match=r"\[1, 9\]"):
         objective_for("mim", cut=10)
