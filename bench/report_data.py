@@ -11,7 +11,7 @@ from typing import Any
 
 CURVES = "curves"
 HARVEST = tuple(f"harvest_{kind}" for kind in ("attention", "step", "kmeans", "memory", "device"))
-NOT_SHOWN = ("aot", "tune", "random_shapes", "kmeans_fit", *HARVEST, CURVES)
+NOT_SHOWN = ("aot", "tune", "random_shapes", "kmeans_fit", "fuzz", *HARVEST, CURVES)
 """Suites whose records are no contests of ways in time, or have a page of their own (bench/harvest_report.py); they are
 listed, but for curves, which have a section."""
 
