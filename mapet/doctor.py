@@ -284,14 +284,8 @@ def run_findings(path: Path) -> list[Finding]:
     except OSError as error:
         return [Finding("run", "problem", f"{path} cannot be read: {error.strerror or error}")]
     if not steps:
-        return [
-            Finding(
-                "run",
-                "problem",
-                f"{path} holds no checkpoint{instead(path)}",
-                f"give a run folder, with {FOLDER}/ in it",
-            )
-        ]
+        what = f"{path} holds no checkpoint{instead(path)}"
+        return [Finding("run", "problem", what, f"give a run folder, with {FOLDER}/ in it")]
     return [_checkpoint_finding(store.path(step), step) for step in steps]
 
 

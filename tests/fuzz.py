@@ -1,6 +1,6 @@
 """A fuzz of the command line: damaged folders and absurd options, and what must hold whatever they are.
 
-    python tests/fuzz.py --cases 5000 --seed 1 --output bench/results   # about 40 minutes of one core; a record
+    python tests/fuzz.py --cases 5000 --seed 1 --output bench/results   # half an hour of one core; a record
     python tests/fuzz.py --replay '{"damages": [], "arguments": ["doctor"]}'
 
 A case changes a copy of a small world (fuzz_world.py) and runs one command in it (fuzz_cases.py), in this process or in

@@ -40,7 +40,6 @@ from mapet.words import in_line
 
 KIND = "codebook report"
 REPORT, USAGE, CLASSES = "report.md", "usage.csv", "classes.csv"
-PICTURES = ("usage", "most_used", "least_used", "chosen", "classes")
 MARK = "<!-- Written by mapet codebook, which will replace this file, and the pictures and tables beside it. -->"
 SHOWN_CLASSES = 100
 """Classes in the table of report.md, at most; classes.csv has them all."""
@@ -164,7 +163,7 @@ def write_codebook_report(
 
 
 def check_ours(output: Path) -> None:
-    """DataError, naming it, where a file of another origin has a name of the report's, or the folder is not its own."""
+    """DataError, naming one, where the folder holds files of others and no report of ours."""
     with suppress(UnreadableFile):
         if read_bytes(output / REPORT).startswith(MARK.encode()):
             return
