@@ -35,7 +35,7 @@ from mapet.demo.recipe import FULL, QUICK, Recipe
 from mapet.demo.run import THREADS, threads
 from mapet.demo.seed import SeedJob
 from mapet.report.picture import CYCLE, FAINT, INK, frame, save
-from mapet.train import pretrain
+from mapet.training.loop import pretrain
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 FP8 = "fp8"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mapet.model import Block, MaskedTokenViT
+    from mapet.model.vit import Block, MaskedTokenViT
 
 BLOCKED = -1e30
 

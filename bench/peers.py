@@ -18,8 +18,8 @@ from bench.contest import Arena, Contest, Entrant, timed_call
 from bench.equal_results import yardstick
 from bench.options import DTYPES
 from bench.timing import PHASES, sample
-from mapet.learner import AUTOCAST
-from mapet.optim import clip_gradients, make_optimizer
+from mapet.training.learner import AUTOCAST
+from mapet.training.optim import clip_gradients, make_optimizer
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 from mapet_kernels.registry import TwoStreamShape
 

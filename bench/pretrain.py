@@ -35,9 +35,9 @@ from mapet.data.cache_writer import CacheWriter
 from mapet.data.loader import Batch, make_loader, step_ids
 from mapet.data.manifest import CacheDescription
 from mapet.distributed import World
-from mapet.learner import AUTOCAST, Learner, draw_step
-from mapet.model import IMAGENET_MEAN, IMAGENET_STD
+from mapet.model.vit import IMAGENET_MEAN, IMAGENET_STD
 from mapet.objectives import Plan, build_objective
+from mapet.training.learner import AUTOCAST, Learner, draw_step
 
 PREFETCHED = 2
 """Batches that a DataLoader's worker has ready: torch's default."""

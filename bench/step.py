@@ -28,12 +28,12 @@ from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, 
 from mapet.data.augment import JitterDraws, color_jitter
 from mapet.data.loader import Batch
 from mapet.distributed import World
-from mapet.learner import AUTOCAST, Learner, draw_step
-from mapet.limits import halved
 from mapet.objectives import Plan, build_objective
-from mapet.optim import clip_gradients, make_optimizer
 from mapet.rng import seed_global_generators
-from mapet.schedule import StepPlan
+from mapet.training.learner import AUTOCAST, Learner, draw_step
+from mapet.training.limits import halved
+from mapet.training.optim import clip_gradients, make_optimizer
+from mapet.training.schedule import StepPlan
 from mapet.units import parse_bytes
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 

@@ -22,9 +22,9 @@ from bench.timing import Clock
 from bench.tokenize_suite import SMALL, TokenizeBenchmark, random_kclip, rows_of, write_images
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, open_source
-from mapet.tokenize import tokenize
 from mapet.tokenizers import KClipTokenizer
-from mapet.tokenizers.clip_trunk import TrunkConfig
+from mapet.tokenizers.encode import tokenize
+from mapet.tokenizers.foreign.clip_trunk import TrunkConfig
 
 DIFFERENT = 0.01
 """Share of tokens that may differ: a network may round otherwise in another process, and some entries lie near ties."""

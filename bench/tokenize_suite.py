@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from bench.records import RESULTS, device_state
 from mapet.data.images import open_source
 from mapet.data.subset import Subset
-from mapet.tokenize import fit_batches, tokenize
 from mapet.tokenizers import KClipTokenizer, make_tokenizer
-from mapet.tokenizers.clip_trunk import TrunkConfig, build_trunk
+from mapet.tokenizers.encode import fit_batches, tokenize
+from mapet.tokenizers.foreign.clip_trunk import TrunkConfig, build_trunk
 
 SMALL = TrunkConfig(width=16, layers=(1, 1, 1, 1))
 

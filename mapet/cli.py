@@ -1,6 +1,6 @@
 """The command `mapet`: find the sub-command, run it, and turn expected failures into a line on stderr and an exit code.
 
-Each sub-command is a dataclass in mapet/options.py and a `run(options) -> int` in mapet/commands/. The latter import
+Each sub-command is a dataclass in commands/options.py and a `run(options) -> int` in mapet/commands/. The latter import
 torch, so they are imported when they are wanted: `mapet --help` does not wait for them.
 """
 
@@ -24,8 +24,8 @@ from typing import Annotated
 import tyro
 
 from mapet import __version__
+from mapet.commands.options import COMMANDS, check_options, in_options
 from mapet.errors import MapetError
-from mapet.options import COMMANDS, check_options, in_options
 from mapet.words import printable
 
 ABOUT = "Pre-train vision transformers by masked and permuted visual tokens (MaPeT)."

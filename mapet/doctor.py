@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mapet.checkpoint import FOLDER, CheckpointStore, verify
 from mapet.data.cache import TokenCache
 from mapet.errors import MapetError
 from mapet.folders import instead
-from mapet.precision import automatic
+from mapet.training.checkpoint import FOLDER, CheckpointStore, verify
+from mapet.training.precision import automatic
 from mapet.words import printable
 from mapet_kernels.backends import available_backends, explain_auto, reason_against_rocm
 from mapet_kernels.flash_providers import provider_for

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from mapet.metrics import StepMetrics
+from mapet.training.metrics import StepMetrics
 from mapet.words import printable, say
 
 

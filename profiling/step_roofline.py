@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from workload import Workload, named_parts
 
-from mapet.learner import AUTOCAST
+from mapet.training.learner import AUTOCAST
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
 
 BACKWARD_PRODUCTS = 2.5

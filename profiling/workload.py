@@ -15,10 +15,10 @@ from torch.autograd.profiler import record_function
 from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, SpeedConfig, TrainConfig
 from mapet.data.loader import Batch
 from mapet.distributed import World
-from mapet.learner import Learner
-from mapet.model import Block, MaskedTokenViT
+from mapet.model.vit import Block, MaskedTokenViT
 from mapet.objectives import Objective
-from mapet.schedule import StepPlan
+from mapet.training.learner import Learner
+from mapet.training.schedule import StepPlan
 
 try:
     import nvtx

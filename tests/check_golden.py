@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from mapet.config import ModelConfig
-from mapet.model import load_official
+from mapet.model.vit import load_official
 from mapet.objectives import MaPeT
 from mapet.objectives.loss import token_cross_entropy
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mapet.checkpoint import CheckpointState, CheckpointStore
 from mapet.config import RunConfig, to_dict
+from mapet.training.checkpoint import CheckpointState, CheckpointStore
 
 
 def make_state(step: int, numbers: int = 1000) -> CheckpointState:

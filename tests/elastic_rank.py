@@ -21,7 +21,8 @@ from pathlib import Path
 import tiny_run
 import torch
 
-from mapet import checkpoint, learner, train
+from mapet.training import checkpoint, learner
+from mapet.training import loop as train
 
 SETTLING = 0.5  # seconds after which the other processes have long been waiting
 

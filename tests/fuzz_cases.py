@@ -12,7 +12,7 @@ from command_line import FIT as FITTING
 from command_line import SIZES
 from fuzz_world import DAMAGES, OUTPUTS, Damage
 
-from mapet.settings import settings
+from mapet.commands.settings import settings
 
 
 @dataclass(frozen=True)

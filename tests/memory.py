@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from bench.memory import LiveBytes
 from bench.memory import storage_bytes as _bytes
 from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
-from mapet.model import MaskedTokenViT
+from mapet.model.vit import MaskedTokenViT
 from mapet.objectives import Objective, build_objective, loss
-from mapet.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
+from mapet.training.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
 
 
 @dataclass

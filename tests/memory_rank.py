@@ -11,7 +11,7 @@ import rank_run
 import tiny_run
 import torch
 
-from mapet import learner
+from mapet.training import learner
 
 
 def run_out(rank: int, limit: int, call: int) -> None:

@@ -16,15 +16,15 @@ import torch
 from tiny_run import make_config
 from torch import Tensor, nn
 
-from mapet.checkpoint import CheckpointStore
 from mapet.config import SpeedConfig
 from mapet.data.cache import TokenCache
 from mapet.data.loader import Batch, make_loader
 from mapet.distributed import World, connect
-from mapet.learner import Learner
-from mapet.objectives import base
-from mapet.parallel import gathered, is_sharded
-from mapet.schedule import plan_steps
+from mapet.objectives import two_stream as base
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.learner import Learner
+from mapet.training.parallel import gathered, is_sharded
+from mapet.training.schedule import plan_steps
 
 CHANGES = {"optim.eps": 1e-3, "train.ema_decay": 0.9, "train.micro_batch": 1, "optim.warmup_epochs": 0}
 SWITCHES = [field.name for field in dataclasses.fields(SpeedConfig) if field.name not in ("cuda_graphs", "fp8")]

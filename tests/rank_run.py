@@ -15,8 +15,9 @@ import safetensors.torch
 import tiny_run
 from torch.distributed.tensor.debug import CommDebugMode
 
-from mapet import learner, train
-from mapet.parallel import gathered
+from mapet.training import learner
+from mapet.training import loop as train
+from mapet.training.parallel import gathered
 
 
 def keep_weights(output: str) -> None:

@@ -13,12 +13,12 @@ import torch
 from command_line import FIT, PROBE, SIZES, TRAINING, everything_in, pictures, training
 from PIL import Image
 
-from mapet import checkpoint
-from mapet.checkpoint import CheckpointStore
 from mapet.cli import main
 from mapet.data import npyfile
 from mapet.data.cache import TokenCache
 from mapet.tokenizers.pixel import PixelTokenizer
+from mapet.training import checkpoint
+from mapet.training.checkpoint import CheckpointStore
 
 
 @pytest.fixture(scope="module")

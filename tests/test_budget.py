@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_run import make_cache, make_config
 
-from mapet.budget import MARGIN, Clocks, decide
-from mapet.checkpoint import CheckpointStore
 from mapet.errors import CheckpointError, ConfigError
-from mapet.learner import Learner
-from mapet.schedule import StepPlan
-from mapet.train import pretrain
+from mapet.training.budget import MARGIN, Clocks, decide
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.learner import Learner
+from mapet.training.loop import pretrain
+from mapet.training.schedule import StepPlan
 
 BUDGET = {"train.budget": "3min", "train.max_steps": 6, "train.save_every": 2}
 

@@ -19,7 +19,10 @@ import pytest
 import torch
 from checkpoint_writer import make_state, save_and_die_at_sync, save_for_ever, save_with_limit
 
-from mapet.checkpoint import (
+from mapet.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
+from mapet.errors import CheckpointError
+from mapet.model.official_names import pretraining_shapes
+from mapet.training.checkpoint import (
     MAY_CHANGE,
     CheckpointState,
     CheckpointStore,
@@ -28,9 +31,6 @@ from mapet.checkpoint import (
     load_weights,
     verify,
 )
-from mapet.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
-from mapet.errors import CheckpointError
-from mapet.official import pretraining_shapes
 
 FILES = ("model.safetensors", "ema.safetensors", "trainer.pt", "config.json", "manifest.json")
 
@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def processes():
     """Starts real processes quickly: one clean server imports torch once and forks for each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mapet.checkpoint"])
+    context.set_forkserver_preload(["mapet.training.checkpoint"])
     return context
 
 
@@ -103,7 +103,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_a_run(tmp_path,
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("mapet.checkpoint._remove", refuse)
+    monkeypatch.setattr("mapet.training.checkpoint._remove", refuse)
     with pytest.warns(UserWarning, match=r"could not remove .*step_000000001: Permission denied"):
         store.save(2, make_state(2))
     assert store.newest_valid() == 2
@@ -300,7 +300,7 @@ import sys, pathlib
 sys.path[:0] = sys.argv[2:]
 from checkpoint_writer import make_state
 from test_checkpoint import contents
-from mapet.checkpoint import CheckpointStore
+from mapet.training.checkpoint import CheckpointStore
 from mapet.errors import CheckpointError
 store = CheckpointStore(pathlib.Path(sys.argv[1]) / "checkpoints", keep=1)
 store.save(1, make_state(1, numbers=5000))

@@ -24,14 +24,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mapet import __version__
-from mapet.checkpoint import CheckpointStore
 from mapet.commands import pretrain as pretrain_command
 from mapet.commands import tokenize as tokenize_command
+from mapet.commands.options import COMMANDS
 from mapet.data.cache import TokenCache
 from mapet.errors import CheckpointError, ConfigError, DataError
-from mapet.options import COMMANDS
 from mapet.tokenizers import load_tokenizer
 from mapet.tokenizers.pixel import PixelTokenizer
+from mapet.training.checkpoint import CheckpointStore
 
 LINES, COLUMNS = 51, 100
 
@@ -323,7 +323,7 @@ class TestPretrain:
 
     def test_only_the_main_process_reports(self, mapet, monkeypatch):
         result = SimpleNamespace(exit_code=143)
-        monkeypatch.setattr("mapet.train.pretrain", lambda config: result)
+        monkeypatch.setattr("mapet.training.loop.pretrain", lambda config: result)
         monkeypatch.setenv("RANK", "1")
         outcome = mapet("pretrain")
         assert outcome.code == 143 and outcome.out == ""

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mapet.errors import DataError, WeightsMissingError
-from mapet.tokenizers import clip_weights
-from mapet.tokenizers.clip_trunk import TrunkConfig, build_trunk, hash_of_trunk, trunk_from_weights
-from mapet.tokenizers.clip_weights import find_clip_weights, read_weights
-from mapet.tokenizers.torchscript import is_torchscript, read_torchscript
+from mapet.tokenizers.foreign import clip_weights
+from mapet.tokenizers.foreign.clip_trunk import TrunkConfig, build_trunk, hash_of_trunk, trunk_from_weights
+from mapet.tokenizers.foreign.clip_weights import find_clip_weights, read_weights
+from mapet.tokenizers.foreign.torchscript import is_torchscript, read_torchscript
 
 
 @pytest.fixture

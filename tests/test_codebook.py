@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mapet.codebook import CodebookUsage, warn_of_collapse
 from mapet.data.images import open_source
 from mapet.errors import DataError
 from mapet.tokenizers import (
@@ -25,9 +24,10 @@ from mapet.tokenizers import (
     write_faiss_index,
     write_official_centroids,
 )
+from mapet.tokenizers.fitting.sampling import Reservoir
 from mapet.tokenizers.pixel import PixelTokenizer
-from mapet.tokenizers.sampling import Reservoir
 from mapet.tokenizers.store import read_provenance
+from mapet.tokenizers.usage import CodebookUsage, warn_of_collapse
 
 
 def noise_images(count: int = 40, size: int = 16, seed: int = 0) -> torch.Tensor:

@@ -16,11 +16,12 @@ from datafakes import description
 from PIL import Image
 
 from mapet.cli import main
-from mapet.codebook import class_counts, measure_usage, pointwise_mutual_information, repeated_entries
 from mapet.data import cache_writer
 from mapet.data.cache import TokenCache
-from mapet.report.codebook_report import CodebookStatistics, write_codebook_report
-from mapet.tokenizers import gallery, load_tokenizer
+from mapet.report import gallery
+from mapet.report.codebook import CodebookStatistics, write_codebook_report
+from mapet.tokenizers import load_tokenizer
+from mapet.tokenizers.usage import class_counts, measure_usage, pointwise_mutual_information, repeated_entries
 
 CLASSES = ["cat", "dog", "eel"]
 

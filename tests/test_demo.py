@@ -23,13 +23,13 @@ from mapet.demo import seed as demo_seed
 from mapet.demo.folder import DemoFolder, Timings, read_json
 from mapet.demo.pictures import striking_entries
 from mapet.demo.recipe import FULL, QUICK
+from mapet.demo.report import Spread
 from mapet.demo.seed import initial_weights
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
-from mapet.learner import Learner
-from mapet.report.report import Spread
-from mapet.schedule import plan_steps
 from mapet.tokenizers import load_tokenizer
+from mapet.training.learner import Learner
+from mapet.training.schedule import plan_steps
 
 PICTURES = ("loss.png", "who_sees_whom.png", "codebook_digits.png", "codebook_photos.png")
 

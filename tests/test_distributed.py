@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 from tiny_run import IMAGES, make_cache, make_config
 
-from mapet.checkpoint import CheckpointStore
 from mapet.data.loader import step_ids
 from mapet.distributed import StopRequest, World, connect, pick_device
 from mapet.errors import ConfigError, DataError
-from mapet.train import pretrain
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.loop import pretrain
 
 SCRIPT = Path(__file__).parent / "rank_run.py"
 # A large epsilon keeps Adam from blowing up the rounding of gradients that are zero but for rounding.

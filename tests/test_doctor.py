@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 
 from mapet import doctor as doctor_module
-from mapet.checkpoint import FOLDER, CheckpointState, CheckpointStore
 from mapet.config import RunConfig, to_dict
 from mapet.data.cache import TokenCache
 from mapet.doctor import (
@@ -32,6 +31,7 @@ from mapet.doctor import (
     triton_finding,
 )
 from mapet.errors import DataError
+from mapet.training.checkpoint import FOLDER, CheckpointState, CheckpointStore
 from mapet_kernels.backends import available_backends
 from mapet_kernels.selfcheck import Agreement
 

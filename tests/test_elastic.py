@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from tiny_run import make_cache, make_config
 
-from mapet.checkpoint import CheckpointStore
 from mapet.distributed import store_of_attempt
 from mapet.errors import MapetError
-from mapet.train import pretrain
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.loop import pretrain
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 
 from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, Precision, RunConfig, SpeedConfig, TrainConfig
 from mapet.errors import ConfigError
-from mapet.expectation import (
+from mapet.planning.estimate import (
     PAPER,
     SHARES,
     V100,
@@ -26,7 +26,7 @@ from mapet.expectation import (
     products,
     visible_pairs,
 )
-from mapet.plan import StepSize, step_size
+from mapet.planning.memory import StepSize, step_size
 from mapet.recipes import RECIPES, recipe
 from mapet_kernels import visibility
 
@@ -131,7 +131,7 @@ def test_the_papers_rates_follow_from_its_gpus_and_its_day() -> None:
 def test_the_readmes_table_is_what_the_code_prints() -> None:
     section = (ROOT / "README.md").read_text().split("## V100 and T4")[1].split("\n## ")[0]
     assert page() in section
-    assert "computed, not measured" in section and "python -m mapet.expectation" in section
+    assert "computed, not measured" in section and "python -m mapet.planning.estimate" in section
     for shares, word in zip(
         zip(*(vars(s).values() for s in SHARES), strict=True), ("products", "attention", "bandwidth"), strict=True
     ):

@@ -12,12 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import mapet.export as export_module
+import mapet.model.export as export_module
 from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, ConfigError, MapetError, WeightsMissingError
-from mapet.export import TOLERANCE, content_features, export, from_timm, to_timm
-from mapet.model import MaskedTokenViT
-from mapet.official import (
+from mapet.model.export import TOLERANCE, content_features, export, from_timm, to_timm
+from mapet.model.official_names import (
     encoder_shapes,
     fuse_qkv,
     infer_model_config,
@@ -25,7 +24,8 @@ from mapet.official import (
     pretraining_shapes,
     split_qkv,
 )
-from mapet.streams import StreamLayout
+from mapet.model.streams import StreamLayout
+from mapet.model.vit import MaskedTokenViT
 
 SMALL = ModelConfig(image_size=32, patch_size=8, width=48, depth=3, heads=3, vocabulary=64)
 

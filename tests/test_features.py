@@ -13,14 +13,14 @@ from command_line import FIT, SIZES, pictures
 from datafakes import NoiseSource, entries
 from forked import killed_at_sync, run_ranks
 
-from mapet import features as features_module
 from mapet.cli import INTERRUPTED, main
 from mapet.commands import tokenize as command
 from mapet.data.cache import TokenCache
 from mapet.distributed import connect
 from mapet.errors import ConfigError, DataError
-from mapet.features import GROUP, MAX_PATCHES, FeatureFiles, SamplePlan, sample_features
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from mapet.tokenizers.fitting import sample as features_module
+from mapet.tokenizers.fitting.sample import GROUP, MAX_PATCHES, FeatureFiles, SamplePlan, sample_features
 
 IMAGENET = 1_281_167
 SAMPLE = {"max_patches": 400, "seed": 3, "workers": 0, "max_skipped": 0.1}

@@ -19,9 +19,7 @@ from forked import FORK, killed_at_sync, run_ranks
 from safetensors.torch import save_file
 from tiny_run import make_cache, make_config
 
-import mapet.checkpoint as checkpoint
-from mapet import budget
-from mapet.checkpoint import CheckpointStore, load_weights
+import mapet.training.checkpoint as checkpoint
 from mapet.cli import main
 from mapet.config import ModelConfig
 from mapet.data import npyfile
@@ -29,13 +27,15 @@ from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
 from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
-from mapet.export import export
 from mapet.folders import LOCK, BusyFolder, FolderLock, Staging, check_apart, check_place, claim, locked, set_aside
-from mapet.learner import Learner
-from mapet.model import MaskedTokenViT
+from mapet.model.export import export
+from mapet.model.vit import MaskedTokenViT
 from mapet.tokenizers import load_tokenizer, make_tokenizer
 from mapet.tokenizers.base import Tokenizer
-from mapet.train import pretrain
+from mapet.training import budget
+from mapet.training.checkpoint import CheckpointStore, load_weights
+from mapet.training.learner import Learner
+from mapet.training.loop import pretrain
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=32, depth=1, heads=2, vocabulary=16)
 THESIS = "years of work"
@@ -613,7 +613,7 @@ class TestExport:
         export(MODEL, weights, tmp_path / "e")
         before = entries(tmp_path / "e")
         (tmp_path / "e").rename(tmp_path / ".e.replaced")
-        monkeypatch.setattr("mapet.export.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
+        monkeypatch.setattr("mapet.model.export.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(MapetError, match="full"):
             export(MODEL, weights, tmp_path / "e")
         assert entries(tmp_path / "e") == before and [path.name for path in tmp_path.iterdir()] == ["e"]
@@ -639,7 +639,7 @@ class TestReports:
         write_cache(tmp_path / "cache")
         given = ("codebook", "--cache", tmp_path / "cache", "--output", tmp_path / "r")
         with monkeypatch.context() as patch:
-            patch.setattr("mapet.report.codebook_report._usage_csv", lambda found: 1 / 0)
+            patch.setattr("mapet.report.codebook._usage_csv", lambda found: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 mapet(*given)
         assert (tmp_path / "r/usage.png").exists()

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from mapet.errors import DataError
-from mapet.tokenizers import gallery
-from mapet.tokenizers.gallery import save_gallery
+from mapet.report import gallery
+from mapet.report.gallery import save_gallery
 
 
 def flat_images(colours: list[list[tuple[int, int, int]]], patch: int = 8) -> torch.Tensor:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
-from mapet.limits import cap_memory
 from mapet.objectives import build_objective
-from mapet.optim import clip_gradients, gated_step, make_optimizer
-from mapet.plan import StepSize, predict_memory
+from mapet.planning.memory import StepSize, predict_memory
+from mapet.training.limits import cap_memory
+from mapet.training.optim import clip_gradients, gated_step, make_optimizer
 
 pytestmark = [
     pytest.mark.gpu,

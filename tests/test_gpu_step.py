@@ -19,8 +19,8 @@ from tiny_run import make_cache, make_config
 from mapet.config import ModelConfig, SpeedConfig
 from mapet.data.cache import TokenCache
 from mapet.distributed import World
-from mapet.learner import Learner
-from mapet.schedule import plan_steps
+from mapet.training.learner import Learner
+from mapet.training.schedule import plan_steps
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,14 +10,14 @@ import torch
 from tiny_run import make_cache, make_config
 from torch import nn
 
-from mapet import learner as learner_module
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
 from mapet.data.loader import Batch, make_loader
 from mapet.distributed import World
 from mapet.errors import ConfigError
-from mapet.learner import Learner, check_attention
-from mapet.schedule import plan_steps
+from mapet.training import learner as learner_module
+from mapet.training.learner import Learner, check_attention
+from mapet.training.schedule import plan_steps
 from mapet_kernels.selfcheck import Agreement
 
 CPU = World(torch.device("cpu"))

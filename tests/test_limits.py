@@ -12,12 +12,12 @@ from test_distributed import start_ranks
 from test_learner import CPU, batches, make_learner, run, snapshot
 from tiny_run import make_cache, make_config
 
-from mapet.checkpoint import CheckpointStore
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, OutOfMemory
-from mapet.learner import Learner
-from mapet.limits import cap_memory, halved, memory_limit
-from mapet.train import pretrain
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.learner import Learner
+from mapet.training.limits import cap_memory, halved, memory_limit
+from mapet.training.loop import pretrain
 
 AUTO = {"train.auto_batch": True, "optim.eps": 1e-3, "train.ema_decay": 0.9}
 

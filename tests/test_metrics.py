@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mapet.errors import ConfigError, MapetError
-from mapet.metrics import Best, MetricsLog, StepMetrics, keep_until
+from mapet.training.metrics import Best, MetricsLog, StepMetrics, keep_until
 
 NAN = float("nan")
 

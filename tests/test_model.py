@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mapet.checked import conform
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, to_dict
 from mapet.errors import CheckpointError, ConfigError
-from mapet.model import MaskedTokenViT, drop_path_rates, load_official, parameter_count
+from mapet.model.vit import MaskedTokenViT, drop_path_rates, load_official, parameter_count
 from mapet.objectives import OBJECTIVES, build_objective
 from mapet.objectives import loss as loss_module
 from mapet.objectives.loss import token_accuracy, token_cross_entropy

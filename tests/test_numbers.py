@@ -14,16 +14,16 @@ from command_line import TRAINING, everything_in, pictures
 from tiny_run import make_cache, make_config
 
 from mapet.checked import Range, at_least, fraction
-from mapet.checkpoint import CheckpointState, CheckpointStore, not_finite
+from mapet.commands.options import COMMANDS
+from mapet.commands.settings import settings
 from mapet.config import ModelConfig, OptimConfig, RunConfig
 from mapet.errors import ConfigError, FieldError, TrainingError
 from mapet.evaluate import EvaluationConfig, ProbeConfig
-from mapet.learner import Learner
-from mapet.metrics import MetricsLog, keep_until
-from mapet.options import COMMANDS
-from mapet.settings import settings
 from mapet.tokenizers.pixel import PixelTokenizer
-from mapet.train import pretrain
+from mapet.training.checkpoint import CheckpointState, CheckpointStore, not_finite
+from mapet.training.learner import Learner
+from mapet.training.loop import pretrain
+from mapet.training.metrics import MetricsLog, keep_until
 from mapet.units import parse_bytes, parse_count, parse_duration, parse_link
 from mapet_kernels import kmeans
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from mapet.data.cache import TokenCache
 from mapet.data.images import centre_square
-from mapet.data.official import import_official, ordered_token_files
 from mapet.errors import ConfigError, DataError
+from mapet.tokenizers.foreign.official_tokens import import_official, ordered_token_files
 
 IMAGES = 10
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")

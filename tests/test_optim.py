@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mapet.config import ModelConfig, OptimConfig
-from mapet.model import MaskedTokenViT
-from mapet.optim import WeightAverage, clip_gradients, gated_step, is_decayed, make_optimizer
+from mapet.model.vit import MaskedTokenViT
+from mapet.training.optim import WeightAverage, clip_gradients, gated_step, is_decayed, make_optimizer
 
 
 @pytest.fixture

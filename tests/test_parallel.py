@@ -11,14 +11,14 @@ import torch
 from test_distributed import CHANGES, check_steps, start_ranks
 from tiny_run import make_cache, make_config
 
-from mapet.checkpoint import CheckpointStore
 from mapet.distributed import World
 from mapet.errors import ConfigError
-from mapet.learner import Learner
-from mapet.parallel import placement
-from mapet.plan import in_parts, moments, step_size
-from mapet.schedule import plan_steps
-from mapet.train import pretrain
+from mapet.planning.memory import in_parts, moments, step_size
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.learner import Learner
+from mapet.training.loop import pretrain
+from mapet.training.parallel import placement
+from mapet.training.schedule import plan_steps
 
 SHARDED = {**CHANGES, "train.micro_batch": 1, "train.parallel": "fsdp"}
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from memory import measure_step
 
+from mapet.commands.options import Plan as Options
 from mapet.commands.plan import plan_config
 from mapet.config import ModelConfig, ObjectiveConfig
 from mapet.errors import ConfigError
 from mapet.objectives import OBJECTIVES, build_objective
-from mapet.objectives.base import part_size
-from mapet.options import Plan as Options
-from mapet.plan import (
+from mapet.objectives.two_stream import part_size
+from mapet.planning.memory import (
     FP32,
     LEVELS,
     USABLE,

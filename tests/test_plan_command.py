@@ -11,9 +11,9 @@ from command_line import TRAINING
 from tiny_run import make_cache
 
 from mapet.commands import pretrain as command
+from mapet.commands.options import Pretrain
 from mapet.config import RunConfig
 from mapet.errors import ConfigError
-from mapet.options import Pretrain
 
 BASE = ("--model", "base", "--cut", 60, "--precision", "bf16")
 
@@ -123,7 +123,7 @@ def test_out_of_memory_is_an_error_without_traceback(mapet, cache, tmp_path, mon
     def no_memory(*arguments):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr("mapet.learner.Learner._forward", no_memory)
+    monkeypatch.setattr("mapet.training.learner.Learner._forward", no_memory)
     options = ("--cache", cache, "--output", tmp_path, *TRAINING)
     mapet.fail("pretrain", *options, code=1, names=("micro-batch 8", "--micro-batch=4", "--auto-batch"))
     failed = mapet("pretrain", *options, "--auto-batch")

@@ -9,16 +9,16 @@ import pytest
 import torch
 from tiny_run import make_cache, make_config
 
-from mapet import precision as precision_module
-from mapet.checkpoint import CheckpointStore
 from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from mapet.distributed import World
 from mapet.errors import CheckpointError, ConfigError
-from mapet.learner import Learner
-from mapet.plan import predict_memory, step_size
-from mapet.precision import automatic, settled
-from mapet.schedule import plan_steps
-from mapet.train import pretrain
+from mapet.planning.memory import predict_memory, step_size
+from mapet.training import precision as precision_module
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.learner import Learner
+from mapet.training.loop import pretrain
+from mapet.training.precision import automatic, settled
+from mapet.training.schedule import plan_steps
 
 CPU = World(torch.device("cpu"))
 CUDA = World(torch.device("cuda", 0))

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from tiny_run import make_cache
 
-from mapet.checkpoint import CheckpointStore
-from mapet.metrics import FILE_NAME
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.metrics import FILE_NAME
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux"),

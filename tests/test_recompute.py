@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapet.config import ModelConfig, ObjectiveConfig
-from mapet.objectives import OBJECTIVES, Objective, base, build_objective
+from mapet.objectives import OBJECTIVES, Objective, build_objective
+from mapet.objectives import two_stream as base
 
 LEVELS = ("none", "cheap", "blocks")
 SIZES = ModelConfig(image_size=24, patch_size=8, width=32, depth=3, heads=2, vocabulary=40, drop_path=0.3)

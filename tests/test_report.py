@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mapet.errors import DataError
-from mapet.evaluate import EvaluationResult, Score
-from mapet.export import ExportReport
-from mapet.report.loss_curve import draw_loss_curve, read_metrics, smooth, unigram_entropy
-from mapet.report.report import (
+from mapet.demo.report import (
     DemoResults,
     Picture,
     PretrainingLoss,
@@ -24,6 +20,10 @@ from mapet.report.report import (
     tally,
     write_report,
 )
+from mapet.errors import DataError
+from mapet.evaluate import EvaluationResult, Score
+from mapet.model.export import ExportReport
+from mapet.report.loss_curve import draw_loss_curve, read_metrics, smooth, unigram_entropy
 from mapet.report.who_sees_whom import (
     TOKENS,
     draw_who_sees_whom,

@@ -8,8 +8,8 @@ import pytest
 
 from mapet.config import ModelConfig
 from mapet.errors import ConfigError
-from mapet.scaling import Cluster, scale, scaling_rows
-from mapet.scaling_page import page
+from mapet.planning.scaling import Cluster, scale, scaling_rows
+from mapet.planning.scaling_page import page
 from mapet.units import duration, gib, metric, parse_bytes, parse_count, parse_duration, parse_link
 
 BASE = ModelConfig.preset("base")

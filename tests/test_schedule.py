@@ -10,7 +10,7 @@ from tiny_run import make_config
 
 from mapet.config import OptimConfig
 from mapet.errors import ConfigError
-from mapet.schedule import learning_rate, plan_steps
+from mapet.training.schedule import learning_rate, plan_steps
 
 
 def official(e: float, base: float = 1.5e-3, low: float = 1e-5, warm: float = 1e-6, W: int = 10, E: int = 300) -> float:

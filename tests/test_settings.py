@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mapet.commands.settings import as_text, change, parse_assignments, parse_value, settings, value_of
 from mapet.config import RunConfig, to_dict
 from mapet.errors import ConfigError
-from mapet.settings import as_text, change, parse_assignments, parse_value, settings, value_of
 
 
 def test_every_field_is_there_with_its_documentation():

@@ -12,15 +12,15 @@ from test_learner import batches, make_learner, run
 from tiny_run import make_cache, make_config
 from torch import Tensor
 
-from mapet.checkpoint import config_differences
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, to_dict
 from mapet.data.cache import TokenCache
 from mapet.distributed import World
 from mapet.errors import ConfigError
-from mapet.graphs import GraphedPass
-from mapet.learner import check_speed, skips_dropped
+from mapet.model.stochastic_depth import Kept, add, kept_images, take
 from mapet.objectives import OBJECTIVES, Objective, build_objective
-from mapet.stochastic_depth import Kept, add, kept_images, take
+from mapet.training.checkpoint import config_differences
+from mapet.training.graphs import GraphedPass
+from mapet.training.learner import check_speed, skips_dropped
 
 SIZES = ModelConfig(image_size=24, patch_size=8, width=32, depth=3, heads=2, vocabulary=40, drop_path=0.4)
 IMAGES = 6
@@ -180,8 +180,8 @@ def test_a_learner_steps_by_recordings(cache, monkeypatch: pytest.MonkeyPatch) -
         made.append(call)
         return lambda: result.copy_(call()), result
 
-    monkeypatch.setattr("mapet.learner.check_speed", lambda *_: None)
-    monkeypatch.setattr("mapet.learner.GraphedPass", lambda *arguments: GraphedPass(*arguments, record))
+    monkeypatch.setattr("mapet.training.learner.check_speed", lambda *_: None)
+    monkeypatch.setattr("mapet.training.learner.GraphedPass", lambda *arguments: GraphedPass(*arguments, record))
     changes = {"train.micro_batch": 4, "train.ema_decay": 0.9}
     graphed, eager = (make_learner(cache, **changes, **{"speed.cuda_graphs": on}) for on in (True, False))
     for learner in (graphed, eager):

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from mapet.stages import StageClock, stage
+from mapet.data.stages import StageClock, stage
 
 
 class Stream:

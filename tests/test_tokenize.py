@@ -17,8 +17,8 @@ from mapet.data.cache import TokenCache
 from mapet.data.images import centre_square, open_source
 from mapet.data.report import TimeUse
 from mapet.errors import ConfigError, DataError
-from mapet.tokenize import fit_batches, tokenize
 from mapet.tokenizers import make_tokenizer
+from mapet.tokenizers.encode import fit_batches, tokenize
 
 TOKENIZER = BrightnessTokenizer()
 
@@ -169,7 +169,7 @@ class TestTokenize:
             "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "import sys, time; sys.path.insert(0, sys.argv[2])\n"
             "from datafakes import BrightnessTokenizer, NoiseSource\n"
-            "from mapet.tokenize import tokenize\n"
+            "from mapet.tokenizers.encode import tokenize\n"
             "class Slow(NoiseSource):\n"
             "    def load(self, index):\n"
             "        time.sleep(0.05); return super().load(index)\n"

@@ -17,7 +17,7 @@ from forked import kill_after, killed_at_sync, run_ranks
 from mapet.cli import main
 from mapet.distributed import connect
 from mapet.errors import DataError, MapetError
-from mapet.tokenize import tokenize
+from mapet.tokenizers.encode import tokenize
 
 TOKENIZER = BrightnessTokenizer()
 SHARDS = {"image_size": 8, "batch_size": 2, "shard_images": 4, "workers": 0}
@@ -126,7 +126,7 @@ class TestAfterAnEnd:
 
     def test_left_beside_a_complete_cache(self, whole, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr("mapet.data.journal.clear", lambda folder: None)
+            patch.setattr("mapet.data.jobs.clear", lambda folder: None)
             make(tmp_path / "cache")
         assert (tmp_path / ".cache.partial/part_00000.json").exists()
         assert make(tmp_path / "cache").reused

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mapet.data.images import centre_square, open_source
 from mapet.errors import ConfigError, DataError, WeightsMissingError
 from mapet.tokenizers import TOKENIZERS, KClipTokenizer, Tokenizer, kclip, load_tokenizer, make_tokenizer
-from mapet.tokenizers.clip_trunk import MEAN, STD
+from mapet.tokenizers.foreign.clip_trunk import MEAN, STD
 from mapet.tokenizers.kclip import default_precision
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from tiny_run import IMAGES, make_cache, make_config
 
-from mapet import train
-from mapet.checkpoint import CheckpointStore
 from mapet.config import ModelConfig
 from mapet.data.loader import step_ids
 from mapet.errors import CheckpointError, ConfigError, DataError, TrainingError
-from mapet.learner import Learner
-from mapet.train import pretrain
+from mapet.training import loop as train
+from mapet.training.checkpoint import CheckpointStore
+from mapet.training.learner import Learner
+from mapet.training.loop import pretrain
 
 SCRIPT = Path(__file__).parent / "tiny_run.py"
 

@@ -480,7 +480,7 @@ def test_files_are_read_in_one_place():
     known = {
         "mapet/files.py",
         "kernels/regular.py",
-        "mapet/metrics.py",
+        "mapet/training/metrics.py",
         "mapet/report/loss_curve.py",
         "mapet/doctor.py",  # this and the next: files of the system
         "mapet/distributed.py",

@@ -16,15 +16,15 @@ from command_line import FIT, SIZES, TRAINING, pictures
 from rich.console import Console
 from tiny_run import make_cache, make_config
 
+from mapet.commands.options import COMMANDS, in_options
 from mapet.commands.probe import as_table
 from mapet.data.images import folder_source
 from mapet.doctor import Finding, doctor, run_findings
 from mapet.evaluate import EvaluationResult, Score
-from mapet.metrics import FILE_NAME, keep_until
-from mapet.options import COMMANDS, in_options
 from mapet.report.loss_curve import read_metrics
 from mapet.report.markdown import plain, table
-from mapet.train import pretrain
+from mapet.training.loop import pretrain
+from mapet.training.metrics import FILE_NAME, keep_until
 from mapet.words import in_line, printable
 
 HOSTILE = ["\x1b[31mred", "[/red]", "caf\udce9", "$\\frac", "a\nb", "<script>", "a|b`c`"]

@@ -57,7 +57,7 @@ def make_config(cache: Path, output: Path, **changes: Any) -> RunConfig:
 
 def main(cache: str, output: str, changes: str = "{}") -> int:
     """Run it; the exit code that the command line gives."""
-    from mapet.train import pretrain
+    from mapet.training.loop import pretrain
 
     torch.set_num_threads(1)
     try:

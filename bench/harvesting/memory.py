@@ -35,8 +35,8 @@ def case(run: Run, images: int, recompute: str) -> None:
     """Peak of a step beside the plan's."""
     setting = step.setting_for(replace(run, arguments={"model": "base", "batch": images}))
     from mapet.distributed import World
-    from mapet.learner import Learner
-    from mapet.plan import predict_memory, step_size
+    from mapet.planning.memory import predict_memory, step_size
+    from mapet.training.learner import Learner
 
     config = setting.config
     config = replace(config, train=replace(config.train, recompute=recompute))

@@ -26,8 +26,8 @@ try:
     from bench.step import OfficialStep, Setting, resident
     from mapet.config import ModelConfig, SpeedConfig
     from mapet.distributed import World
-    from mapet.learner import Learner
-    from mapet.limits import cap_memory
+    from mapet.training.learner import Learner
+    from mapet.training.limits import cap_memory
 except ModuleNotFoundError as error:  # the model needs packages that a machine with torch alone may lack
     MISSING: str | None = error.name
 else:

@@ -1,1 +1,1 @@
-"""The sub-commands of `mapet`, one module each: `run(options)` takes the dataclass of mapet/options.py of its name."""
+"""The sub-commands of `mapet`, one module each: `run(options)` takes the dataclass of options.py of its name."""

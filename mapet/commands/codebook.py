@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mapet.commands.options import Codebook
 from mapet.data.cache import TokenCache
 from mapet.errors import DataError
-from mapet.options import Codebook
-from mapet.report.codebook_report import write_codebook_report
+from mapet.report.codebook import write_codebook_report
 from mapet.tokenizers import store
 from mapet.words import say
 

@@ -1,7 +1,7 @@
 """`mapet demo`."""
 
+from mapet.commands.options import Demo
 from mapet.demo import DemoOptions, run_demo
-from mapet.options import Demo
 
 
 def run(options: Demo) -> int:

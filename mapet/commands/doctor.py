@@ -1,7 +1,7 @@
 """`mapet doctor`."""
 
+from mapet.commands.options import Doctor
 from mapet.doctor import doctor
-from mapet.options import Doctor
 
 
 def run(options: Doctor) -> int:

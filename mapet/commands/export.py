@@ -1,8 +1,8 @@
 """`mapet export`."""
 
-from mapet.checkpoint import load_weights
-from mapet.export import export
-from mapet.options import Export
+from mapet.commands.options import Export
+from mapet.model.export import export
+from mapet.training.checkpoint import load_weights
 from mapet.words import say
 
 

@@ -8,14 +8,14 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
+from mapet.commands.options import Plan as Options
 from mapet.commands.pretrain import changed, given
 from mapet.config import Parallel, RunConfig
 from mapet.errors import ConfigError
-from mapet.expectation import GPUS, expectation_rows
-from mapet.options import Plan as Options
-from mapet.plan import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
+from mapet.planning.estimate import GPUS, expectation_rows
+from mapet.planning.memory import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
+from mapet.planning.scaling import Cluster, scaling_rows
 from mapet.recipes import recipe
-from mapet.scaling import Cluster, scaling_rows
 from mapet.units import gib, parse_bytes, parse_count, parse_link
 from mapet.words import say
 
@@ -111,7 +111,7 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
 
 
 def expectation_table(config: RunConfig, options: Options, plan: Plan) -> Table:
-    """mapet/expectation.py for this GPU."""
+    """mapet/planning/estimate.py for this GPU."""
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch, recompute=plan.recompute)
     title = f"one {options.gpu}, {config.train.precision}"
     table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
@@ -121,7 +121,7 @@ def expectation_table(config: RunConfig, options: Options, plan: Plan) -> Table:
 
 
 def scaling_table(config: RunConfig, options: Options) -> Table:
-    """mapet/scaling.py for these GPUs."""
+    """mapet/planning/scaling.py for these GPUs."""
     cluster = Cluster(
         options.gpus,
         parse_link(options.interconnect),

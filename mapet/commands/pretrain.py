@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mapet.checked import environment_number
+from mapet.commands.options import FIELD_OF, Plan, Pretrain, as_typed
+from mapet.commands.settings import as_text, change, parse_assignments, settings, value_of
 from mapet.config import MODEL_PRESETS, RunConfig
 from mapet.errors import ConfigError, FieldError
-from mapet.options import FIELD_OF, Plan, Pretrain, as_typed
 from mapet.recipes import recipe
-from mapet.settings import as_text, change, parse_assignments, settings, value_of
 from mapet.units import gib, parse_bytes
 from mapet.words import say
 
 if TYPE_CHECKING:
-    from mapet.train import TrainResult
+    from mapet.training.loop import TrainResult
 
 DOC_WIDTH = 96
 
@@ -32,7 +32,7 @@ def run(options: Pretrain) -> int:
         return 0
     if decision and os.environ.get("RANK", "0") == "0":
         say(decision)
-    from mapet.train import pretrain  # imports torch, which --list-options has no need of
+    from mapet.training.loop import pretrain  # imports torch, which --list-options has no need of
 
     result = pretrain(config)
     if os.environ.get("RANK", "0") == "0":
@@ -92,7 +92,7 @@ def planned(config: RunConfig, options: Pretrain, processes: int) -> tuple[RunCo
     values = given(options)
     if not config.train.gpu_memory or {"train.micro_batch", "train.recompute"} <= values.keys():
         return config, ""
-    from mapet.plan import LEVELS, plan_memory, step_size  # imports torch
+    from mapet.planning.memory import LEVELS, plan_memory, step_size  # imports torch
 
     levels = [config.train.recompute] if "train.recompute" in values else LEVELS
     size, limit = step_size(config, processes), parse_bytes(config.train.gpu_memory)

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet.checkpoint import load_weights
+from mapet.commands.options import Probe
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, open_source
 from mapet.data.manifest import MANIFEST
@@ -39,13 +39,13 @@ from mapet.evaluate import (
     pixel_features,
     split,
 )
-from mapet.export import from_timm, to_timm
 from mapet.files import UnreadableFile, read_json, write_whole
 from mapet.folders import check_place, locked
-from mapet.model import MaskedTokenViT
-from mapet.options import Probe
+from mapet.model.export import from_timm, to_timm
+from mapet.model.timm_folder import is_timm_folder, read_timm_folder
+from mapet.model.vit import MaskedTokenViT
 from mapet.rng import seed_global_generators
-from mapet.timm_folder import is_timm_folder, read_timm_folder
+from mapet.training.checkpoint import load_weights
 from mapet.words import in_line, say
 
 SCORES = "scores.json"

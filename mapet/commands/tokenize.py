@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mapet.commands.options import Tokenize
 from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import cache_staging, check_replaceable
 from mapet.data.feed import check_shared_memory
 from mapet.data.images import ImageSource, open_source
 from mapet.data.manifest import MANIFEST
-from mapet.data.official import import_official
 from mapet.data.progress import progress
 from mapet.data.report import TokenizeReport
 from mapet.distributed import World, connect
 from mapet.errors import ConfigError, DataError
-from mapet.features import MAX_PATCHES, sample_features
 from mapet.folders import (
     CACHE,
     SAMPLE,
@@ -37,11 +36,12 @@ from mapet.folders import (
     check_writable,
     locked,
 )
-from mapet.options import Tokenize
 from mapet.progress import duration
-from mapet.tokenize import FitBatches, fit_batches, tokenize
 from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
-from mapet.tokenizers.unfinished import UnfinishedFit
+from mapet.tokenizers.encode import FitBatches, fit_batches, tokenize
+from mapet.tokenizers.fitting.sample import MAX_PATCHES, sample_features
+from mapet.tokenizers.fitting.unfinished import UnfinishedFit
+from mapet.tokenizers.foreign.official_tokens import import_official
 from mapet.words import say
 from mapet_kernels.kmeans import Iteration, share_of_rows
 

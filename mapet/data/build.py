@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mapet.codebook import CodebookUsage
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
 from mapet.data.feed import PATIENCE
@@ -27,9 +26,10 @@ from mapet.data.manifest import MANIFEST, CacheDescription
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
 from mapet.data.progress import progress
 from mapet.data.report import TimeUse, TokenizeReport
+from mapet.data.stages import StageClock, stage
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
-from mapet.stages import StageClock, stage
+from mapet.tokenizers.usage import CodebookUsage
 from mapet.words import say
 
 

@@ -1,7 +1,7 @@
 """Writing a token cache shard by shard, into a hidden folder beside its place, moved there when it is complete.
 
 A shard holds the images of one range of positions in the source. Shards can be written in any order, by any process;
-the journal (mapet/data/journal.py) knows the finished ones, so that a killed run goes on from there. The hidden folder:
+the journal (mapet/data/jobs.py) knows the finished ones, so that a killed run goes on from there. The hidden folder:
 
     .NAME.partial/plan.json, part_*.json         the journal, and the lock
     .NAME.partial/tokens_00007.npy               tokens of a shard, uint16 (rows, P)
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mapet.data.journal import Journal, Part
+from mapet.data.jobs import Journal, Part
 from mapet.data.manifest import (
     LABELS,
     MANIFEST,

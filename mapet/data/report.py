@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mapet.codebook import CodebookUsage
 from mapet.data.manifest import Skipped
+from mapet.tokenizers.usage import CodebookUsage
 
 SHOWN = 10
 REMEDIES = {

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.recipe import Recipe
+from mapet.demo.report import DemoResults, Picture, PretrainingLoss
 from mapet.doctor import doctor_report, machine_lines
-from mapet.export import ExportReport
+from mapet.model.export import ExportReport
 from mapet.report.loss_curve import read_metrics
-from mapet.report.report import DemoResults, Picture, PretrainingLoss
 
 
 def demo_results(

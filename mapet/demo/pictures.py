@@ -12,13 +12,13 @@ from mapet.data.cache import TokenCache
 from mapet.data.images import open_source
 from mapet.demo.folder import DemoFolder
 from mapet.demo.recipe import PhotoRecipe, Recipe
+from mapet.demo.report import Picture
 from mapet.demo.seed import fitted
+from mapet.report.gallery import save_gallery
 from mapet.report.loss_curve import draw_loss_curve, read_metrics
-from mapet.report.report import Picture
 from mapet.report.who_sees_whom import draw_who_sees_whom
-from mapet.tokenize import tokenize
 from mapet.tokenizers import load_tokenizer, make_tokenizer
-from mapet.tokenizers.gallery import save_gallery
+from mapet.tokenizers.encode import tokenize
 
 ROWS = 10
 COLUMNS = 8

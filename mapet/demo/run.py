@@ -15,7 +15,6 @@ import torch
 
 from mapet import words
 from mapet.checked import at_least, check_fields
-from mapet.checkpoint import load_weights
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, open_source
 from mapet.data.subset import Subset
@@ -23,13 +22,14 @@ from mapet.demo.describe import demo_results, token_entropy
 from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.pictures import digit_gallery, loss_picture, photo_gallery, visibility_picture
 from mapet.demo.recipe import FULL, QUICK, Recipe
+from mapet.demo.report import Picture, write_report
 from mapet.demo.seed import SeedJob, Stopped
 from mapet.distributed import pick_device
 from mapet.errors import CheckpointError
 from mapet.evaluate import CacheImages, extract_features
-from mapet.export import TOLERANCE, ExportReport, export, to_timm
 from mapet.folders import check_place, locked
-from mapet.report.report import Picture, write_report
+from mapet.model.export import TOLERANCE, ExportReport, export, to_timm
+from mapet.training.checkpoint import load_weights
 
 THREADS = 1
 """Of torch's operations on the CPU. The matrices are too small to share out: a second thread gained a few percent on an

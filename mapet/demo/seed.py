@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mapet.checkpoint import load_weights
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource
@@ -16,15 +15,16 @@ from mapet.data.subset import Subset
 from mapet.demo.folder import DemoFolder, SeedResult, Timings, write_json
 from mapet.demo.recipe import Recipe
 from mapet.evaluate import CacheImages, EvaluationResult, FeatureFunction, SourceImages, evaluate, pixel_features, split
-from mapet.export import to_timm
+from mapet.model.export import to_timm
+from mapet.model.official_names import StateDict
 from mapet.objectives import build_objective
-from mapet.official import StateDict
 from mapet.report.loss_curve import unigram_entropy
 from mapet.rng import seed_global_generators
-from mapet.tokenize import fit_batches, tokenize
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from mapet.tokenizers.encode import fit_batches, tokenize
 from mapet.tokenizers.store import MANIFEST
-from mapet.train import pretrain
+from mapet.training.checkpoint import load_weights
+from mapet.training.loop import pretrain
 
 
 class Stopped(Exception):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mapet.config import ModelConfig, ObjectiveConfig, Recompute, SpeedConfig
 from mapet.errors import ConfigError
-from mapet.objectives.base import Objective, Plan
 from mapet.objectives.mapet import MaPeT
 from mapet.objectives.mim import MIM
 from mapet.objectives.pim import PIM
+from mapet.objectives.two_stream import Objective, Plan
 
 OBJECTIVES: dict[str, type[Objective]] = {"mapet": MaPeT, "pim": PIM, "mim": MIM}
 

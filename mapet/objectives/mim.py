@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from mapet.objectives.base import Objective
-from mapet.streams import StreamLayout
+from mapet.model.streams import StreamLayout
+from mapet.objectives.two_stream import Objective
 
 
 class MIM(Objective):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mapet.objectives.base import Objective
-from mapet.streams import StreamLayout
+from mapet.model.streams import StreamLayout
+from mapet.objectives.two_stream import Objective
 from mapet_kernels import two_stream_attention_packed
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mapet.codebook import CodebookUsage
 from mapet.report.picture import CONTEXT, FAINT, HIDDEN, INK, QUERY, frame, save
+from mapet.tokenizers.usage import CodebookUsage
 
 
 def draw_usage(path: str | Path, usage: CodebookUsage) -> Path:

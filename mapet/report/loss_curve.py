@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mapet.errors import DataError
-from mapet.metrics import read_lines
 from mapet.report.picture import CYCLE, INK, frame, save
+from mapet.training.metrics import read_lines
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 
-from mapet.codebook import CodebookUsage, CollapseWarning, FitReport, measure_usage
 from mapet.config import Precision
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
 from mapet.tokenizers.base import Network, Tokenizer
+from mapet.tokenizers.foreign.official_codebook import (
+    read_official_codebook,
+    write_faiss_index,
+    write_official_centroids,
+)
 from mapet.tokenizers.kclip import KClipTokenizer
-from mapet.tokenizers.official import read_official_codebook, write_faiss_index, write_official_centroids
 from mapet.tokenizers.pixel import PixelTokenizer
+from mapet.tokenizers.usage import CodebookUsage, CollapseWarning, FitReport, measure_usage
 
 __all__ = [
     "TOKENIZERS",

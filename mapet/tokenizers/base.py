@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mapet.codebook import CodebookUsage, FitReport, measure_usage, repeated_entries, warn_of_collapse
+from mapet.data.stages import stage
 from mapet.errors import ConfigError, DataError
-from mapet.stages import stage
 from mapet.tokenizers import store
-from mapet.tokenizers.sampling import Reservoir
-from mapet.tokenizers.unfinished import Sample, UnfinishedFit
+from mapet.tokenizers.fitting.sampling import Reservoir
+from mapet.tokenizers.fitting.unfinished import Sample, UnfinishedFit
+from mapet.tokenizers.usage import CodebookUsage, FitReport, measure_usage, repeated_entries, warn_of_collapse
 from mapet_kernels import kmeans, kmeans_assign
 from mapet_kernels.checks import check_finite_rows
 

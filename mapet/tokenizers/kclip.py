@@ -14,8 +14,8 @@ from torchvision.transforms import InterpolationMode
 from mapet.config import Precision
 from mapet.errors import ConfigError
 from mapet.tokenizers.base import Network, Tokenizer
-from mapet.tokenizers.clip_trunk import MEAN, STD, STRIDE, hash_of_trunk, trunk_from_weights
-from mapet.tokenizers.clip_weights import find_clip_weights, read_weights
+from mapet.tokenizers.foreign.clip_trunk import MEAN, STD, STRIDE, hash_of_trunk, trunk_from_weights
+from mapet.tokenizers.foreign.clip_weights import find_clip_weights, read_weights
 from mapet_kernels.precision import full_fp32
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

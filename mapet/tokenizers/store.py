@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mapet import __version__
 from mapet.checked import conform
-from mapet.codebook import CodebookUsage, FitReport
 from mapet.errors import DataError
 from mapet.files import (
     UnreadableFile,
@@ -30,6 +29,7 @@ from mapet.files import (
     write_through,
 )
 from mapet.folders import LOCK, PARTIAL_FILES, TOKENIZER, check_place, instead
+from mapet.tokenizers.usage import CodebookUsage, FitReport
 
 CODEBOOK = "codebook.safetensors"
 MANIFEST = "tokenizer.json"

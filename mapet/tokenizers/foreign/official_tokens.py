@@ -63,11 +63,11 @@ def import_official(
         root: folder of the images. They are read as the official code does, without their EXIF orientation.
         vocabulary: tokens must be in [0, vocabulary).
         tokenizer: the name the cache gives for the tokenizer.
-        patience, shard_images, world: as for `mapet.tokenize.tokenize`.
+        patience, shard_images, world: as for `mapet.tokenizers.encode.tokenize`.
         class_names: label_encoder_classes.npy, an array of text; without it classes are called by their numbers.
     Raises:
         DataError: naming the file: not a token tensor (files are loaded without running code), more or fewer rows than
-            the CSV, P that is no square, tokens out of range; and all that `mapet.tokenize.tokenize` raises.
+            the CSV, P that is no square, tokens out of range; and all that `mapet.tokenizers.encode.tokenize` raises.
     """
     files = _shards(token_files)
     names, labels = read_csv(Path(csv_file), Path(root))

@@ -6,7 +6,7 @@ import torch
 
 from mapet.config import RunConfig
 from mapet.errors import ConfigError
-from mapet.plan import divisors, out_of_memory_advice, step_size
+from mapet.planning.memory import divisors, out_of_memory_advice, step_size
 from mapet.units import gib, parse_bytes
 
 

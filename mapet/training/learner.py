@@ -18,20 +18,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mapet.checkpoint import CheckpointState
 from mapet.config import RunConfig, to_dict
 from mapet.data.augment import JitterDraws, color_jitter, step_jitter
 from mapet.data.loader import Batch
 from mapet.distributed import World
 from mapet.errors import ConfigError, OutOfMemory
 from mapet.files import check_like
-from mapet.fp8 import check_fp8
-from mapet.graphs import GraphedPass
-from mapet.limits import advice, halved
-from mapet.model import Keep, load_official
+from mapet.model.fp8 import check_fp8
+from mapet.model.vit import Keep, load_official
 from mapet.objectives import Objective, Plan, build_objective
-from mapet.optim import WeightAverage, check_optimizer_state, clip_gradients, gated_step, make_optimizer
-from mapet.parallel import (
+from mapet.rng import (
+    check_global_rng_state,
+    global_rng_state,
+    seed_global_generators,
+    set_global_rng_state,
+    step_generator,
+)
+from mapet.training.checkpoint import CheckpointState
+from mapet.training.graphs import GraphedPass
+from mapet.training.limits import advice, halved
+from mapet.training.optim import WeightAverage, check_optimizer_state, clip_gradients, gated_step, make_optimizer
+from mapet.training.parallel import (
     check_parallel,
     compile_network,
     distribute,
@@ -41,14 +48,7 @@ from mapet.parallel import (
     shards,
     weights_as_parts,
 )
-from mapet.rng import (
-    check_global_rng_state,
-    global_rng_state,
-    seed_global_generators,
-    set_global_rng_state,
-    step_generator,
-)
-from mapet.schedule import StepPlan, learning_rate
+from mapet.training.schedule import StepPlan, learning_rate
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 from mapet_kernels.registry import TwoStreamShape
 from mapet_kernels.selfcheck import two_stream_agreement
@@ -353,9 +353,9 @@ def check_speed(config: RunConfig, world: World) -> None:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """ConfigError when a GPU has no bf16 of its own; ValueError for auto, which mapet/precision.py settles before."""
+    """ConfigError when a GPU has no bf16 of its own; ValueError for auto, which precision.py settles before."""
     if precision == "auto":
-        raise ValueError("train.precision auto is settled before a learner is made: mapet.precision.settled")
+        raise ValueError("train.precision auto is settled before a learner is made: mapet.training.precision.settled")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"

@@ -1,6 +1,6 @@
 """How fast a training step can be on a GPU that is not here, computed from its data sheet. Nothing here is measured.
 
-For a micro-batch of B images, in the terms of mapet/plan.py: R rows of the buffer, C of them content, Q predicted; D,
+For a micro-batch of B images, in the terms of memory.py: R rows of the buffer, C of them content, Q predicted; D,
 F, V; e bytes of what products read and write, f = 4; casts between the two, (e + f) D a row, under autocast only.
 
     products    m x k by k x n: 2 m k n operations, e (m k + k n + m n) bytes; once forward, twice backward. The patch
@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 
 from mapet.config import Precision
 from mapet.errors import ConfigError
-from mapet.plan import FP32, StepSize, parameters, plan_memory, step_size
+from mapet.planning.memory import FP32, StepSize, parameters, plan_memory, step_size
 from mapet.recipes import recipe
 from mapet.units import parse_bytes
 

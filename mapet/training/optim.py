@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mapet.checked import conform
 from mapet.config import OptimConfig
 from mapet.files import check_like
-from mapet.parallel import as_parts_of, whole
+from mapet.training.parallel import as_parts_of, whole
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 

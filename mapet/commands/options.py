@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import UseAppendAction, arg
 
 from mapet.checked import above, at_least, check_fields, fraction
+from mapet.commands.settings import as_text, settings, value_of
 from mapet.config import (
     BatchSize,
     Count,
@@ -26,7 +27,6 @@ from mapet.config import (
     Workers,
 )
 from mapet.errors import FieldError
-from mapet.settings import as_text, settings, value_of
 
 FIELD_OF = {
     "cache": "data.cache",

@@ -31,8 +31,8 @@ from mapet.data.loader import make_loader
 from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError
 from mapet.files import UnreadableFile, read_record, write_whole
-from mapet.learner import Learner
-from mapet.schedule import StepPlan
+from mapet.training.learner import Learner
+from mapet.training.schedule import StepPlan
 from mapet.units import duration, parse_duration
 
 FILE = "budget.json"

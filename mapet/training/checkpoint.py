@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from mapet.checked import at_least, conform
+from mapet.commands.settings import REPLACED
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, to_dict
 from mapet.data.npyfile import FileRecord
 from mapet.errors import CheckpointError, MapetError
@@ -45,8 +46,7 @@ from mapet.files import (
     write_through,
 )
 from mapet.folders import CHECKPOINT, CHECKPOINTS, a, kind_of
-from mapet.official import pretraining_shapes
-from mapet.settings import REPLACED
+from mapet.model.official_names import pretraining_shapes
 
 T = TypeVar("T")
 FORMAT = 1

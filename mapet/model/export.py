@@ -25,7 +25,7 @@ from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
 from mapet.files import read_json, tensors_metadata, write_whole
 from mapet.folders import EXPORT, PRODUCER, Staging
-from mapet.official import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
+from mapet.model.official_names import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
 
 Pool = Literal["avg", "token"]
 

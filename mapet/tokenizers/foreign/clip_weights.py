@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.errors import DataError, WeightsMissingError
 from mapet.files import UnreadableFile, read_pickle, read_tensors, sha256_of
-from mapet.tokenizers.torchscript import is_torchscript, read_torchscript
+from mapet.tokenizers.foreign.torchscript import is_torchscript, read_torchscript
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ each group a fixed part at random. The folder:
 
     features_00007.npy   float16 (rows, F), the sample of 100 groups
     features.json        the files in order, with their hashes, and what they are a sample of; written last
-    plan.json, part_*.json   the journal (mapet/data/journal.py): a killed run goes on with the same call
+    plan.json, part_*.json   the journal (mapet/data/jobs.py): a killed run goes on with the same call
     kmeans               state of the k-means over it, while that runs
 """
 
@@ -28,18 +28,18 @@ from torch import Tensor
 from mapet.checked import at_least
 from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
-from mapet.data.journal import Journal
+from mapet.data.jobs import Journal
 from mapet.data.manifest import Skipped
 from mapet.data.npyfile import FileRecord, NpyAppender
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
 from mapet.data.progress import progress
 from mapet.data.report import TimeUse
+from mapet.data.stages import StageClock, stage
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
 from mapet.files import map_array, one_line, write_whole
 from mapet.folders import SAMPLE, check_place
 from mapet.rng import step_generator
-from mapet.stages import StageClock, stage
 from mapet.words import say
 from mapet_kernels.kmeans import NpyRows
 

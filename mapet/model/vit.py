@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mapet import stochastic_depth
 from mapet.config import ModelConfig, Recompute, SpeedConfig
 from mapet.errors import CheckpointError
-from mapet.fp8 import fp8_linear
-from mapet.stochastic_depth import Kept
-from mapet.streams import StreamLayout
+from mapet.model import stochastic_depth
+from mapet.model.fp8 import fp8_linear
+from mapet.model.stochastic_depth import Kept
+from mapet.model.streams import StreamLayout
 from mapet_kernels import permuted_embed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mapet.config import ModelConfig, Recompute, SpeedConfig, check_cut
-from mapet.model import Keep, MaskedTokenViT, drop_path_rates
+from mapet.model.stochastic_depth import kept_images
+from mapet.model.streams import StreamLayout
+from mapet.model.vit import Keep, MaskedTokenViT, drop_path_rates
 from mapet.objectives.loss import token_accuracy, token_cross_entropy, whole_cross_entropy
-from mapet.stochastic_depth import kept_images
-from mapet.streams import StreamLayout
 
 EMBEDDING_BACKENDS = ("auto", "triton", "cuda")
 """Backends that the embedding has as well as attention."""

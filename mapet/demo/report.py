@@ -12,8 +12,8 @@ from typing import Literal
 
 from mapet.errors import DataError
 from mapet.evaluate import EvaluationResult
-from mapet.export import ExportReport
 from mapet.files import write_whole
+from mapet.model.export import ExportReport
 from mapet.report.markdown import table
 from mapet.words import in_line, printable
 

@@ -1,9 +1,9 @@
-"""docs/scaling.md, made from mapet/scaling.py: `python -m mapet.scaling_page > docs/scaling.md`."""
+"""docs/scaling.md, made from mapet/planning/scaling.py: `python -m mapet.planning.scaling_page > docs/scaling.md`."""
 
 from __future__ import annotations
 
 from mapet.config import ModelConfig
-from mapet.scaling import Cluster, scaling_rows
+from mapet.planning.scaling import Cluster, scaling_rows
 from mapet.units import parse_link
 
 LINK = "400Gb"
@@ -15,7 +15,7 @@ CLUSTERS = ((8, 2048), (64, 2048), (1024, 2048), (1024, 32768))
 INTRODUCTION = f"""# More GPUs, on paper
 
 Everything on this page is computed, not measured: no run with more than one GPU stands behind it. The formulas are in
-`mapet/scaling.py`; this page is printed by `python -m mapet.scaling_page`, and a test compares the two.
+`mapet/planning/scaling.py`; `python -m mapet.planning.scaling_page` prints this page, and a test compares the two.
 
 Assumed: ViT-B at 224 pixels, a link of {LINK} per second for each GPU, no latency, gradients reduced in fp32 by a ring,
 and one GPU that trains {RATE:g} images per second. That rate is a round number to calculate with, not a result; put in

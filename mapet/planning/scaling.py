@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from mapet.config import ModelConfig
 from mapet.errors import ConfigError
-from mapet.plan import FP32, parameters
+from mapet.planning.memory import FP32, parameters
 from mapet.units import duration, metric
 
 

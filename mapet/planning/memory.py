@@ -38,7 +38,7 @@ all, if they add up over micro-batches) exist:
     update      all gradients; with a moving average the differences, as large as the weights
 
 With train.parallel fsdp, n processes share out P parameters; E of them, in embedding, last norm and head, are
-one unit, and the K of each block another (mapet/parallel.py). See `in_parts`:
+one unit, and the K of each block another (mapet/training/parallel.py). See `in_parts`:
 
     weights     4 P / n, and whole: E, the block at work, the next one, and the buffer in which it arrives: 4 (E + 3 K)
     gradients   4 P / n, and whole: E, the block at work and the one whose are being reduced: 4 (E + 2 K); all 4 P and
@@ -58,9 +58,9 @@ from typing import get_args
 
 from mapet.config import ModelConfig, ObjectiveConfig, Parallel, Precision, Recompute, RunConfig
 from mapet.errors import ConfigError
-from mapet.objectives.base import part_size
+from mapet.model.streams import StreamLayout
 from mapet.objectives.loss import CHUNK_BYTES
-from mapet.streams import StreamLayout
+from mapet.objectives.two_stream import part_size
 from mapet.units import gib
 
 LEVELS: tuple[Recompute, ...] = get_args(Recompute)

@@ -1,4 +1,4 @@
-"""The pre-training loop. `pretrain(config)` is a run; mapet/learner.py is one optimizer step.
+"""The pre-training loop. `pretrain(config)` is a run; mapet/training/learner.py is one optimizer step.
 
 A run is a function of its configuration: what step t does depends on (seed, t) and on the weights before it, not on the
 number of processes, micro-batches or loader workers, nor on stops and resumes in between (up to the rounding of sums
@@ -22,9 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 
-from mapet.budget import FILE as BUDGET
-from mapet.budget import Clocks, budgeted
-from mapet.checkpoint import FOLDER, CheckpointStore, not_finite
 from mapet.config import RunConfig, to_dict
 from mapet.data.cache import TokenCache
 from mapet.data.feed import Feed, FeedStopped
@@ -33,13 +30,16 @@ from mapet.distributed import StopRequest, World, connect, launch
 from mapet.errors import CheckpointError, DataError, TrainingError
 from mapet.files import UnreadableFile, read_bytes, write_whole
 from mapet.folders import check_place, locked, set_aside
-from mapet.learner import Learner
-from mapet.limits import cap_memory
-from mapet.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, check_ours, import_trackers
-from mapet.precision import settled
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
-from mapet.schedule import StepPlan, learning_rate, plan_steps
+from mapet.training.budget import FILE as BUDGET
+from mapet.training.budget import Clocks, budgeted
+from mapet.training.checkpoint import FOLDER, CheckpointStore, not_finite
+from mapet.training.learner import Learner
+from mapet.training.limits import cap_memory
+from mapet.training.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, check_ours, import_trackers
+from mapet.training.precision import settled
+from mapet.training.schedule import StepPlan, learning_rate, plan_steps
 from mapet.words import say
 
 SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
