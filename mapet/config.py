@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mapet.checked import SEED, above, at_least, check_fields, fraction
+from mapet.checked import SEED, above, at_least, check_fields, conform, fraction
 from mapet.errors import ConfigError, FieldError
+from mapet.objectives import objective, options
 from mapet.units import parse_bytes, parse_duration
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionChoice = Literal[Precision, "auto"]
-ObjectiveName = Literal["mapet", "pim", "mim"]
 Recompute = Literal["none", "cheap", "blocks"]
 Parallel = Literal["ddp", "fsdp"]
 
@@ -126,16 +128,16 @@ MODEL_PRESETS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is predicted from what (paper, section 3 and Table 1)."""
+    """Options of a pre-training method. Each method has its own, beside its Task in mapet/objectives/."""
 
-    name: ObjectiveName = "mapet"
-    """mapet and pim predict with a query stream (pim without mask tokens), mim masks at random."""
-    cut: int = 50
-    """Tokens that are not predicted, the class token included (the paper's c: 50 for ViT-T and ViT-S, 60 for ViT-B).
-    MIM masks the other N - cut tokens; its paper setting, 75 masked patches of 196, is cut = 122."""
+    name: str
+    """Of the method: what is predicted from what (paper, section 4.1 and Table 1)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective.")
+
+    def check_model(self, model: ModelConfig) -> None:
+        """FieldError for what does not go with the model's sizes."""
 
 
 @dataclass(frozen=True)
@@ -249,30 +251,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """What makes a step fast, one switch each; `python -m bench ablation` turns each off in turn.
-
-    None of it changes what is learned beyond rounding, except fp8.
-    """
+    """What makes a step faster on some machines. None of it changes what is learned beyond rounding, except fp8."""
 
     compile: bool = False
     """Fuse the elementwise work (additions, norms, GELU, drop-path) by torch.compile."""
-    joint_streams: bool = True
-    """One matrix product over the rows of both streams; off, one for each."""
-    fold_layer_scale: bool = True
-    """Layer scale multiplies the weights of the product before it, not its result."""
-    prune_last_block: bool = True
-    """The last block computes nothing that no prediction reads."""
     skip_dropped: bool = True
     """Stochastic depth leaves out the work of dropped images; off, or with compile or cuda_graphs, whose shapes must
     stay the same, it multiplies by zero."""
-    chunked_head: bool = True
-    """Head and loss go through the targets in chunks; off, all logits exist at once."""
-    fused_optimizer: bool = True
-    """AdamW in one pass over each weight; off, one small operation after another."""
-    device_jitter: bool = True
-    """Colours are changed on the device, from uint8; off, by the data workers, which send fp32."""
-    wait_free: bool = True
-    """The host never waits for the device within a step; off, it reads loss and gradient norm of each step."""
     cuda_graphs: bool = False
     """Record the micro-batch's forward and backward pass once and replay them: for small models, whose kernels are
     shorter than it takes to launch them. Needs a GPU and one process."""
@@ -288,7 +273,7 @@ class RunConfig:
     """One pre-training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=lambda: options("mapet"))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -296,20 +281,36 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_cut(self.objective.cut, self.model.tokens)
-
-    @property
-    def worker_jitter(self) -> float:
-        """Strength with which data workers change colours; 0 where the device does."""
-        return 0.0 if self.speed.device_jitter else self.data.color_jitter
+        self.objective.check_model(self.model)
 
 
-def check_cut(cut: int, tokens: int) -> None:
-    """Raise FieldError unless 1 <= cut <= tokens - 1 (paper, section 3.3: c in [1, N - 1])."""
-    allowed = f"must be in [1, {tokens - 1}] with {tokens} tokens an image, got {cut}"
-    _require(1 <= cut <= tokens - 1, "objective.cut", allowed)
+def change(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with fields replaced, by dotted name: {"optim.clip": 1.0}. FieldError if it cannot work then.
+
+    Another objective.name takes that method's options: those that both methods have as they were, the rest as defaults.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, field = name.split(".")
+        sections.setdefault(section, {})[field] = value
+    parts, before = dict(vars(config)), vars(config.objective)
+    if (method := sections.get("objective", {}).get("name", before["name"])) != before["name"]:
+        names = {field.name for field in dataclasses.fields(objective(method).Options)} - {"name"}
+        parts["objective"] = options(method, **{name: value for name, value in before.items() if name in names})
+    changed = {name: dataclasses.replace(parts[name], **fields) for name, fields in sections.items()}
+    return RunConfig(**{**parts, **changed})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values; paths become text."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_dict(values: Any) -> RunConfig:
+    """The inverse of `to_dict`. ValueError (ConfigError) names what is missing, unknown or out of range."""
+    values = conform(dict[str, dict[str, Any]], values, "config")
+    method = values.get("objective", {}).get("name")
+    kinds = {**typing.get_type_hints(RunConfig), "objective": objective(str(method)).Options}
+    if unknown := sorted(values.keys() - kinds.keys()):
+        raise ConfigError(f"config has an unknown entry {unknown[0]!r}")
+    return RunConfig(**{name: conform(kinds[name], part, name) for name, part in values.items()})

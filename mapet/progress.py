@@ -86,13 +86,18 @@ def describe(metrics: StepMetrics) -> str:
     parts = [
         f"epoch {metrics.epoch:.2f}",
         f"loss {metrics.loss:.4f}",
-        f"accuracy {100 * metrics.accuracy:.1f} %",
+        *(f"{name} {shown(name, value)}" for name, value in metrics.metrics.items()),
         f"lr {metrics.lr:.2e}",
         f"{metrics.images_per_second:.0f} images/s",
         f"data wait {100 * metrics.data_wait:.0f} %",
         f"ETA {duration(metrics.eta_seconds)}",
     ]
     return " · ".join(parts)
+
+
+def shown(name: str, value: float) -> str:
+    """A number that a method logs; an accuracy in per cent."""
+    return f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from mapet.checked import environment_number
 from mapet.commands.options import FIELD_OF, Plan, Pretrain, as_typed
-from mapet.commands.settings import as_text, change, parse_assignments, settings, value_of
-from mapet.config import MODEL_PRESETS, RunConfig
+from mapet.commands.settings import as_text, parse_assignments, settings, value_of
+from mapet.config import MODEL_PRESETS, RunConfig, change
 from mapet.errors import ConfigError, FieldError
 from mapet.recipes import recipe
 from mapet.units import gib, parse_bytes

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from mapet.checked import Range, shown
 from mapet.config import RunConfig
 from mapet.errors import ConfigError, FieldError
+from mapet.objectives import OBJECTIVES, objective
 
 REPLACED = {
     "train.activation_checkpointing": "train.recompute: none for false, blocks for true, or cheap in between",
@@ -51,7 +52,9 @@ class Setting:
 def settings() -> dict[str, Setting]:
     """Every field of RunConfig by its dotted name, in the order of the source."""
     found = {}
-    for section, kind in typing.get_type_hints(RunConfig).items():
+    sections = list(typing.get_type_hints(RunConfig).items())
+    sections[1:2] = [("objective", objective(name).Options) for name in OBJECTIVES]
+    for section, kind in sections:
         kinds, docs = typing.get_type_hints(kind), field_docs(kind)
         annotated = typing.get_type_hints(kind, include_extras=True)
         for field in dataclasses.fields(kind):
@@ -94,16 +97,6 @@ def parse_value(setting: Setting, text: str) -> Any:
         return _parse(setting.kind, text)
     except ValueError:
         raise FieldError(setting.name, f"{setting.name} must be {setting.allowed}, got {shown(text)}") from None
-
-
-def change(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The configuration with fields replaced, all at once: only the outcome must be valid. ConfigError if it is not."""
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, field = name.split(".")
-        sections.setdefault(section, {})[field] = value
-    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
-    return dataclasses.replace(config, **changed)
 
 
 def as_text(value: Any) -> str:

@@ -10,40 +10,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mapet.data.augment import color_jitter as change_colors
-from mapet.data.augment import step_jitter
-from mapet.data.cache import TokenCache
+from mapet.config import RunConfig
 from mapet.data.feed import PATIENCE, Feed
+from mapet.distributed import World
 from mapet.errors import ConfigError
+from mapet.rng import StepRng
+from mapet.task import Batch, Data
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Images with their tokens.
+class Share:
+    """The images of an optimizer step, and the part of them that one process takes."""
 
-    Attributes:
-        images: uint8 (b, 3, S, S), or float32 in [0, 1] with their colours changed already.
-        tokens: int64 (b, P).
-        ids: int64 (b,), positions in the cache.
-    """
+    seed: int
+    step: int
+    images: int
+    """Of the whole step."""
+    part: slice
 
-    images: Tensor
-    tokens: Tensor
-    ids: Tensor
+    @property
+    def rng(self) -> StepRng:
+        """Of the step; draw for all `images`, and take `part`."""
+        return StepRng(self.seed, self.step)
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, part: slice) -> Batch:
-        return Batch(self.images[part], self.tokens[part], self.ids[part])
-
-    def to(self, device: torch.device | str) -> Batch:
-        """On a device; the copy from pinned memory does not wait."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.tokens, self.ids)))
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory; the DataLoader calls this."""
-        return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.ids.pin_memory())
+    def ids(self, length: int) -> Tensor:
+        """The part's images, int64, out of `length`."""
+        return step_ids(length, seed=self.seed, step=self.step, global_batch=self.images)[self.part]
 
 
 def steps_per_epoch(length: int, global_batch: int) -> int:
@@ -78,32 +70,21 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _BatchFetcher:
-    """The number of a step to the Batch that one process takes: its contiguous share of the global batch, in order."""
+class _Fetcher:
+    """The number of a step to the batch that one process takes: its contiguous share of the global batch, in order."""
 
-    cache: TokenCache
+    data: Data
     seed: int
-    global_batch: int
-    mine: slice
-    color_jitter: float
-
-    @property
-    def bytes(self) -> int:
-        """Of a Batch, about."""
-        pixels = 3 * self.cache.image_size**2 * (4 if self.color_jitter else 1)
-        return (self.mine.stop - self.mine.start) * (pixels + 8 * (self.cache.grid**2 + 1))
+    images: int
+    part: slice
 
     def __call__(self, step: int, beat: Callable[[], None]) -> Batch:
-        ids = step_ids(len(self.cache), seed=self.seed, step=step, global_batch=self.global_batch)[self.mine]
-        images = self.cache.images(ids, beat)
-        if self.color_jitter:
-            draws = step_jitter(self.seed, step, self.global_batch, self.color_jitter)
-            images = change_colors(images, draws[self.mine])
-        return Batch(images, self.cache.tokens(ids), ids)
+        share = Share(self.seed, step, self.images, self.part)
+        return self.data.batch(share.ids(len(self.data)), share, beat)
 
 
 def make_loader(
-    cache: TokenCache,
+    data: Data,
     *,
     seed: int,
     global_batch: int,
@@ -112,7 +93,6 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    color_jitter: float = 0.0,
     patience: float = PATIENCE,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed[Batch]:
@@ -121,26 +101,41 @@ def make_loader(
     The result is a context manager, which ends the workers; `patience`, `stopped` and errors on the way are Feed's.
 
     Neither the number of workers nor the step it starts from changes what a step gets, and no global random state is
-    read or changed. With `color_jitter` (its strength) the workers change the images' colours, as `step_jitter` drew.
+    read or changed.
 
     Raises:
-        ConfigError: more images in a batch than in the cache, a batch that the processes cannot share evenly, a rank
+        ConfigError: more images in a batch than in the data, a batch that the processes cannot share evenly, a rank
             outside [0, world_size), or less shared memory than the workers need.
     """
-    steps_per_epoch(len(cache), global_batch)
+    steps_per_epoch(len(data), global_batch)
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank must be in [0, world size {world_size}), got {rank}")
     if global_batch % world_size:
         raise ConfigError(f"global batch {global_batch} is not divisible by the {world_size} processes")
     share = global_batch // world_size
-    fetch = _BatchFetcher(cache, seed, global_batch, slice(rank * share, (rank + 1) * share), color_jitter)
     return Feed(
-        fetch,
+        _Fetcher(data, seed, global_batch, slice(rank * share, (rank + 1) * share)),
         range(start_step, stop_step),
         workers=workers,
-        batch_bytes=fetch.bytes,
+        batch_bytes=share * data.image_bytes,
         patience=patience,
         stopped=stopped,
         pin_memory=torch.cuda.is_available(),
         prefix="data.",
+    )
+
+
+def run_batches(config: RunConfig, data: Data, world: World, steps: range, stopped: Callable[[], bool]) -> Feed[Batch]:
+    """The batches that one process of a run takes in these steps; see `make_loader`."""
+    return make_loader(
+        data,
+        seed=config.train.seed,
+        global_batch=config.optim.global_batch,
+        start_step=steps.start,
+        stop_step=steps.stop,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        patience=config.data.patience,
+        stopped=stopped,
     )

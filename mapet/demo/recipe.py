@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mapet.evaluate import EvaluationConfig, ProbeConfig
+from mapet.objectives import options
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Recipe:
         """One pre-training run."""
         return RunConfig(
             model=self.model(),
-            objective=ObjectiveConfig("mapet", self.cut),
+            objective=options("mapet", cut=self.cut),
             data=DataConfig(cache, workers=0, color_jitter=self.color_jitter),
             optim=OptimConfig(
                 epochs=self.epochs, global_batch=self.global_batch, lr=self.lr, warmup_epochs=self.warmup_epochs

@@ -14,14 +14,15 @@ It also hands the cut of 60 to the data but not to the model, and so cannot run 
 
 from pathlib import Path
 
-from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.objectives import options
 
 
 def config() -> RunConfig:
     """Table 8; what is not said here is a default of RunConfig, and Table 8 too. fp16 is the official code's."""
     return RunConfig(
         model=ModelConfig.preset("base"),
-        objective=ObjectiveConfig("mapet", cut=60),
+        objective=options("mapet", cut=60),
         data=DataConfig(cache=Path("runs/imagenet_kclip"), workers=8),
         optim=OptimConfig(epochs=300, global_batch=2048, lr=1.5e-3),
         train=TrainConfig(output=Path("runs/vit_base_kclip"), precision="fp16"),

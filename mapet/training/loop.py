@@ -10,7 +10,6 @@ gradient that was not finite: so a run stops up to `log_every` steps late, but w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,15 +22,16 @@ from pathlib import Path
 from signal import Signals
 
 from mapet.config import RunConfig, to_dict
-from mapet.data.cache import TokenCache
 from mapet.data.feed import Feed, FeedStopped
-from mapet.data.loader import Batch, make_loader, step_ids
+from mapet.data.loader import run_batches, step_ids
 from mapet.distributed import StopRequest, World, connect, launch
 from mapet.errors import CheckpointError, DataError, TrainingError
 from mapet.files import UnreadableFile, read_bytes, write_whole
 from mapet.folders import check_place, locked, set_aside
+from mapet.objectives import objective
 from mapet.progress import ProgressDisplay, make_progress
 from mapet.rng import deterministic_algorithms
+from mapet.task import Batch, Data
 from mapet.training.budget import FILE as BUDGET
 from mapet.training.budget import Clocks, budgeted
 from mapet.training.checkpoint import FOLDER, CheckpointStore, not_finite
@@ -61,8 +61,8 @@ class TrainResult:
     checkpoint: Path | None
     """The newest one; None where the run ended before there was any."""
     loss: float | None
-    """Of the last report, as is the accuracy."""
-    accuracy: float | None
+    """Of the last report, as is what the method logs besides, such as the accuracy."""
+    metrics: dict[str, float]
     best_loss: float | None
     """The smallest loss reported in the whole run, and its step; in the main process."""
     best_step: int | None
@@ -96,18 +96,17 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         # Where this torchrun has begun afresh, what it starts anew goes on with that.
         if not config.train.resume and world.on_main(lambda: is_begun(config.train.output)):
             config = replace(config, train=replace(config.train, resume=True))
-        cache = TokenCache.open(config.data.cache)
-        cache.check_model(config.model)
+        data = objective(config.objective.name).open(config)
         config, why = settled(config, world)
-        steps = plan_steps(config, len(cache), world.size)
+        steps = plan_steps(config, len(data), world.size)
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
         world.on_main(lambda: take_folder(config, stack))
         if config.train.budget:
-            config, decision = budgeted(config, world, cache, steps, clocks, stop)
-            steps = plan_steps(config, len(cache), world.size)
+            config, decision = budgeted(config, world, data, steps, clocks, stop)
+            steps = plan_steps(config, len(data), world.size)
             if world.is_main:
                 say(decision)
-        run = Run(config, world, cache, steps, again)
+        run = Run(config, world, data, steps, again)
         start = run.resume({"train.precision": f"{why}; to go on here, name the earlier one"} if why else {})
         if world.is_main:
             run.check_room()
@@ -152,9 +151,9 @@ class Run:
     """
 
     def __init__(
-        self, config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, again: str = "the same command"
+        self, config: RunConfig, world: World, data: Data, steps: StepPlan, again: str = "the same command"
     ) -> None:
-        self.config, self.world, self.cache, self.steps, self.again = config, world, cache, steps, again
+        self.config, self.world, self.data, self.steps, self.again = config, world, data, steps, again
         self.learner = Learner(config, world, steps)
         self.store = CheckpointStore(config.train.output / FOLDER, config.train.keep)
         self.log: MetricsLog | None = None
@@ -168,7 +167,7 @@ class Run:
         if newest is None:
             return 0
         loaded = self.store.load(newest, self.config, notes)
-        if loaded.state.trainer.get("data") != cache_fingerprint(self.cache):
+        if loaded.state.trainer.get("data") != self.data.fingerprint():
             raise CheckpointError(
                 f"checkpoint {loaded.folder} learned from other images or tokens than {self.config.data.cache} holds; "
                 "give the cache it began with, another train.output, or start afresh with `mapet pretrain --fresh`"
@@ -193,7 +192,7 @@ class Run:
             verdict = stop.agreed()
             while done < last and not verdict.lacking:
                 reporting = done + 1 == last or (done + 1) % train.log_every == 0
-                self.learner.step(done, batch, with_accuracy=reporting)
+                self.learner.step(done, batch, metrics=reporting)
                 done += 1
                 if reporting:
                     metrics = self.report(done, clock)
@@ -218,7 +217,7 @@ class Run:
             last_step=last,
             checkpoint=self.store.path(saved) if saved else None,
             loss=metrics and metrics.loss,
-            accuracy=metrics and metrics.accuracy,
+            metrics=metrics.metrics if metrics else {},
             best_loss=best and best.value,
             best_step=best and best.step,
             signal=verdict.signal,
@@ -226,19 +225,8 @@ class Run:
 
     def batches(self, start: int, stop: StopRequest) -> Feed[Batch]:
         """The batches of this process from step `start` on."""
-        data, train = self.config.data, self.config.train
-        return make_loader(
-            self.cache,
-            seed=train.seed,
-            global_batch=self.config.optim.global_batch,
-            start_step=start,
-            stop_step=self.steps.last,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            workers=data.workers,
-            color_jitter=self.config.worker_jitter,
-            patience=data.patience,
-            stopped=lambda: bool(stop.received),
+        return run_batches(
+            self.config, self.data, self.world, range(start, self.steps.last), lambda: bool(stop.received)
         )
 
     def lost_data(self, failure: DataError | None, saved: int) -> str:
@@ -259,7 +247,7 @@ class Run:
             step=done,
             epoch=done / self.steps.per_epoch,
             loss=numbers.loss,
-            accuracy=numbers.accuracy,
+            metrics=numbers.metrics,
             lr=learning_rate(optim, self.steps.per_epoch, done - 1),
             gradient_norm=numbers.gradient_norm,
             images_per_second=numbers.steps * optim.global_batch / seconds,
@@ -289,14 +277,14 @@ class Run:
                 f"after step {done}: {broken} is not finite, so that no checkpoint was written. Lower optim.lr or "
                 f"optim.weight_decay; {self.earlier()}"
             )
-        state.trainer["data"] = cache_fingerprint(self.cache)
+        state.trainer["data"] = self.data.fingerprint()
         self.world.on_main(lambda: self.store.save(done, state))
         return done
 
     def check_room(self) -> None:
         """Warn where the disk has no room for another checkpoint."""
         copies = 3 + (self.config.train.ema_decay > 0)  # with both moments of AdamW
-        needed = copies * sum(parameter.nbytes for parameter in self.learner.model.parameters())
+        needed = copies * sum(parameter.nbytes for parameter in self.learner.task.parameters())
         if (free := shutil.disk_usage(self.config.train.output).free) < needed:
             warnings.warn(
                 f"a checkpoint of this run takes about {needed / 2**20:.1f} MiB, and the disk of "
@@ -327,7 +315,7 @@ class Run:
         if broken:
             weights = f"An update before it was too large: {broken} is not finite any more."
         batch = self.config.optim.global_batch
-        ids = step_ids(len(self.cache), seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
+        ids = step_ids(len(self.data), seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
         images = ", ".join(map(str, ids[:IDS_SHOWN]))
         if len(ids) > IDS_SHOWN:
             path = self.config.train.output / FAILURE.format(step=failure.step)
@@ -374,9 +362,3 @@ class Clock:
         seconds, waited = now - self.began, self.waited
         self.began, self.waited = now, 0.0
         return seconds, waited
-
-
-def cache_fingerprint(cache: TokenCache) -> str:
-    """SHA-256 over the hashes of a cache's files: its images, tokens, labels and names, in their order."""
-    hashes = {name: record.sha256 for name, record in sorted(cache.manifest.files.items())}
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -37,8 +37,9 @@ class StepMetrics:
     """Epochs done."""
     loss: float
     """Mean over the global batches since the line before."""
-    accuracy: float
-    """Share of predicted tokens that are right, 0 to 1, over the last global batch."""
+    metrics: dict[str, float]
+    """What the method logs besides, over the last global batch: the accuracy, the share of predicted tokens that are
+    right, 0 to 1. Each is an entry of the line by its own name."""
     lr: float
     """Learning rate of the last step."""
     gradient_norm: float
@@ -108,7 +109,9 @@ class MetricsLog:
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one line and flush it; values that are not finite become null, for JSON has no NaN."""
-        values = {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(metrics).items()}
+        values = dataclasses.asdict(metrics)
+        values |= values.pop("metrics")
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.best_loss.consider(metrics.step, metrics.loss)
         curves = {name: value for name, value in values.items() if name not in NO_CURVE and value is not None}
         with self._dispensable(FILE_NAME):
