@@ -50,7 +50,7 @@ from mapet.task import Task
 from mapet.training.optim import trained
 
 T = TypeVar("T")
-FORMAT = 2
+FORMAT, EARLIER = 2, 1
 FOLDER = "checkpoints"
 WANTED = f"give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
 REQUIRED = ("task.safetensors", "trainer.pt", "config.json")
@@ -356,6 +356,11 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         manifest = read_record(folder / "manifest.json", Manifest, version=FORMAT)
     except UnreadableFile as error:
+        if f"it has format {EARLIER}," in error.reason:
+            raise CheckpointError(
+                f"checkpoint {folder} is of an earlier version of mapet, which kept no whole task: go on with that "
+                "version, or start afresh with `mapet pretrain --fresh`"
+            ) from error
         reason = "is missing" if error.missing else f"cannot be read: {error.reason}"
         raise _damaged(folder, f"manifest.json {reason}") from error
     if not set(REQUIRED) <= set(manifest.files) or any(Path(name).name != name for name in manifest.files):
