@@ -42,7 +42,7 @@ def keep_steps(output: str) -> None:
             original(self, step, batch, **options)
         counts = {str(kind).rpartition(".")[2]: count for kind, count in collectives.get_comm_counts().items()}
         with (Path(output) / f"steps_{self.world.rank}.jsonl").open("a") as file:
-            print(json.dumps({"step": step, "ids": batch.ids.tolist(), "collectives": counts}), file=file)
+            print(json.dumps({"step": step, "ids": batch["ids"].tolist(), "collectives": counts}), file=file)
 
     learner.Learner.step = step
 

@@ -94,7 +94,7 @@ def test_four_ranks_are_one_process_and_wait_for_each_other_once_a_step(cache, t
     assert [process.returncode for process in processes] == [0] * 4, outputs
     single = pretrain(make_config(cache, tmp_path / "one", **CHANGES))
     one, four = (latest(CheckpointStore(tmp_path / name / "checkpoints")).state for name in ("one", "four"))
-    for ours, theirs in ((four.model, one.model), (four.ema, one.ema)):
+    for ours, theirs in ((four.task, one.task), (four.ema, one.ema)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     ranks = [safetensors.torch.load_file(tmp_path / f"four/rank_{rank}.safetensors") for rank in range(4)]
     assert all(torch.equal(rank[name], ranks[0][name]) for rank in ranks for name in rank)

@@ -316,12 +316,12 @@ def _task_in(folder: Path, ema: bool) -> Task:
             task = build_task(from_dict(config))
     except (ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be used: config.json: {error}") from error
+    average = folder / "ema.safetensors"
+    if ema and not average.exists():
+        raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
     shapes = {name: tuple(value.shape) for name, value in task.state_dict().items()}
     weights = _read(folder, "task.safetensors", read_tensors, shapes, finite=True)
     if ema:
-        average = folder / "ema.safetensors"
-        if not average.exists():
-            raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
         shapes = {name: shapes[name] for name in trained(task)}
         weights |= _read(folder, average.name, read_tensors, shapes, finite=True)
     task.load_state_dict(weights, assign=True)
