@@ -327,8 +327,12 @@ def from_dict(values: Any) -> RunConfig:
     values = conform(dict[str, dict[str, Any]], values, "config")
     method = values.get("objective", {}).get("name")
     kinds = {**typing.get_type_hints(RunConfig), "objective": objective(str(method)).Options}
-    if unknown := sorted(values.keys() - kinds.keys()):
-        raise ConfigError(f"config has an unknown entry {unknown[0]!r}")
+    for names, what in (
+        (values.keys() - kinds.keys(), "has an unknown entry"),
+        (kinds.keys() - values.keys(), "lacks"),
+    ):
+        if names:
+            raise ConfigError(f"config {what} {min(names)!r}")
     return RunConfig(**{name: conform(kinds[name], part, name) for name, part in values.items()})
 
 

@@ -186,7 +186,7 @@ class TestSaving:
         def spoiled(learner, number, batch, **options):
             step(learner, number, batch, **options)
             if number == at:
-                learner.model.norm.weight.data[0] = INF
+                learner.task.model.norm.weight.data[0] = INF
 
         monkeypatch.setattr(Learner, "step", spoiled)
 

@@ -50,7 +50,7 @@ from mapet.task import Task
 from mapet.training.optim import trained
 
 T = TypeVar("T")
-FORMAT = 2
+FORMAT, EARLIER = 2, 1
 FOLDER = "checkpoints"
 WANTED = f"give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
 REQUIRED = ("task.safetensors", "trainer.pt", "config.json")
@@ -289,12 +289,12 @@ def _task_in(folder: Path, ema: bool) -> Task:
             task = build_task(from_dict(config))
     except (ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be used: config.json: {error}") from error
+    average = folder / "ema.safetensors"
+    if ema and not average.exists():
+        raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
     shapes = {name: tuple(value.shape) for name, value in task.state_dict().items()}
     weights = _read(folder, "task.safetensors", read_tensors, shapes, finite=True)
     if ema:
-        average = folder / "ema.safetensors"
-        if not average.exists():
-            raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
         shapes = {name: shapes[name] for name in trained(task)}
         weights |= _read(folder, average.name, read_tensors, shapes, finite=True)
     task.load_state_dict(weights, assign=True)
@@ -329,6 +329,11 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         manifest = read_record(folder / "manifest.json", Manifest, version=FORMAT)
     except UnreadableFile as error:
+        if f"it has format {EARLIER}," in error.reason:
+            raise CheckpointError(
+                f"checkpoint {folder} is of an earlier version of mapet, which kept no whole task: go on with that "
+                "version, or start afresh with `mapet pretrain --fresh`"
+            ) from error
         reason = "is missing" if error.missing else f"cannot be read: {error.reason}"
         raise _damaged(folder, f"manifest.json {reason}") from error
     if not set(REQUIRED) <= set(manifest.files) or any(Path(name).name != name for name in manifest.files):
