@@ -27,14 +27,14 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, these included unless `open_low`, `open_high`; None for no limit."""
+    """Numbers from `low` to `high`, these included unless `open_low`, `open_high`; None for no upper limit."""
 
-    low: float | None = None
+    low: float
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
     absurd_above: bool = False
-    """Whether `high` only keeps out absurd values: an error then names the limit that was passed, not both."""
+    """Whether `high` only keeps out absurd values, which nobody has to be told of before."""
 
     def __contains__(self, value: float) -> bool:
         return self._high_enough(value) and (
@@ -43,24 +43,17 @@ class Range:
 
     def allowed_near(self, value: float) -> str:
         """What would be allowed, for a value that is not."""
-        return f"at most {self.high}" if self.absurd_above and self._high_enough(value) else self.allowed
-
-    @property
-    def allowed(self) -> str:
-        """What is allowed, without a limit that only keeps out absurd values."""
-        return str(Range(self.low, open_low=self.open_low) if self.absurd_above else self)
+        return f"at most {self.high}" if self.absurd_above and self._high_enough(value) else str(self)
 
     def _high_enough(self, value: float) -> bool:
-        return self.low is None or value > self.low or (value == self.low and not self.open_low)
+        return value > self.low or (value == self.low and not self.open_low)
 
     def __str__(self) -> str:
-        if self.high is None:
-            if self.low == 0:
-                return "positive" if self.open_low else "not negative"
-            return f"above {self.low}" if self.open_low else f"at least {self.low}"
-        if self.low is None:
-            return f"below {self.high}" if self.open_high else f"at most {self.high}"
-        return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+        if self.high is not None and not self.absurd_above:
+            return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+        if self.low == 0:
+            return "positive" if self.open_low else "not negative"
+        return f"above {self.low}" if self.open_low else f"at least {self.low}"
 
 
 def at_least(low: float, most: float | None = None) -> Range:

@@ -38,12 +38,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     ConfigError for values that cannot work; FieldError names the option.
     """
     name, *rest = arguments
-    kind = COMMANDS.get(name)
-    if kind is None:  # --help, or an error
+    if name not in COMMANDS:
         kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
-        options = _tyro(reduce(or_, kinds), arguments, prog="mapet", description=ABOUT)
-        name = next(name for name, kind in COMMANDS.items() if type(options) is kind)
-    elif issubclass(kind, Run):
+        _tyro(reduce(or_, kinds), arguments, prog="mapet", description=ABOUT)  # --help, or what is wrong
+        raise ConfigError(f"begin with one of {', '.join(COMMANDS)}; got {name!r}")
+    if issubclass(kind := COMMANDS[name], Run):
         options = _parse_run(name, kind, rest)
     else:
         switches = (tyro.conf.FlagCreatePairsOff,)
@@ -79,9 +78,9 @@ def _parse_run(name: str, kind: type[Run], arguments: list[str]) -> Run:
 
 def _fields_given(arguments: list[str], run: RunConfig) -> tuple[str, ...]:
     """The fields that arguments name. ConfigError for an option of another method, and for what is typed otherwise."""
-    names, own = option_names(), {f"objective.{field.name}" for field in dataclasses.fields(run.objective)}
+    names, given = option_names(), []
+    own = [f"objective.{name}" for name in vars(run.objective) if name != "name"]
     field_of = {option: name for name, options in names.items() for option in options}
-    given = []
     for argument, following in pairwise([*arguments, ""]):
         option, _, value = argument.partition("=")
         if option == "--set":
@@ -93,21 +92,20 @@ def _fields_given(arguments: list[str], run: RunConfig) -> tuple[str, ...]:
         if field == "objective.name":
             raise ConfigError(f"{option} is typed --objective NAME")
         if field and field.startswith("objective.") and field not in own:
-            has = ", ".join(names[name][0] for name in sorted(own - {"objective.name"})) or "no options"
+            has = ", ".join(names[name][0] for name in own) or "none"
             raise ConfigError(f"{option}: the objective {run.objective.name} has no such option; it has {has}")
-        given.append(field)
-    return tuple(filter(None, given))
+        if field:
+            given.append(field)
+    return tuple(given)
 
 
 def option_names() -> dict[str, list[str]]:
     """The options of a run by the field that they set: the short one, where there is one, and --section.field."""
-    return {
-        name: [
-            *(alias for note in notes for alias in getattr(note, "aliases", None) or ()),
-            f"--{name.replace('_', '-')}",
-        ]
-        for name, notes in field_notes().items()
-    }
+    names = {"objective.name": ["--objective"]}
+    for name, notes in field_notes().items():
+        aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
+        names.setdefault(name, aliases).append(f"--{name.replace('_', '-')}")
+    return names
 
 
 def as_typed(text: str) -> str:
@@ -163,7 +161,7 @@ def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 def _with_range(field: StructFieldSpec, kind: type) -> StructFieldSpec:
     notes = getattr(field.type, "__metadata__", ())
-    allowed = "".join(f"; {note.allowed}" for note in notes if isinstance(note, Range))
+    allowed = "".join(f"; {note}" for note in notes if isinstance(note, Range))
     hint = tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {value.strip(chr(39)) or 'none'}{allowed})")
     hidden = (tyro.conf.Fixed, tyro.conf.Suppress) if field.name == "name" and issubclass(kind, ObjectiveConfig) else ()
     text = field.helptext() if callable(field.helptext) else field.helptext
