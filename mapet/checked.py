@@ -124,11 +124,10 @@ def conform(hint: Any, value: Any, name: str) -> Any:
 
 def _plain(kind: Any, value: Any, name: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, int) and abs(value) > 2**1023:
-            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")
-        return float(value)
+        with suppress(OverflowError):
+            if math.isfinite(value):
+                return float(value)
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
     if kind is Path and isinstance(value, str | os.PathLike):
         if "\0" in os.fspath(value):
             raise ValueError(f"{name} must not hold a NUL, got {shown(value)}")
@@ -160,8 +159,9 @@ def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> An
     if origin is tuple and (len(kinds) != 2 or kinds[1] is not Ellipsis):
         if len(kinds) != len(value):
             raise ValueError(f"{name} must have {len(kinds)} entries, got {len(value)}")
-        return tuple(conform(kind, part, f"{name}[{i}]") for i, (kind, part) in enumerate(zip(kinds, value)))  # noqa: B905
-    return origin(conform(kinds[0], part, f"{name}[{i}]") for i, part in enumerate(value))
+    else:
+        kinds = kinds[:1] * len(value)
+    return origin(conform(kind, part, f"{name}[{i}]") for i, (kind, part) in enumerate(zip(kinds, value, strict=True)))
 
 
 def environment_number(name: str, default: int | None = 1) -> int:

@@ -35,43 +35,25 @@ class Case:
         return cls(tuple(Damage(**damage) for damage in values["damages"]), tuple(values["arguments"]))
 
 
+def words(text: str) -> list[str]:
+    """The words of a text, as a list that is quicker to read."""
+    return text.split()
+
+
 NUMBERS = ("-1", "0", "1", "2", "5", "13", "9223372036854775807")
 ABSURD = (
     *NUMBERS * 4,
-    *("2.5", "1e30", "-1e30", "1e-320", "nan", "inf", "-inf", "9223372036854775808", "9" * 400),
-    *("١", "", " ", "x", "None", "true", "-", "--", "--help", "a b", "/dev/null", "[/red]"),
-    *("\x1b[31mx", "\udcff", "\0", "{}"),
+    *words("2.5 1e30 -1e30 1e-320 nan inf -inf 9223372036854775808 ١ x None true - -- --help"),
+    *("9" * 400, "", " ", "a b", "/dev/null", "[/red]", "\x1b[31mx", "\udcff", "\0", "{}"),
 )
 BIG = ("1000000000", "2147483648", "65536")
 """Allowed in some places, and too much for memory."""
 PLACES = (
-    *(
-        "",
-        "/",
-        ".",
-        "..",
-        "./",
-        "../world",
-        "new",
-        "new/deep",
-        "notes/../cache",
-        "cache/",
-        "x" * 255,
-        "x" * 300,
-        "x\0y",
+    *words(
+        "/ . .. ./ ../world new new/deep notes/../cache cache/ cache/deep run/deep/er export/x /dev/null /dev/full/x"
     ),
-    *("cache/deep", "run/deep/er", "export/x", "/dev/null", "/dev/full/x", "/proc/x", "list.csv", "list.csv/x"),
-    *(
-        "[/red]",
-        "\x1b[31mred",
-        "new\udcff",
-        ".new.partial",
-        ".cache.partial",
-        "~",
-        "-x",
-        "notes/notes.txt",
-        "odd/bars/pipe.png",
-    ),
+    *words("/proc/x list.csv list.csv/x .new.partial .cache.partial ~ -x notes/notes.txt odd/bars/pipe.png [/red]"),
+    *("", "x" * 255, "x" * 300, "x\0y", "\x1b[31mred", "new\udcff"),
 )
 IMAGES = ("images", "odd", "images/bars", "digits", "cache", "photos:0", "photos:x:y", "digits:", "odd/bars/loop.png")
 CHECKPOINTS = ("run", "run/checkpoints/step_000000001", "run/checkpoints", "export", "foreign", "cache")
@@ -147,34 +129,24 @@ BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
 }
 """Options and flags that work, but for `demo`, which would take minutes: it is always refused."""
 
-MORE: dict[str, tuple[str, ...]] = {
-    "tokenize": (
-        *("--tokenizer", "--codebook", "--weights", "--precision", "--fit-images", "--features-dir", "--fit-init"),
-        *("--fit-tolerance", "--fit-patches", "--fit-save-every", "--csv", "--root", "--class-names", "--batch-size"),
-        *("--shard-images", "--seed", "--import-tokens", "--patience"),
+MORE: dict[str, list[str]] = {
+    "tokenize": words(
+        "--tokenizer --codebook --weights --precision --fit-images --features-dir --fit-init --fit-tolerance --patience "
+        "--fit-patches --fit-save-every --csv --root --class-names --batch-size --shard-images --seed --import-tokens"
     ),
-    "pretrain": (
-        *("--recipe", "--model", "--objective", "--lr", "--precision", "--parallel", "--micro-batch", "--seed"),
-        *(FIELD, FIELD, FIELD, FIELD, "--masked", "--save-every", "--gpu-memory", "--gpus", "--budget"),
-    ),
-    "plan": (
-        *("--recipe", "--objective", "--cut", "--parallel", "--micro-batch", "--batch", "--gpus"),
-        *(
-            "--gpu-memory",
-            "--gpu",
-            "--interconnect",
-            "--images",
-            "--images-per-second",
-            FIELD,
-            FIELD,
-            "--precision",
-        ),
-    ),
-    "probe": ("--test-images", "--test-fraction", "--views", "--lr", "--batch-size", "--seed"),
-    "codebook": ("--codebook", "--entries", "--seed"),
-    "export": ("--pool", "--name"),
-    "demo": (),
-    "doctor": (),
+    "pretrain": [
+        *words("--recipe --model --objective --lr --precision --parallel --micro-batch --seed --masked --save-every"),
+        *("--gpu-memory", "--gpus", "--budget", FIELD, FIELD, FIELD, FIELD),
+    ],
+    "plan": [
+        *words("--recipe --objective --cut --parallel --micro-batch --batch --gpus --gpu-memory --gpu --interconnect"),
+        *("--images", "--images-per-second", "--precision", FIELD, FIELD),
+    ],
+    "probe": words("--test-images --test-fraction --views --lr --batch-size --seed"),
+    "codebook": ["--codebook", "--entries", "--seed"],
+    "export": ["--pool", "--name"],
+    "demo": [],
+    "doctor": [],
 }
 FLAGS = {
     "tokenize": ("--overwrite", "--fit"),
@@ -292,16 +264,13 @@ def draw_case(files: list[str], rng: random.Random) -> Case:
     return Case(tuple(damages), command_line(command, rng))
 
 
+FORMATS = ("tensors", "pickle", "pickle", "array", "JSON", "JSON")
+"""Of the endings below."""
+
+
 def kinds_for(path: str) -> list[str]:
     """Damages that make sense for a path, those of its format more often."""
-    formats = {
-        ".json": "JSON",
-        ".jsonl": "JSON",
-        ".safetensors": "tensors",
-        ".pt": "pickle",
-        ".pth": "pickle",
-        ".npy": "array",
-    }
+    formats = dict(zip((".safetensors", ".pt", ".pth", ".npy", ".json", ".jsonl"), FORMATS, strict=True))
     own = formats.get(Path(path).suffix)
     general = [kind for kind in DAMAGES if kind not in formats.values() and kind != "header"]
     return [*general, *([own] * 6 if own else []), *(["header"] * 3 if own == "array" else [])]

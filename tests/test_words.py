@@ -39,9 +39,10 @@ HOSTILE = ["\x1b[31mred", "[/red]", "caf\udce9", "$\\frac", "a\nb", "<script>", 
         (OSError("odd"), "odd"),
         (MemoryError(), "does not fit into memory"),
         (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-            "does not fit into memory",
+            OSError(errno.ENOSPC, "No space left", "events.out"),
+            "the disk is full ([Errno 28] No space left: 'events.out'",
         ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "does not fit into memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "does not fit into memory"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "not encoded as it should be"),
@@ -54,7 +55,7 @@ def test_what_disk_memory_and_bytes_refuse_is_a_line(error, said, failing):
     assert outcome.err.startswith("mapet: error: ") and outcome.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("bug"), TypeError("bug"), KeyError("bug"), RuntimeError("bug")])
+@pytest.mark.parametrize("error", [ValueError(), TypeError(), KeyError(), RuntimeError(), AttributeError()])
 def test_bugs_keep_their_traceback(error, failing):
     with pytest.raises(type(error)):
         failing(error)

@@ -127,13 +127,13 @@ def _described(about: Any, name: str) -> dict[str, str]:
 
 def _tyro(kind: Any, arguments: Sequence[str], *, after: str = "", **options: Any) -> Any:
     """`tyro.cli`, with a text after the help, where errors of a configuration's own checks are raised as they are."""
-    said = io.StringIO()
+    said, outer = io.StringIO(), sys.exception()
     try:
         with redirect_stderr(said):
             return tyro.cli(kind, args=list(arguments), registry=_WITH_RANGES, **options)
     except SystemExit as stop:
         cause: BaseException | None = stop
-        while cause := cause.__context__:
+        while (cause := cause.__context__) and cause is not outer:
             if isinstance(cause, MapetError):
                 raise cause from None
         print(said.getvalue(), end="", file=sys.stderr)
@@ -165,5 +165,5 @@ def _with_range(field: StructFieldSpec, kind: type) -> StructFieldSpec:
     hint = tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {value.strip(chr(39)) or 'none'}{allowed})")
     hidden = (tyro.conf.Fixed, tyro.conf.Suppress) if field.name == "name" and issubclass(kind, ObjectiveConfig) else ()
     text = field.helptext() if callable(field.helptext) else field.helptext
-    text = text and " ".join(text.split())
+    text = text and " ".join(text.split())  # tyro keeps some line ends
     return dataclasses.replace(field, type=Annotated[(field.type, *hidden, hint, *notes)], helptext=text)
