@@ -1,14 +1,13 @@
 """python -m bench aot: compile the Triton kernels for GPUs that are not here, and tell what they cost at least.
 
 For every kernel at named shapes: what the assembler says, what the loops look like in machine code, and the time below
-which an H200 cannot go with today's tiles; other tiles have other floors. Needs torch, triton and numpy only.
+which an H200 cannot go with today's tiles; other tiles have other floors. Needs torch, triton and numpy only. Another
+Triton than the installed one, such as the one `make test` installs, comes first on the path:
+PYTHONPATH=.venv/triton36 python -m bench aot.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -35,8 +34,6 @@ class AotReport:
 
     Attributes:
         shapes: names of `bench.aot_cases.CASES`.
-        triton: a version that `make test` installs beside the installed one, such as 3.6, or a folder with another
-            Triton (pip install --no-deps --target FOLDER triton==3.6.0), to be taken in place of the installed one.
         matrix: compile every combination of the options below instead, and report resources alone.
         variants: of attention, see `bench.aot_cases.Attention`.
         features: of k-means.
@@ -45,7 +42,6 @@ class AotReport:
     """
 
     shapes: tuple[str, ...] = tuple(CASES)
-    triton: str | None = None
     matrix: bool = False
     sizes: tuple[int, ...] = (16, 32, 64, 80, 128)
     dtypes: tuple[str, ...] = tuple(DTYPES)
@@ -92,8 +88,6 @@ class Cost:
 
 def run(options: AotReport) -> list[str]:
     """Compile, print tables, keep a record if wanted, and return what is wrong with the kernels, a line each."""
-    if options.triton is not None and not is_loaded(folder := overlay(options.triton)):
-        run_again_with(folder)
     results, problems = of_matrix(options) if options.matrix else of_shapes(options)
     for line in problems:
         print(f"ERROR {line}")
@@ -102,31 +96,6 @@ def run(options: AotReport) -> list[str]:
         path = records.write("aot", label, results | {"problems": problems}, options.output)
         print(f"record: {path}")
     return problems
-
-
-def overlay(name: str) -> Path:
-    """The folder that `AotReport.triton` names."""
-    version = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)?", name)
-    return Path(sys.prefix, f"triton{version[1]}{version[2]}") if version else Path(name)
-
-
-def is_loaded(folder: Path) -> bool:
-    """Whether the Triton in use is the one in `folder`."""
-    return Path(triton.__file__).resolve().is_relative_to(folder.resolve())
-
-
-def run_again_with(folder: Path) -> None:
-    """Become the same command with `folder` first on its path.
-
-    Raises:
-        ValueError: there is no Triton in that folder.
-    """
-    if not (folder / "triton/__init__.py").exists():
-        raise ValueError(f"no Triton in {folder}: pip install --no-deps --target {folder} triton==VERSION")
-    path = os.pathsep.join(map(str, [folder.resolve(), records.RESULTS.parent.parent, *filter(None, sys.path)]))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], environment | {"PYTHONPATH": path})
 
 
 def of_shapes(options: AotReport) -> tuple[dict[str, Any], list[str]]:

@@ -20,6 +20,7 @@ nothing was measured, 2 where nothing was begun.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -30,8 +31,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
@@ -161,7 +162,7 @@ class Process:
             end = {"status": KILLED, "reason": f"killed by {signal_name(-code)}"}
         else:
             end = {"status": FAILED, "reason": f"ended with exit code {code} without a word"}
-        tail = middle_out(self.log, LARGEST_LOG).decode(errors="replace")[-LOG_TAIL:]
+        tail = clipped(self.log, LARGEST_LOG).decode(errors="replace")[-LOG_TAIL:]
         spent = {"seconds": round(self.seconds, 2), "limit": round(self.limit, 2), "returncode": code}
         return outcome(**end) | spent | {"log_tail": tail}
 
@@ -210,23 +211,23 @@ def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
             (work / name).mkdir()
         (work / "path" / "mapet_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
         waiting: list[Process] = []
-        with interruptible():
-            try:
-                run_stages(parts, call, work, waiting, summary)
-            except KeyboardInterrupt:
-                print("interrupted: packing what there is", flush=True)
-                signal_handlers(signal.SIG_IGN)
-            finally:
-                stop(waiting)
-                for process in waiting:
-                    interrupted = {"status": TIMED_OUT, "reason": "the harvest was interrupted"}
-                    summary["parts"][process.part.name] = process.outcome() | (interrupted if process.started else {})
-                for part in parts:
-                    summary["parts"].setdefault(part.name, outcome(SKIPPED, "no time was left for it"))
-                if not pack(summary, call, work):
-                    kept = tempfile.mkdtemp(prefix="harvest-kept-")
-                    shutil.copytree(work, kept, symlinks=True, dirs_exist_ok=True)
-                    print(f"harvest: all of it is kept in {kept}", flush=True)
+        end_by(signal.default_int_handler)
+        try:
+            run_stages(parts, call, work, waiting, summary)
+        except KeyboardInterrupt:
+            print("interrupted: packing what there is", flush=True)
+            end_by(signal.SIG_IGN)
+        finally:
+            stop(waiting)
+            for process in waiting:
+                interrupted = {"status": TIMED_OUT, "reason": "the harvest was interrupted"}
+                summary["parts"][process.part.name] = process.outcome() | (interrupted if process.started else {})
+            for part in parts:
+                summary["parts"].setdefault(part.name, outcome(SKIPPED, "no time was left for it"))
+            if not pack(summary, call, work):
+                kept = tempfile.mkdtemp(prefix="harvest-kept-")
+                shutil.copytree(work, kept, symlinks=True, dirs_exist_ok=True)
+                print(f"harvest: all of it is kept in {kept}", flush=True)
     return summary
 
 
@@ -284,29 +285,16 @@ def stop(processes: Sequence[Process]) -> None:
 
 def tell(process: Process, summary: dict[str, Any], call: Call) -> None:
     """A line for whoever watches."""
-    name = process.part.name
+    name, spent = process.part.name, time.monotonic() - call.began
     found, rows = summary["parts"][name], len(read_records(records_file(process.work, name)))
-    print(
-        f"[{time.monotonic() - call.began:5.1f} s] {name}: {found['status']} after {found['seconds']:.1f} of "
-        f"{found['limit']:.1f} s, {rows} figures{': ' if found['reason'] else ''}{found['reason'] or ''}",
-        flush=True,
-    )
+    ended = f"{found['status']} after {found['seconds']:.1f} of {found['limit']:.1f} s, {rows} figures"
+    print(f"[{spent:5.1f} s] {name}: {ended}{': ' if found['reason'] else ''}{found['reason'] or ''}", flush=True)
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does."""
-    previous = signal_handlers(signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def signal_handlers(handler: Any) -> dict[int, Any]:
-    """Set the handler of the signals that end a program; returns those before."""
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def end_by(handler: Any) -> None:
+    """What SIGTERM, SIGHUP and Ctrl-C do: raise KeyboardInterrupt, or nothing."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 def pack(summary: dict[str, Any], call: Call, work: Path) -> bool:
@@ -320,11 +308,11 @@ def pack(summary: dict[str, Any], call: Call, work: Path) -> bool:
     try:
         (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         replaced(call.output / ARCHIVE, lambda draft: pack_records(draft, work))
-        replaced(call.output / "harvest.log", lambda draft: draft.write_bytes(logs(work)))
-        for name in ("ncu.csv", "profile.txt"):
-            if (work / name).exists():
-                text = head(work / name, LARGEST_FILE)
-                replaced(call.output / name, lambda draft, text=text: draft.write_bytes(text))
+        logs = sorted((work / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
+        texts = {"harvest.log": b"".join(b"==== %s\n%s\n" % (x.stem.encode(), clipped(x, LARGEST_LOG)) for x in logs)}
+        texts |= {x: clipped(work / x, LARGEST_FILE) for x in ("ncu.csv", "profile.txt") if (work / x).exists()}
+        for name, text in texts.items():
+            replaced(call.output / name, lambda draft, text=text: draft.write_bytes(text))
     except OSError as error:
         print(f"harvest: what there is could not be written to {call.output}: {error}", flush=True)
         return False
@@ -339,38 +327,23 @@ def replaced(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def pack_records(archive: Path, work: Path) -> None:
-    """summary.json and the records of every part, whole lines up to LARGEST_RECORDS."""
+    """summary.json and the records of every part, up to LARGEST_RECORDS; a line that was cut costs itself alone."""
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(work / "summary.json", "summary.json")
-        for path in sorted((work / "parts").glob("*.jsonl")):
-            name = f"parts/{path.name}"
-            if path.stat().st_size > LARGEST_RECORDS:
-                kept = head(path, LARGEST_RECORDS)
-                path = path.with_suffix(".head")
-                path.write_bytes(kept[: kept.rfind(b"\n") + 1])
-            tar.add(path, name)
+        for path in [work / "summary.json", *sorted((work / "parts").glob("*.jsonl"))]:
+            text, member = clipped(path, LARGEST_RECORDS), tarfile.TarInfo(path.relative_to(work).as_posix())
+            member.size, member.mtime = len(text), int(path.stat().st_mtime)
+            tar.addfile(member, io.BytesIO(text))
 
 
-def logs(work: Path) -> bytes:
-    """The parts' logs one after another, the middle of a long one left out."""
-    paths = sorted((work / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
-    return b"".join(b"==== %s\n%s\n" % (path.stem.encode(), middle_out(path, LARGEST_LOG)) for path in paths)
-
-
-def middle_out(path: Path, most: int) -> bytes:
+def clipped(path: Path, most: int) -> bytes:
     """A file's bytes, of more than `most` the first fourth and the last three fourths of them."""
     size = path.stat().st_size
-    if size <= most:
-        return path.read_bytes()
     with path.open("rb") as file:
+        if size <= most:
+            return file.read()
+        first = file.read(most // 4)
         file.seek(size - 3 * most // 4)
-        return head(path, most // 4) + f"\n[{size - most} bytes left out]\n".encode() + file.read()
-
-
-def head(path: Path, most: int) -> bytes:
-    """The first `most` bytes of a file."""
-    with path.open("rb") as file:
-        return file.read(most)
+        return first + f"\n[{size - most} bytes left out]\n".encode() + file.read()
 
 
 def commit() -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from bench.harvest_data import LEAST_REPEATS, Config, Harvest, Shape, Timing, base_part, in_call
+from bench.harvest_data import LEAST_REPEATS, Config, Harvest, Shape, Timing, base_part
 
 LEAST_GAIN = 0.03
 """Gain in speed that is worth a change; less is within the spread of repeated runs."""
@@ -39,9 +39,9 @@ def advice(harvest: Harvest) -> list[Advice]:
 def of_failures(harvest: Harvest) -> Iterator[Advice]:
     """Wrong results before all, then parts that brought nothing home."""
     for row in harvest.of("check", ok=False):
-        text = f"Mend {row['what']} in {row.get('dtype')}: its result is wrong{in_call(row.get('part'))}"
+        text = f"Mend {row['what']} in {row.get('dtype')}: its result is wrong ({row.get('part')})"
         if row.get("error") is not None and row.get("allowed") is not None:
-            text += f" (error {row['error']:.2e}, allowed {row['allowed']:.2e})"
+            text += f", error {row['error']:.2e}, allowed {row['allowed']:.2e}"
         yield Advice(0, math.inf, f"{text}; no speed counts before.")
     # A later call mends a part, unless it could not run it.
     newest = {base_part(name): name for name, x in harvest.outcomes.items() if x.get("status") != "skipped"}
@@ -235,9 +235,8 @@ def counted(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def counters(harvest: Harvest) -> dict[str, dict[str, float | None]]:
-    """By kernel and call, of the last row."""
-    rows = {f"{row['kernel']}{in_call(row.get('part'))}": row["metrics"] for row in harvest.of("counters")}
-    return {kernel: counted(metrics) for kernel, metrics in rows.items()}
+    """By kernel, of the last row."""
+    return {row["kernel"]: counted(row["metrics"]) for row in harvest.of("counters")}
 
 
 def of_counters(harvest: Harvest) -> Iterator[Advice]:

@@ -16,14 +16,13 @@ MEMBER = re.compile(r"summary\.json|parts/[\w-]+\.jsonl")
 LARGEST_MEMBER, LARGEST_TOTAL = 64 << 20, 256 << 20
 """Bytes that an archive may unpack to; what comes back is a few MiB."""
 LARGEST_NUMBER, LARGEST_SIZE = 1e18, 1 << 13
-MOST_DIGITS = 19
 """Above all that a GPU of today can bring, in FLOP and bytes a second; above every size of a shape or a tile."""
 LEAST_REPEATS = 3
 """Samples below which a median says nothing of its noise, and nothing is advised."""
 UNKNOWN_DEVICE = "unknown device"
 HEAD_SIZE_FLOP = {"forward": 4, "backward": 10}
 """FLOP of a visible pair and head size: two products forward, five backward."""
-IN_CALL = ", call "
+CALL = ", call "
 """Between the name of a part and the number of its call, where several calls are put together."""
 
 
@@ -123,12 +122,6 @@ class Harvest:
         return next((name for name in names if isinstance(name, str) and name), UNKNOWN_DEVICE)
 
     @property
-    def versions(self) -> dict[str, str]:
-        """Of Python and the packages that matter."""
-        found = self.summary.get("versions")
-        return found if isinstance(found, dict) else {}
-
-    @property
     def dry_run(self) -> bool:
         """Whether it went through the parts on a CPU and measured nothing."""
         return bool(self.summary.get("dry_run"))
@@ -156,14 +149,9 @@ class Harvest:
         return max((row["value"] for row in self.of("ceiling", name=name)), default=None)
 
 
-def base_part(part: str | None) -> str | None:
+def base_part(part: str | None) -> str:
     """The name of a part without its call."""
-    return part and part.partition(IN_CALL)[0]
-
-
-def in_call(*parts: str | None) -> str:
-    """Which calls figures of these parts are of, as words to be appended: ", call 2"; none where there is one call."""
-    return "".join(dict.fromkeys("".join((part or "").partition(IN_CALL)[1:]) for part in parts))
+    return str(part).partition(CALL)[0]
 
 
 def together(calls: Sequence[Harvest]) -> Harvest:
@@ -181,7 +169,7 @@ def together(calls: Sequence[Harvest]) -> Harvest:
     calls = sorted(calls, key=lambda call: str(call.summary.get("started")))
     whole = Harvest(calls[-1].summary | {"parts": {}, "device": calls[-1].device}, calls=calls)
     for number, call in enumerate(calls, 1):
-        suffix = f"{IN_CALL}{number}"
+        suffix = f"{CALL}{number}"
         whole.summary["parts"] |= {f"{name}{suffix}": outcome for name, outcome in call.outcomes.items()}
         for kind, rows in call.rows.items():
             named = [row | {"part": f"{row.get('part') or 'unknown part'}{suffix}"} for row in rows]
@@ -206,7 +194,7 @@ def read(folder: Path) -> Harvest:
     else:
         raise Refused(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
     try:
-        harvest.summary = as_summary(parsed(files.pop("summary.json")), harvest.damage)
+        harvest.summary = as_summary(json.loads(files.pop("summary.json")))
     except KeyError:
         harvest.damage.append("summary.json is missing: what failed is not known")
     except (ValueError, RecursionError) as error:
@@ -215,11 +203,11 @@ def read(folder: Path) -> Harvest:
     for name, text in sorted(files.items()):
         for number, line in enumerate(text.splitlines(), 1):
             try:
-                row = as_row(parsed(line))
+                row = as_row(json.loads(line))
                 if row["kind"] == "time":
                     keep_better(times, as_timing(row))
                 harvest.rows.setdefault(row["kind"], []).append(row)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 harvest.damage.append(f"{Path(name).name}, line {number}: {type(error).__name__}: {error}")
     harvest.times = list(times.values())
     return harvest
@@ -242,11 +230,6 @@ def unpacked(archive: Path, damage: list[str]) -> dict[str, bytes]:
     return files
 
 
-def parsed(text: bytes) -> Any:
-    """JSON, with integers that no size or time has as floats, infinite if need be, so that all of them can be shown."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
-
-
 def keep_better(times: dict[tuple[Any, ...], Timing], time: Timing) -> None:
     """A later round of the same has more repeats and replaces the first, unless it was cut short."""
     key = (time.part, time.op, time.way, time.shape, time.dtype, time.config, time.default)
@@ -254,18 +237,12 @@ def keep_better(times: dict[tuple[Any, ...], Timing], time: Timing) -> None:
         times[key] = time
 
 
-def as_summary(value: Any, damage: list[str]) -> dict[str, Any]:
-    """The summary without parts of which it does not say what became of them; those are added to the damage.
-
-    Raises:
-        ValueError: it is no summary.
-    """
-    parts = value.get("parts", {}) if isinstance(value, dict) else None
-    if not isinstance(parts, dict):
+def as_summary(value: Any) -> dict[str, Any]:
+    """The summary, without parts of which it does not say what became of them; ValueError where it is none."""
+    if not isinstance(value, dict) or not isinstance(value.get("parts", {}), dict):
         raise ValueError("not an object with parts")
-    told = {name: x for name, x in parts.items() if isinstance(x, dict) and isinstance(x.get("status"), str)}
-    damage += [f"summary.json: the entry of part {name} has no status" for name in parts.keys() - told.keys()]
-    return value | {"parts": told}
+    parts = value.get("parts", {}).items()
+    return value | {"parts": {name: x for name, x in parts if isinstance(x, dict) and isinstance(x.get("status"), str)}}
 
 
 MEDIANS = {"p20_ms": float, "p50_ms": float, "p80_ms": float}
@@ -280,12 +257,6 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "memory": {"model": str, "recompute": str, "micro_batch": float, "planned_bytes": float},
 }
 """What the page reads of a row of a kind; a float is a number above 0."""
-OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
-    "part": str, "dtype": str, "batch": int, "backend": str, "reason": str, "peak_bytes": float,
-    "repeats": int, "configs": dict,
-    "extra_bytes": (int, float), "error": (int, float), "allowed": (int, float), "device": str,
-}  # fmt: skip
-"""What may be there and may be null, of rows of any kind."""
 
 
 def as_row(value: Any) -> dict[str, Any]:
@@ -293,21 +264,11 @@ def as_row(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value["kind"], str):
         raise ValueError("not an object with a kind")
     for name, kind in FIELDS.get(value["kind"], {}).items():
-        check(value, name, kind)
-    for name, kind in OPTIONAL.items():
-        if value.get(name) is not None and value[name] != 0:
-            check(value, name, kind)
-    for config in (value.get("configs") or {}).values():
-        as_config(config)
+        if kind is float:
+            positive(value, name)
+        elif not isinstance(value[name], kind):
+            raise ValueError(f"{name} is {value[name]!r}")
     return value
-
-
-def check(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> None:
-    """ValueError where a field is of another kind."""
-    if kind is float:
-        positive(row, name)
-    elif not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
-        raise ValueError(f"{name} is {row[name]!r}")
 
 
 def as_timing(row: Mapping[str, Any]) -> Timing:

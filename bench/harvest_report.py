@@ -14,23 +14,14 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.harvest_advice import TABLE, advice, counters, winners
-from bench.harvest_data import (
-    LEAST_REPEATS,
-    UNKNOWN_DEVICE,
-    Harvest,
-    Refused,
-    base_part,
-    in_call,
-    noise_words,
-    read,
-    together,
-)
+from bench.harvest_data import LEAST_REPEATS, UNKNOWN_DEVICE, Harvest, Refused, base_part, noise_words, read, together
 from bench.harvest_floors import Find, finder
-from bench.harvest_targets import HEAD, NOT_MEASURED, TARGETS, fastest
+from bench.harvest_targets import HEAD, NOT_MEASURED, fastest, targets
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python bench/harvest.py"
@@ -103,7 +94,7 @@ def record(harvest: Harvest) -> dict[str, Any]:
         "suite": "harvest", "command": summary.get("command") or f"{COMMAND} (its options are not known)",
         "call": summary.get("call", 1), "commit": summary.get("commit", ""), "time": summary.get("started"),
         "device": harvest.device, "device_type": device_type, "measured_on": device_type, "dry_run": harvest.dry_run,
-        "cores": machine.get("cores"), "threads": machine.get("threads"), "versions": harvest.versions,
+        "cores": machine.get("cores"), "threads": machine.get("threads"), "versions": summary.get("versions"),
         "parts": {name: outcome.get("status") for name, outcome in harvest.outcomes.items()}, "rows": harvest.rows,
     }  # fmt: skip
 
@@ -111,17 +102,21 @@ def record(harvest: Harvest) -> dict[str, Any]:
 def page(harvest: Harvest, floors: Find, written: Sequence[str], folder: Path = Path("DIR")) -> list[str]:
     """The lines of the page. folder: of the last call, as the command that follows it names it."""
     lines = introduction(harvest, written)
-    sections: dict[str, Iterable[str]] = {
-        "What failed": failed(harvest),
-        "What to change first": [*first(harvest), *after(harvest, folder)],
-        "Targets": table(HEAD, (target.row(harvest) for target in TARGETS)),
-        "Launch configurations": launch_configurations(harvest),
-        "Attention": attention(harvest, floors),
-        "What the hardware counted": hardware(harvest),
-        **{title: of_kind(harvest, *of) for title, of in TABLES.items()},
+    sections: dict[str, Callable[[], Iterable[str]]] = {
+        "What failed": lambda: failed(harvest),
+        "What to change first": lambda: [*first(harvest), *after(harvest, folder)],
+        "Targets": lambda: table(HEAD, targets(harvest)),
+        "Launch configurations": lambda: launch_configurations(harvest),
+        "Attention": lambda: attention(harvest, floors),
+        "What the hardware counted": lambda: hardware(harvest),
+        **{title: partial(of_kind, harvest, *of) for title, of in TABLES.items()},
     }
     for title, section in sections.items():
-        lines += ["", f"## {title}", "", *section]
+        try:
+            found = [*section()]
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found = [f"A damaged row keeps this section from being made: {type(error).__name__}: {error}"]
+        lines += ["", f"## {title}", "", *found]
     return lines
 
 
@@ -149,30 +144,18 @@ def introduction(harvest: Harvest, written: Sequence[str]) -> list[str]:
     lines = [f"# Harvest of {devices}, {which}{started}", ""]
     if harvest.dry_run:
         lines += ["**A dry run on a CPU with small sizes: no figure here means anything.**", ""]
-    if harvest.calls:
-        lines += [f"- Call {number}, {call.device}: {run_of(call)}" for number, call in enumerate(calls, 1)]
-        lines += ["", "A figure is of the call that stands beside it or in the name of its part."]
-    else:
-        lines += [f"Of {run_of(harvest)}"]
-        if harvest.is_second:
-            lines += ["", "Of the second call alone; `--report FIRST SECOND` makes the page of both."]
+    for number, call in enumerate(calls, 1):
+        parts = Counter(outcome["status"] for outcome in call.outcomes.values())
+        told = ", ".join(f"{count} {status}" for status, count in parts.items()) or "unknown"
+        commit = str(call.summary.get("commit") or "unknown")[:COMMIT_DIGITS]
+        name = f"Call {number}" if harvest.calls else "This call"
+        lines.append(f"- {name}, {call.device}: commit `{commit}`, {call.summary.get('versions')}. Parts: {told}.")
     noise = f'noise is (p80 - p20) / p50, "-" of fewer than {LEAST_REPEATS} repeats'
+    told = ", ".join(f"`{name}`" for name in written) or "none, as nothing came back"
     lines += ["", f"Times are medians, {noise}; ratios are of times measured in turn in one part.", ""]
-    lines += [f"Records: {', '.join(f'`{name}`' for name in written) or 'none, as nothing came back'}."]
-    if harvest.damage:
-        lines += ["", f"Could not be read, {len(harvest.damage)} in all:", ""]
-        lines += [f"- {line}" for line in harvest.damage[:MOST_DAMAGE]]
-        lines += [f"- and {len(harvest.damage) - MOST_DAMAGE} more"] if len(harvest.damage) > MOST_DAMAGE else []
-    return lines
-
-
-def run_of(call: Harvest) -> str:
-    """Commit, versions, and how many parts ended how."""
-    commit = str(call.summary.get("commit") or "unknown")[:COMMIT_DIGITS]
-    versions = ", ".join(f"{name} {version}" for name, version in call.versions.items())
-    counts = Counter(outcome["status"] for outcome in call.outcomes.values())
-    parts = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"commit `{commit}`; {versions or 'versions unknown'}. Parts: {parts or 'unknown'}."
+    lines += [f"Records: {told}.", ""]
+    lines += [f"- Could not be read: {line}" for line in harvest.damage[:MOST_DAMAGE]]
+    return [*lines, f"- {len(harvest.damage)} lines could not be read in all."] if harvest.damage else lines
 
 
 def failed(harvest: Harvest) -> list[str]:
@@ -332,7 +315,7 @@ TABLES: Mapping[str, tuple[str, int | None, Columns]] = {
         "TFLOP/s": lambda row: row["flops_per_s"] / 1e12, "equal ids": "equal_ids", "bytes more": "extra_bytes",
     }),
     "Correctness": ("check", None, {
-        "what": lambda row: f"{row['what']}{in_call(row.get('part'))}", "dtype": "dtype", "error": "error",
+        "part": "part", "what": "what", "dtype": "dtype", "error": "error",
         "allowed": "allowed", "of its budget": share_of_budget, "right": lambda row: "yes" if row["ok"] else "**no**",
         "said": "summary",
     }),

@@ -3,58 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
-from bench.harvest_data import HEAD_SIZE_FLOP, Harvest, Timing, in_call
+from bench.harvest_data import HEAD_SIZE_FLOP, Harvest, Timing
 
 NOT_MEASURED = "not measured"
 DTYPES = ("bf16", "fp16")
 """Targets hold in either; the first that was measured counts."""
+HEAD = ("figure", "highest known", "wanted", "measured", "met or not")
+Row = tuple[str, str, str, str, str]
 Found = tuple[float, str] | str | None
 """(value, words after it), or why there is none, or nothing."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """One figure.
-
-    Attributes:
-        known: the highest known elsewhere, in words.
-        wanted: its steps in ascending order of difficulty.
-        unit: after the numbers.
-        at_most: whether smaller is better.
-    """
-
-    name: str
-    known: str
-    wanted: tuple[float, ...]
-    unit: str
-    measure: Callable[[Harvest], Found]
-    at_most: bool = False
-
-    def row(self, harvest: Harvest) -> tuple[str, str, str, str, str]:
-        """Figure, highest known, wanted, measured, met or not."""
-        wanted = f"{'<=' if self.at_most else '>='} {', then '.join(map(number, self.wanted))} {self.unit}".rstrip()
-        found = None if harvest.dry_run else self.measure(harvest)
-        if found is None or isinstance(found, str):
-            return self.name, self.known, wanted, f"{NOT_MEASURED}{f': {found}' if found else ''}", ""
-        value, words = found
-        measured = f"{number(value)} {self.unit}".rstrip() + (f" ({words})" if words else "")
-        met = [step for step in self.wanted if (value <= step if self.at_most else value >= step)]
-        verdict = f"met up to {number(met[-1])}" if met else "not met"
-        verdict = "met" if len(met) == len(self.wanted) else verdict
-        return self.name, self.known, wanted, words if math.isinf(value) else measured, verdict
+def targets(harvest: Harvest) -> Iterator[Row]:
+    """All figures beside what is wanted of them, as a table under HEAD; a dry run measures none."""
+    yield from kernels(harvest)
+    yield from steps(harvest)
+    yield from memory(harvest)
 
 
-HEAD = ("figure", "highest known", "wanted", "measured", "met or not")
+def row(
+    harvest: Harvest, name: str, known: str, wanted: tuple[float, ...], unit: str, found: Found, at_most: bool = False
+) -> Row:
+    """wanted: in ascending order of difficulty. at_most: whether smaller is better."""
+    wish = f"{'<=' if at_most else '>='} {', then '.join(map(number, wanted))} {unit}"
+    if harvest.dry_run or found is None or isinstance(found, str):
+        why = f": {found}" if found and not harvest.dry_run else ""
+        return name, known, wish, f"{NOT_MEASURED}{why}", ""
+    value, words = found
+    met = [step for step in wanted if (value <= step if at_most else value >= step)]
+    verdict = "not met" if not met else "met" if len(met) == len(wanted) else f"met up to {number(met[-1])}"
+    measured = f"{number(value)} {unit}" + (f" ({words})" if words else "")
+    return name, known, wish, words if math.isinf(value) else measured, verdict
 
 
 def number(value: float) -> str:
     """Three digits or more, thousands apart."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+PASSES = {
+    "forward": ("333-340, unmasked, seq 512, H100", (220, 280, 350), {"flex": 2, "sdpa_mask": 5, "official": 10}),
+    "backward": ("irregular masks at best 75; unmasked 272 (FA3)", (150, 200, 270), {"flex": 2.5}),
+}
+PEERS = {"flex": "FlexAttention", "sdpa_mask": "SDPA with a mask", "official": "the official way"}
+
+
+def kernels(harvest: Harvest) -> Iterator[Row]:
+    """H200, bf16 or fp16, head size 64, N = 197, c = 50, B x H = 3072 unless said; TFLOP/s on visible pairs."""
+    for op, (known, wanted, peers) in PASSES.items():
+        today = at_target(harvest, op, "ours", default=True)[:1]
+        best = [fastest(harvest, x) for x in (("dq", "dkdv") if op == "backward" else (op,))]
+        yield row(harvest, f"attention {op}", known, wanted, "TFLOP/s", rate(op, today))
+        yield row(harvest, f"attention {op}, best configurations timed", "", wanted, "TFLOP/s", rate(op, best))
+        for peer, times in peers.items():
+            found = beside_ours(harvest, op, peer) or failure(harvest, peer)
+            yield row(harvest, f"{op} against {PEERS[peer]}", "1", (times,), "times", found)
+        name = f"longest over shortest time of a visible pair, N = 50 to 1025, {op}"
+        yield row(harvest, name, "", (1.3,), "times", scaling(harvest, op), at_most=True)
+    gather = beside_ours(harvest, "forward", "ours_gather")
+    found = gather and (100 * (gather[0] - 1), gather[1])
+    name = "gather by permutation over contiguous input"
+    yield row(harvest, name, "a separate pass", (10,), "% more", found, at_most=True)
+    copy, embedding = harvest.ceiling("copy_bytes_per_s"), last(harvest, "bandwidth", op="permuted_embed")
+    rate_of = embedding.get("bytes_per_s", 0.0)
+    found = (100 * rate_of / copy, f"{rate_of / 1e12:.3g} TB/s") if copy and embedding else None
+    name = "permuted embedding, of copy bandwidth"
+    yield row(harvest, name, "several elementwise passes", (80,), "%", found or failure(harvest, "permuted_embed"))
+    for way in ("exact", "fast"):
+        x = kmeans(harvest, way)
+        found = (x["flops_per_s"] / 1e12, f"{x['p50_ms']:.4g} ms, {x.get('part')}") if x else None
+        name = f"k-means, {way}, D 4096, K 8192"
+        yield row(harvest, name, "467-563 at D <= 512 (flashlib)", (600,), "TFLOP/s", found)
+    checks = [x["ok"] for x in harvest.of("check") if "k-means" in x["what"]]
+    found = (100 * sum(checks) / len(checks), f"{sum(checks)} of {len(checks)} checks") if checks else None
+    yield row(harvest, "k-means ids equal to the float64 argmin", "", (100,), "% of checks", found)
+    x = kmeans(harvest, "exact")
+    matrix = 2 * x["shape"].get("rows", 0) * x["shape"]["clusters"] if x else 0
+    extra = x.get("extra_bytes") if x else None
+    found = (100 * extra / matrix, f"{extra / 2**20:,.0f} MiB") if matrix and extra is not None else None
+    yield row(harvest, "k-means memory, of a 16-bit N x K matrix", "100", (99,), "%", found, at_most=True)
 
 
 def at_target(harvest: Harvest, op: str, way: str, **more: Any) -> list[Timing]:
@@ -72,20 +102,14 @@ def fastest(harvest: Harvest, op: str) -> Timing | None:
     return min(times, key=lambda time: time.p50, default=None)
 
 
-def rate(op: str, best: bool, harvest: Harvest) -> Found:
-    """TFLOP/s of ours on visible pairs, as the launch table is today, or in the fastest configurations timed."""
-    if best:
-        times = [fastest(harvest, x) for x in (("dq", "dkdv") if op == "backward" else (op,))]
-    else:
-        times = at_target(harvest, op, "ours", default=True)[:1] or [None]
-    if None in times:
+def rate(op: str, times: list[Timing | None]) -> Found:
+    """TFLOP/s on visible pairs of a pass that is made of these kernels, or is one measurement."""
+    if not times or None in times:
         return None
     shape, milliseconds = times[0].shape, sum(time.p50 for time in times)
-    flop = HEAD_SIZE_FLOP[op] * shape.size * shape.visible_pairs
-    words = f"{milliseconds:.4g} ms, {times[0].dtype}, noise {times[0].noise}{in_call(times[0].part)}"
-    if best:
-        words = "; ".join(f"{time.op} {time.config}{in_call(time.part)}" for time in times)
-    return flop / (milliseconds / 1e3) / 1e12, words
+    configs = "".join(f"; {time.op} {time.config or 'kernels'}, {time.part}" for time in times)
+    words = f"{milliseconds:.4g} ms, {times[0].dtype}, noise {times[0].noise}{configs}"
+    return HEAD_SIZE_FLOP[op] * shape.size * shape.visible_pairs / (milliseconds / 1e3) / 1e12, words
 
 
 def beside_ours(harvest: Harvest, op: str, way: str) -> tuple[float, str] | None:
@@ -93,25 +117,26 @@ def beside_ours(harvest: Harvest, op: str, way: str) -> tuple[float, str] | None
     for theirs in at_target(harvest, op, way, default=True):
         ours = at_target(harvest, op, "ours", part=theirs.part, default=True)
         if mine := next((time for time in ours if time.dtype == theirs.dtype), None):
-            return theirs.p50 / mine.p50, f"{theirs.p50:.4g} ms beside {mine.p50:.4g} ms{in_call(mine.part)}"
+            return theirs.p50 / mine.p50, f"{theirs.p50:.4g} ms beside {mine.p50:.4g} ms, {mine.part}"
     return None
-
-
-def times_faster(op: str, peer: str, harvest: Harvest) -> Found:
-    """How many times as long a peer takes, or why it has no time."""
-    return beside_ours(harvest, op, peer) or failure(harvest, peer)
 
 
 def failure(harvest: Harvest, way: str) -> str | None:
     """Why a way has no time, if a row says so."""
-    rows = harvest.of("failure", way=way)
-    return f"{way}: {rows[-1].get('reason')}{in_call(rows[-1].get('part'))}" if rows else None
+    found = last(harvest, "failure", way=way)
+    return f"{way}: {found.get('reason')}" if found else None
+
+
+def last(harvest: Harvest, kind: str, **wanted: Any) -> dict[str, Any]:
+    """The newest row of a kind with these values; empty where there is none."""
+    rows = harvest.of(kind, **wanted)
+    return rows[-1] if rows else {}
 
 
 SHORTEST, LONGEST = 50, 1025
 
 
-def scaling(op: str, harvest: Harvest) -> Found:
+def scaling(harvest: Harvest, op: str) -> Found:
     """Largest over smallest time of a visible pair, over the lengths from 50 to 1025 that one part timed."""
     for dtype in DTYPES:
         times = harvest.timings(op=op, way="ours", dtype=dtype, default=True)
@@ -120,70 +145,42 @@ def scaling(op: str, harvest: Harvest) -> Found:
             pairs = {x.shape.tokens: 1e9 * x.p50 / x.shape.visible_pairs for x in times if x.part == part}
             if {SHORTEST, LONGEST} <= set(pairs):
                 words = ", ".join(f"N {n}: {value:.3g}" for n, value in sorted(pairs.items()))
-                return max(pairs.values()) / min(pairs.values()), f"ps a pair at {words}{in_call(part)}"
+                return max(pairs.values()) / min(pairs.values()), f"ps a pair at {words}, {part}"
     return None
 
 
-def over_contiguous(harvest: Harvest) -> Found:
-    """Forward time with a gather by permutation over that of contiguous input, in percent more."""
-    found = beside_ours(harvest, "forward", "ours_gather")
-    return found and (100 * (found[0] - 1), found[1])
-
-
-def embedding(harvest: Harvest) -> Found:
-    """Percent of the copy bandwidth of this machine."""
-    ceiling, rows = harvest.ceiling("copy_bytes_per_s"), harvest.of("bandwidth", op="permuted_embed")
-    if not rows:
-        return failure(harvest, "permuted_embed")
-    rate = rows[-1]["bytes_per_s"]
-    return ceiling and (100 * rate / ceiling, f"{rate / 1e12:.3g} TB/s{in_call(rows[-1].get('part'))}")
-
-
-def kmeans_row(harvest: Harvest, way: str) -> dict[str, Any] | None:
+def kmeans(harvest: Harvest, way: str) -> dict[str, Any] | None:
     """The last row of a way at D = 4096, K = 8192."""
-    sizes = [(row, row["shape"].get("features"), row["shape"].get("clusters")) for row in harvest.of("kmeans", way=way)]
-    return next((row for row, *size in reversed(sizes) if size == [4096, 8192]), None)
-
-
-def kmeans_rate(way: str, harvest: Harvest) -> Found:
-    """TFLOP/s of the assignment."""
-    row = kmeans_row(harvest, way)
-    return row and (row["flops_per_s"] / 1e12, f"{row['p50_ms']:.4g} ms{in_call(row.get('part'))}")
-
-
-def kmeans_memory(harvest: Harvest) -> Found:
-    """Peak memory of the exact assignment beyond its operands, in percent of a 16-bit matrix of rows and centroids."""
-    row = kmeans_row(harvest, "exact")
-    if row is None or row.get("extra_bytes") is None or not row["shape"].get("rows"):
-        return None
-    matrix = 2 * row["shape"]["rows"] * row["shape"]["clusters"]
-    return 100 * row["extra_bytes"] / matrix, f"{row['extra_bytes'] / 2**20:,.0f} MiB{in_call(row.get('part'))}"
-
-
-def kmeans_ids(harvest: Harvest) -> Found:
-    """Percent of the checks of exact ids that hold."""
-    rows = [row for row in harvest.of("check") if "k-means" in row["what"]]
-    right = sum(row["ok"] for row in rows)
-    words = f"{right} of {len(rows)} checks{in_call(*(row.get('part') for row in rows))}"
-    return (100 * right / len(rows), words) if rows else None
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's step: what the paper's V100 and others reach, and what is wanted, images per second."""
-
-    label: str
-    paper: int
-    elsewhere: str
-    wanted: tuple[float, ...]
-    gflop: float  # of an image, forward and backward, last block pruned
+    rows = [x for x in harvest.of("kmeans", way=way) if x["shape"].get("features") == 4096]
+    return next((x for x in reversed(rows) if x["shape"].get("clusters") == 8192), None)
 
 
 MODELS = {
-    "base": Model("ViT-B, c = 60", 70, "plain ViT-B 1459 on H100", (1800, 2225), 232),
-    "small": Model("ViT-S, c = 50", 139, "plain ViT-S class 8003 on H100", (4000, 6500), 64),
-    "tiny": Model("ViT-T, c = 50", 278, "-", (9000, 15000), 18),
+    "base": ("ViT-B, c = 60", 70, "plain ViT-B 1459 on H100", (1800, 2225), 232),
+    "small": ("ViT-S, c = 50", 139, "plain ViT-S class 8003 on H100", (4000, 6500), 64),
+    "tiny": ("ViT-T, c = 50", 278, "-", (9000, 15000), 18),
 }
+"""(label; images per second of the paper's V100; elsewhere; wanted; GFLOP of an image's step, last block pruned)."""
+
+
+def steps(harvest: Harvest) -> Iterator[Row]:
+    """Speed of each model, and its ratio to the official way, measured in turn: in the last part that has both."""
+    ceiling = harvest.ceiling("matmul_bf16_flops_per_s")
+    for name, (label, paper, elsewhere, wanted, gflop) in MODELS.items():
+        best, found = best_step(harvest, name), None
+        if best is not None:
+            images, flop = best["images_per_s"], best["images_per_s"] * gflop * 1e9
+            share = f", {flop / ceiling:.0%} of the matmul ceiling" if ceiling else ""
+            words = f"{best['mode']}, batch {best.get('batch')}, {flop / 1e12:.3g} TFLOP/s{share}"
+            found = images, f"{words}; {images / paper:.3g} times the paper's V100; {best.get('part')}"
+        yield row(harvest, label, f"paper, one V100: {paper}; {elsewhere}", wanted, "images/s", found)
+        found = failure(harvest, "official")
+        for part in dict.fromkeys(x.get("part") for x in harvest.of("step", model=name)):
+            ours, official = (best_step(harvest, name, way, part=part) for way in ("ours", "official"))
+            if ours is not None and official is not None:
+                speed = official["images_per_s"]
+                found = ours["images_per_s"] / speed, f"official {number(speed)}/s, {part}"
+        yield row(harvest, f"{label}, against the official code", "1", (5,), "times", found)
 
 
 def best_step(harvest: Harvest, model: str, way: str = "ours", **more: Any) -> dict[str, Any] | None:
@@ -192,93 +189,23 @@ def best_step(harvest: Harvest, model: str, way: str = "ours", **more: Any) -> d
     more: values that other fields must have.
     """
     newest = {
-        row["mode"]: row
-        for row in harvest.of("step", model=model, way=way, **more)
-        if row.get("backend", "auto") == "auto" and not row.get("tuned") and row.get("dtype", "bf16") == "bf16"
+        x["mode"]: x
+        for x in harvest.of("step", model=model, way=way, **more)
+        if x.get("backend", "auto") == "auto" and not x.get("tuned") and x.get("dtype", "bf16") == "bf16"
     }
-    return max(newest.values(), key=lambda row: row["images_per_s"], default=None)
+    return max(newest.values(), key=lambda x: x["images_per_s"], default=None)
 
 
-def speed(name: str, harvest: Harvest) -> Found:
-    """Images a second of a model."""
-    row, model, ceiling = best_step(harvest, name), MODELS[name], harvest.ceiling("matmul_bf16_flops_per_s")
-    if row is None:
-        return None
-    flop = row["images_per_s"] * model.gflop * 1e9
-    share = f", {flop / ceiling:.0%} of the matmul ceiling" if ceiling else ""
-    words = f"{row['mode']}, batch {row.get('batch')}, {flop / 1e12:.3g} TFLOP/s{share}"
-    words += f"; {row['images_per_s'] / model.paper:.3g} times the paper's V100"
-    return row["images_per_s"], words + in_call(row.get("part"))
-
-
-def against_official(name: str, harvest: Harvest) -> Found:
-    """How many times as fast as the official way; measured in turn: in one part, the last one that has both."""
-    for part in reversed(dict.fromkeys(row.get("part") for row in harvest.of("step", model=name))):
-        ours, official = (best_step(harvest, name, way, part=part) for way in ("ours", "official"))
-        if ours is not None and official is not None:
-            words = f"official {number(official['images_per_s'])}/s{in_call(part)}"
-            return ours["images_per_s"] / official["images_per_s"], words
-    return failure(harvest, "official")
-
-
-def memory_row(harvest: Harvest, images: int, recompute: str) -> dict[str, Any]:
-    """The last row of a case of ViT-B."""
-    rows = harvest.of("memory", model="base", micro_batch=images, recompute=recompute)
-    return rows[-1] if rows else {}
-
-
-def peak(images: int, recompute: str, harvest: Harvest) -> Found:
-    """GiB of a step."""
-    row = memory_row(harvest, images, recompute)
-    if row.get("fits") is False:
-        return math.inf, f"out of memory{in_call(row.get('part'))}"
-    found = row.get("peak_bytes")
-    return found and (found / 2**30, in_call(row.get("part")).removeprefix(", "))
-
-
-def plan_error(images: int, recompute: str, harvest: Harvest) -> Found:
-    """Percent that the plan is off the peak."""
-    row = memory_row(harvest, images, recompute)
-    if not row.get("peak_bytes"):
-        return None
-    words = f"planned {row['planned_bytes'] / 2**30:.2f} GiB, peak {row['peak_bytes'] / 2**30:.2f} GiB"
-    return 100 * abs(row["planned_bytes"] / row["peak_bytes"] - 1), words + in_call(row.get("part"))
-
-
-def kernels() -> Iterator[Target]:
-    """H200, bf16 or fp16, head size 64, N = 197, c = 50, B x H = 3072 unless said; TFLOP/s on visible pairs."""
-    passes = (
-        ("forward", "333-340, unmasked, seq 512, H100", (220, 280, 350), {"flex": 2, "sdpa_mask": 5, "official": 10}),
-        ("backward", "irregular masks at best 75; unmasked 272 (FA3)", (150, 200, 270), {"flex": 2.5}),
-    )
-    words = {"flex": "FlexAttention", "sdpa_mask": "SDPA with a mask", "official": "the official way"}
-    for op, known, wanted, peers in passes:
-        yield Target(f"attention {op}", known, wanted, "TFLOP/s", partial(rate, op, False))
-        yield Target(f"attention {op}, best configurations timed", "", wanted, "TFLOP/s", partial(rate, op, True))
-        for peer, times in peers.items():
-            yield Target(f"{op} against {words[peer]}", "1", (times,), "times", partial(times_faster, op, peer))
-        name = f"longest over shortest time of a visible pair, N = 50 to 1025, {op}"
-        yield Target(name, "", (1.3,), "times", partial(scaling, op), at_most=True)
-    name = "gather by permutation over contiguous input"
-    yield Target(name, "a separate pass", (10,), "% more", over_contiguous, at_most=True)
-    yield Target("permuted embedding, of copy bandwidth", "several elementwise passes", (80,), "%", embedding)
-    for way in ("exact", "fast"):
-        known = "467-563 at D <= 512 (flashlib)"
-        yield Target(f"k-means, {way}, D 4096, K 8192", known, (600,), "TFLOP/s", partial(kmeans_rate, way))
-    yield Target("k-means ids equal to the float64 argmin", "", (100,), "% of checks", kmeans_ids)
-    yield Target("k-means memory, of a 16-bit N x K matrix", "100", (99,), "%", kmeans_memory, at_most=True)
-
-
-def steps() -> Iterator[Target]:
-    """Speed of each model, its ratio to the official way, and ViT-B under a cap of 16 GiB."""
-    for name, model in MODELS.items():
-        known = f"paper, one V100: {model.paper}; {model.elsewhere}"
-        yield Target(model.label, known, model.wanted, "images/s", partial(speed, name))
-        yield Target(f"{model.label}, against the official code", "1", (5,), "times", partial(against_official, name))
+def memory(harvest: Harvest) -> Iterator[Row]:
+    """Peak of a step of ViT-B under a cap of 16 GiB, and the plan's error."""
     for images, recompute in ((96, "none"), (128, "cheap"), (512, "blocks")):
+        x = last(harvest, "memory", model="base", micro_batch=images, recompute=recompute)
+        part, peak = x.get("part"), (x.get("peak_bytes") or 0) / 2**30
+        planned, found, off = x.get("planned_bytes", 0) / 2**30, None, None
+        if peak:
+            found, off = (peak, str(part)), (100 * abs(planned / peak - 1), f"planned {planned:.2f} GiB, {part}")
+        elif x.get("fits") is False:
+            found = math.inf, f"out of memory, {part}"
         name = f"ViT-B, micro-batch {images}, recomputed: {recompute}"
-        yield Target(f"{name}: peak", "the paper's batch is 32", (16,), "GiB", partial(peak, images, recompute), True)
-        yield Target(f"{name}: plan off by", "", (10,), "%", partial(plan_error, images, recompute), True)
-
-
-TARGETS: Sequence[Target] = (*kernels(), *steps())
+        yield row(harvest, f"{name}: peak", "the paper's batch is 32", (16,), "GiB", found, at_most=True)
+        yield row(harvest, f"{name}: plan off by", "", (10,), "%", off, at_most=True)
