@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from triton_checks import set_tiles
+from op_checks import set_tiles
 
 from bench import aot_cases
 from bench.aot_cases import TWO_STREAM_VARIANTS, Attention
