@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapet import doctor
+from mapet.commands import doctor
 from mapet_kernels import backends, flash_providers, two_stream_attention, two_stream_attention_packed
 from mapet_kernels.flash_providers import (
     CAUSAL,

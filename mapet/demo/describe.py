@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.recipe import Recipe
 from mapet.demo.report import DemoResults, Picture, PretrainingLoss
-from mapet.doctor import doctor_report, machine_lines
+from mapet.machine import machine_findings
 from mapet.model.export import ExportReport
 from mapet.report.loss_curve import read_metrics
 
@@ -35,7 +35,10 @@ def demo_results(
         raw_pixels=tuple(result.raw_pixels for result in results),
         loss=PretrainingLoss(tuple(final), recipe.vocabulary, token_entropy(results)),
         timings=tuple(timings.seconds.items()),
-        machine=(*machine_lines(doctor_report()), f"device of this run: {device}"),
+        machine=(
+            *(f"{found.subject}: {found.detail}" for found in machine_findings()),
+            f"device of this run: {device}",
+        ),
         pictures=pictures,
         export=export,
     )
