@@ -17,26 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 import mapet.evaluate.features as features_module
 from mapet.data.images import open_source
 from mapet.errors import CheckpointError, ConfigError, DataError
-from mapet.evaluate import (
-    CacheImages,
-    EvaluationConfig,
-    Features,
-    ProbeConfig,
-    RandomViews,
-    SourceImages,
-    cached_features,
-    draw_per_class,
-    evaluate,
-    extract_features,
-    knn_accuracy,
-    knn_predict,
-    linear_probe,
-    logistic_probe,
-    pixel_features,
-    split,
-)
-from mapet.evaluate.images import random_crop_box
-from mapet.evaluate.probe import LayerClassifiers
+from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
+from mapet.evaluate.frozen import EvaluationConfig, evaluate
+from mapet.evaluate.images import CacheImages, RandomViews, SourceImages, random_crop_box
+from mapet.evaluate.knn import knn_accuracy, knn_predict
+from mapet.evaluate.labels import draw_per_class, split
+from mapet.evaluate.probe import LayerClassifiers, ProbeConfig, linear_probe, logistic_probe
 
 SIZE = 16
 
