@@ -53,7 +53,9 @@ def doctor_report(cache: Path | None = None, run: Path | None = None) -> list[Fi
     findings = [*machine_findings(), triton_finding(found)]
     for device in ["cpu", *(f"cuda:{i}" for i in range(len(found)))]:
         findings += [*backend_findings(device, available_backends(device)), auto_finding(device)]
-    findings += [package_finding(module, purpose) for module, purpose in OPTIONAL_PACKAGES.items()]
+    for module, purpose in OPTIONAL_PACKAGES.items():
+        version, name = installed_version(module), module.replace("_", "-")
+        findings.append(Finding(name, "ok" if version else "absent", version or f"not installed; {purpose}"))
     findings.append(compiler_finding())
     if cache is not None:
         findings.append(cache_finding(cache))
@@ -95,20 +97,16 @@ def backend_findings(device: str, backends: dict[str, str | None]) -> list[Findi
 
 def auto_finding(device: str) -> Finding:
     """Which attention backend "auto" takes, and why."""
-    dtype = _trial_dtype(device)
-    taken, why = explain_auto(torch.device(device), dtype)
-    return Finding(f"attention auto on {device}", "ok", f"takes {taken} in {str(dtype).removeprefix('torch.')}: {why}")
-
-
-def _trial_dtype(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.float16
+    dtype = "float32" if device == "cpu" else "float16"
+    taken, why = explain_auto(torch.device(device), getattr(torch, dtype))
+    return Finding(f"attention auto on {device}", "ok", f"takes {taken} in {dtype}: {why}")
 
 
 def _trial(backend: str, device: str) -> tuple[str, str, str]:
     """Run MaPeT's attention once, forward and backward, and compare with plain torch in float64."""
     advice = f"set train.backend to another than {backend}"
     try:
-        agreement = two_stream_agreement(backend, device, _trial_dtype(device))
+        agreement = two_stream_agreement(backend, device, torch.float32 if device == "cpu" else torch.float16)
     except Exception as error:  # whatever a kernel's compiler or a driver raises is a finding
         return "problem", f"does not run: {error}", advice
     errors = f"errors are {agreement.outputs:.2f} (outputs) and {agreement.gradients:.2f} (gradients) of the tolerance"
@@ -116,13 +114,6 @@ def _trial(backend: str, device: str) -> tuple[str, str, str]:
         return "problem", f"disagrees with plain torch: {errors}", f"{advice}, and please report this"
     provider = f", by {provider_for(device).name}" if backend == "flash" else ""
     return "ok", f"agrees with plain torch{provider}: {errors}", ""
-
-
-def package_finding(module: str, purpose: str) -> Finding:
-    """Whether an optional package is installed, and what it is for."""
-    version = installed_version(module)
-    name = module.replace("_", "-")
-    return Finding(name, "ok", version) if version else Finding(name, "absent", f"not installed; {purpose}")
 
 
 def installed_version(module: str) -> str | None:

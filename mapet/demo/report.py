@@ -89,7 +89,14 @@ def render(run: DemoRun, folder: Path) -> str:
         ["## What the numbers say", "", *_comparison_section(run.results)],
         ["## Pre-training", "", _loss_sentence(run)],
         *(picture.markdown(folder) for picture in run.pictures),
-        ["## The exported model", "", *_export_section(run.export)],
+        [
+            "## The exported model",
+            "",
+            f"`{run.export.folder.name}` holds a timm vision transformer of {run.export.parameters:,} parameters."
+            " Its features are those of the pre-training model, to"
+            f" {run.export.largest_difference:.1e} of the largest one.",
+            *("", "```python", "import timm", "", f"model = {run.export.load_line}", "```"),
+        ],
         ["## Time", "", *table(("stage", "seconds"), [(stage, f"{time:.1f}") for stage, time in seconds.items()])],
         ["## Machine", "", *machine, f"- device of this run: {run.device}"],
     )
@@ -193,15 +200,6 @@ def _loss_sentence(run: DemoRun) -> str:
         f"The loss ends at {final.mean:.2f}{spread} nats a token. A uniform guess over {vocabulary} tokens gives"
         f" {math.log(vocabulary):.2f}, a guess by token frequency {entropy:.2f}: {said}."
     )
-
-
-def _export_section(export: ExportReport) -> list[str]:
-    return [
-        f"`{export.folder.name}` holds a timm vision transformer of {export.parameters:,} parameters."
-        f" Its features are those of the pre-training model, to {export.largest_difference:.1e} of the largest one.",
-        "",
-        *("```python", "import timm", "", f"model = {export.load_line}", "```"),
-    ]
 
 
 def _spread(results: Sequence[SeedResult], kind: str, measured: tuple[str, str]) -> Spread:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +22,12 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.checked import check_fields
 from mapet.config import Count, CountOrNone, PositiveRate, Seed
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
+from mapet.data.images import fingerprint_of, open_source
 from mapet.data.manifest import MANIFEST
 from mapet.errors import CheckpointError, ConfigError, DataError
 from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
 from mapet.evaluate.images import CacheImages, Images, RandomViews, SourceImages
-from mapet.evaluate.knn import check_neighbours, knn_accuracy
+from mapet.evaluate.knn import check_neighbours, knn_predict
 from mapet.evaluate.labels import check_labels, check_same_classes, draw_per_class, split
 from mapet.evaluate.probe import ProbeConfig, linear_probe, logistic_probe
 from mapet.model.export import from_timm, to_timm
@@ -164,8 +162,8 @@ def _measured(
     for method in config.methods:
         if method == "knn":
             for k in (config.neighbours, 1):
-                accuracy = knn_accuracy(*last, k=k, temperature=config.temperature, device=device)
-                scores.append((f"kNN, k = {k}", accuracy, ""))
+                predicted = knn_predict(*last[:3], k=k, temperature=config.temperature, device=device)
+                scores.append((f"kNN, k = {k}", float((predicted == test_labels).mean()), ""))
         elif method == "linear":
             probe = linear_probe(views, train_labels, test, test_labels, config=config.probe, device=device)
             scores.append(("linear probe, best layer", probe.best, probe.best_layer))
@@ -177,13 +175,12 @@ def _measured(
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A labelled set: `view(ids)` are some of its images, `fingerprint` changes when the images do."""
+    """A labelled set; `view(ids)` are some of its images."""
 
     name: str
     labels: np.ndarray
     classes: Sequence[str]
     view: Callable[[np.ndarray], Images]
-    fingerprint: str
 
 
 def open_labelled(spec: str, size: int) -> LabelledImages:
@@ -194,7 +191,7 @@ def open_labelled(spec: str, size: int) -> LabelledImages:
     """
     if (Path(spec) / MANIFEST).is_file():
         source = TokenCache.open(spec)
-        view, fingerprint = functools.partial(CacheImages, source), fingerprint_of(source.manifest.files)
+        view = functools.partial(CacheImages, source)
     else:
         source = open_source(spec)
         parts = getattr(source, "parts", ())
@@ -204,13 +201,13 @@ def open_labelled(spec: str, size: int) -> LabelledImages:
                 f"{spec} holds the parts of a set ({', '.join(parts)}), which would be mixed: give "
                 f"--images {train} --test-images {test}"
             )
-        view, fingerprint = functools.partial(SourceImages, source, size), source.fingerprint()
+        view = functools.partial(SourceImages, source, size)
     if source.labels is None or source.classes is None:
         raise DataError(
             f"{spec} has no labels, and a probe needs them: put the images of each class into a sub-folder of its own, "
             f"{spec}/CLASS/IMAGE, and no image beside them"
         )
-    return LabelledImages(spec, source.labels, source.classes, view, fingerprint)
+    return LabelledImages(spec, source.labels, source.classes, view)
 
 
 def probe_checkpoint(
@@ -243,13 +240,12 @@ def probe_checkpoint(
         test = open_labelled(test_images, model.patch_embed.img_size[0])
         test_labels = renumbered(test, given)
         train_ids, test_ids = np.arange(len(given.labels)), np.arange(len(test_labels))
-    sets = fingerprint_of([given.fingerprint, test_images and test.fingerprint])
     networks = {str(checkpoint): model}
     if baselines:
         networks["random initialisation"] = random_like(model, config.seed).to(device)
     layers = "all" if "linear" in config.methods else "last"
     kinds = {
-        name: (kept_features(features, network, sets, layers=layers, batch_size=batch_size), config)
+        name: (kept_features(features, network, layers=layers, batch_size=batch_size), config)
         for name, network in networks.items()
     }
     if baselines:
@@ -278,27 +274,22 @@ def random_like(model: VisionTransformer, seed: int) -> VisionTransformer:
     return to_timm(config, MaskedTokenViT(config).state_dict())
 
 
-def kept_features(folder: Path, model: VisionTransformer, sets: str, **options: object) -> FeatureFunction:
-    """Features of a model, computed once and then read from the folder; `sets` tells the sets of images apart."""
+def kept_features(folder: Path, model: VisionTransformer, **options: object) -> FeatureFunction:
+    """Features of a model, computed once and then read from the folder."""
 
     def extract(images: Images) -> Features:
-        key = fingerprint_of([sets, *_described(images)])
-        return cached_features(folder, model, images, data_fingerprint=key, **options)
+        return cached_features(folder, model, images, fingerprint=fingerprint_of(_described(images)), **options)
 
     return extract
 
 
-def _described(images: Images) -> list[object]:
-    """What tells images of the same sets apart."""
+def _described(images: Images) -> list[str]:
+    """What tells images apart from others."""
     if isinstance(images, RandomViews):
-        return [*_described(images.images), "views", images.view, images.seed, images.smallest_area]
-    return [type(images).__name__, getattr(images, "size", None), images.ids.tolist()]
-
-
-def fingerprint_of(value: object) -> str:
-    """SHA-256 of a value that JSON can hold; dataclasses in it become dicts."""
-    text = json.dumps(value, default=dataclasses.asdict, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+        return [*_described(images.images), f"views {images.view} {images.seed} {images.smallest_area}"]
+    if isinstance(images, CacheImages):
+        return [repr(images.cache.manifest.files), *map(str, images.ids)]
+    return [images.source.fingerprint(), str(images.size), *map(str, images.ids)]
 
 
 def renumbered(test: LabelledImages, images: LabelledImages) -> np.ndarray:

@@ -221,24 +221,21 @@ def _timm_arguments(model: ModelConfig, weights: StateDict, global_pool: Pool) -
         "class_token": model.class_token,
         "global_pool": global_pool,
         "fc_norm": "fc_norm.weight" in weights,
-        "num_classes": _classes(weights),
+        "num_classes": len(weights.get("head.weight", ())),
     }
-
-
-def _classes(weights: StateDict) -> int:
-    return weights["head.weight"].shape[0] if "head.weight" in weights else 0
 
 
 def _timm_config(model: ModelConfig, weights: StateDict, name: str, global_pool: Pool) -> dict[str, Any]:
     size = {192: "tiny", 384: "small"}.get(model.width, "base")
+    arguments = _timm_arguments(model, weights, global_pool)
     return {
         **PRODUCER,
         # Any ViT name of timm's registry will do, for model_args say everything; the nearest reads best.
         "architecture": f"vit_{size}_patch16_224",
-        "num_classes": _classes(weights),
+        "num_classes": arguments["num_classes"],
         "num_features": model.width,
         "global_pool": global_pool,
-        "model_args": _timm_arguments(model, weights, global_pool),
+        "model_args": arguments,
         "pretrained_cfg": {
             "tag": name,
             "input_size": [3, model.image_size, model.image_size],
@@ -248,7 +245,7 @@ def _timm_config(model: ModelConfig, weights: StateDict, name: str, global_pool:
             "crop_mode": "center",
             "mean": list(IMAGENET_DEFAULT_MEAN),
             "std": list(IMAGENET_DEFAULT_STD),
-            "num_classes": _classes(weights),
+            "num_classes": arguments["num_classes"],
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },

@@ -5,8 +5,8 @@ The rule is `mapet_kernels.visibility`; nothing is decided here but order, colou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,21 +24,17 @@ COLOURS = {"A": CONTEXT, "B": TARGET, "M": MASK, "G": QUERY}
 WORDS = {"A": "A  context", "B": "B  targets", "M": "M  mask tokens"}
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One panel: which of its rows sees which key; group letters and names of rows and keys."""
+class Matrix(NamedTuple):
+    """One panel: which of its rows sees which key, bool (rows, keys); group letters and names of rows and keys."""
 
     title: str
     visible: np.ndarray
-    """bool (rows, keys)"""
     row_groups: np.ndarray
     row_names: list[str]
     key_groups: np.ndarray
     key_names: list[str]
-    own: np.ndarray
-    """For every row, the key that is its own content."""
-    letters: bool
-    """Whether groups lie together, so that each can be labelled once."""
+    own: np.ndarray  # for every row, the key that is its own content
+    letters: bool  # whether groups lie together, so that each can be labelled once
 
 
 def draw_who_sees_whom(path: str | Path, *, cut: int = 6, seed: int = 4) -> Path:
