@@ -15,7 +15,7 @@ from op_checks import outputs_and_gradients, with_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapet import doctor
+from mapet.commands import doctor
 from mapet_kernels import backends, flash_providers, two_stream_attention
 from mapet_kernels.flash_providers import (
     CAUSAL,

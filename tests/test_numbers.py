@@ -18,7 +18,8 @@ from mapet.commands.options import COMMANDS
 from mapet.commands.settings import settings
 from mapet.config import ModelConfig, OptimConfig, RunConfig
 from mapet.errors import ConfigError, FieldError, TrainingError
-from mapet.evaluate import EvaluationConfig, ProbeConfig
+from mapet.evaluate.frozen import EvaluationConfig
+from mapet.evaluate.probe import ProbeConfig
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.training.checkpoint import CheckpointState, CheckpointStore, not_finite
 from mapet.training.learner import Learner
