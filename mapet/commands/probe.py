@@ -162,7 +162,7 @@ def frozen(
 def describe(images: Images) -> list[object]:
     """What tells images of the same sets apart."""
     if isinstance(images, RandomViews):
-        return [*describe(images.images), "views", images.view, images.seed, images.smallest_area]
+        return [*describe(images.images), "views by torchvision", images.view, images.seed, images.smallest_area]
     return [type(images).__name__, getattr(images, "size", None), images.ids.tolist()]
 
 
