@@ -162,6 +162,9 @@ class DataConfig:
     """Seconds without progress after which a process that reads images counts as stalled, and the run ends."""
     color_jitter: Annotated[float, fraction()] = 0.4
     """Largest relative change of brightness, contrast and saturation, drawn per image; 0 turns it off."""
+    held_out: Annotated[float, fraction(one=False)] = 0.0
+    """Share of the images that is not learned from: loss and metrics on it are computed after every epoch. Which images
+    is drawn from the seed, at least one where this is not 0. The paper trains on all."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")

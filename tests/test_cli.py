@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -384,19 +383,10 @@ class TestProbe:
 
 
 def test_demo_gets_its_options(mapet, monkeypatch):
-    @dataclass
-    class DemoOptions:
-        output: Path
-        seeds: int
-        device: str
-        quick: bool
-
     seen = []
-    monkeypatch.setitem(sys.modules, "mapet.demo", SimpleNamespace(DemoOptions=DemoOptions, run_demo=seen.append))
-    sys.modules.pop("mapet.commands.demo", None)
+    monkeypatch.setattr("mapet.commands.demo.run_demo", lambda output, **options: seen.append((output, options)))
     mapet.succeed("demo", "--output", "here", "--seeds", 2, "--quick")
-    sys.modules.pop("mapet.commands.demo")  # or later tests would get the stand-ins
-    assert seen == [DemoOptions(Path("here"), 2, "auto", True)]
+    assert seen == [(Path("here"), {"seeds": 2, "device": "auto", "quick": True})]
 
 
 def _size(path: Path) -> int:
