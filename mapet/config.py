@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
-
 from mapet.checked import SEED, above, at_least, check_fields, conform, fraction, hints
 from mapet.errors import ConfigError, FieldError
 from mapet.objectives import OBJECTIVES, objective, options
@@ -44,9 +42,24 @@ MAY_CHANGE = "a resumed run may set it differently"
 """Marks such a field in its annotation. Any other field changes what is learned."""
 
 
-def short(option: str) -> Any:
-    """Gives a field an option of one word on the command line, beside --section.field."""
-    return arg(aliases=(option,))
+@dataclass(frozen=True)
+class Typed:
+    """How a field is typed on the command line, beside --section.field; here no package for that is needed."""
+
+    short: str = ""
+    """An option of one word."""
+    example: str = ""
+    """What is typed after it, where its type does not say."""
+
+
+def short(option: str) -> Typed:
+    """A field's option of one word."""
+    return Typed(short=option)
+
+
+def example(value: str) -> Typed:
+    """What is typed for a field whose type is text."""
+    return Typed(example=value)
 
 
 def _require(condition: bool, field: str, rest: str) -> None:
@@ -218,7 +231,7 @@ class TrainConfig:
     """Folder for checkpoints and metrics."""
     seed: Annotated[Seed, short("--seed")] = 0
     """Seed of everything random: weights, order, permutations, drop-path, colour jitter."""
-    device: Annotated[str, MAY_CHANGE, arg(metavar="NAME"), short("--device")] = "auto"
+    device: Annotated[str, MAY_CHANGE, example("NAME"), short("--device")] = "auto"
     """Device of the run: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     precision: Annotated[PrecisionChoice, short("--precision")] = "fp32"
     """Precision of the forward pass; weights stay fp32, and fp16 scales the loss. auto takes bf16 on a GPU of compute
@@ -232,7 +245,7 @@ class TrainConfig:
     recompute: Annotated[Recompute, MAY_CHANGE] = "none"
     """What the backward pass computes again instead of keeping it: nothing, norms and GELU (cheap), or all of every
     block (blocks). It takes less memory and more time, for the same gradients; with a limit on memory it is chosen."""
-    backend: Annotated[str, MAY_CHANGE, arg(metavar="NAME")] = "auto"
+    backend: Annotated[str, MAY_CHANGE, example("NAME")] = "auto"
     """Attention backend of mapet_kernels, such as sdpa, triton, flash or cuda; auto takes the fastest that runs."""
     ema_decay: Annotated[float, fraction(one=False)] = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none, and the paper keeps none."""
@@ -242,17 +255,17 @@ class TrainConfig:
     """Checkpoints to keep, the newest ones."""
     resume: Annotated[bool, MAY_CHANGE] = True
     """Whether to go on from the newest valid checkpoint in the output folder, where there is one."""
-    gpu_memory: Annotated[str, MAY_CHANGE, arg(metavar="16GB"), short("--gpu-memory")] = ""
+    gpu_memory: Annotated[str, MAY_CHANGE, example("16GB"), short("--gpu-memory")] = ""
     """Most memory to take of a GPU, in GB (10^9 bytes) or GiB (2^30)."""
     auto_batch: Annotated[bool, MAY_CHANGE, short("--auto-batch")] = False
     """Whether to halve the micro-batch when memory runs out, and go on with the same step."""
-    budget: Annotated[str, MAY_CHANGE, arg(metavar="24h"), short("--budget")] = ""
+    budget: Annotated[str, MAY_CHANGE, example("24h"), short("--budget")] = ""
     """Time for the run from its first start; a measurement then sets the epochs and the warm-up, which stay so."""
     max_steps: Annotated[CountOrNone, MAY_CHANGE, short("--max-steps")] = 0
     """Optimizer steps in all after which to stop, with a checkpoint; 0 means the end of the last epoch."""
     log_every: Annotated[Count, MAY_CHANGE] = 10
     """Optimizer steps between reports."""
-    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], MAY_CHANGE, arg(metavar="wandb|trackio")] = ()
+    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], MAY_CHANGE, example("wandb|trackio")] = ()
     """Services to report to as well; metrics.jsonl and TensorBoard are written in any case."""
     deterministic: Annotated[bool, MAY_CHANGE] = False
     """Whether to use only algorithms that give the same bits every time, which is slower on a GPU."""

@@ -25,7 +25,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from mapet.checked import Range, check_fields
 from mapet.commands.options import COMMANDS, EXAMPLES, Run, Start
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, change, field_notes
+from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, Typed, change, field_notes
 from mapet.errors import ConfigError, FieldError, MapetError
 from mapet.recipes import RECIPES, recipe
 
@@ -103,7 +103,7 @@ def option_names() -> dict[str, list[str]]:
     """The options of a run by the field that they set: the short one, where there is one, and --section.field."""
     names = {"objective.name": ["--objective"]}
     for name, notes in field_notes().items():
-        aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
+        aliases = [note.short for note in notes if isinstance(note, Typed) and note.short]
         names.setdefault(name, aliases).append(f"--{name.replace('_', '-')}")
     return names
 
@@ -166,4 +166,9 @@ def _with_range(field: StructFieldSpec, kind: type) -> StructFieldSpec:
     hidden = (tyro.conf.Fixed, tyro.conf.Suppress) if field.name == "name" and issubclass(kind, ObjectiveConfig) else ()
     text = field.helptext() if callable(field.helptext) else field.helptext
     text = text and " ".join(text.split())  # tyro keeps some line ends
-    return dataclasses.replace(field, type=Annotated[(field.type, *hidden, hint, *notes)], helptext=text)
+    typed = [
+        tyro.conf.arg(aliases=(note.short,) if note.short else None, metavar=note.example or None)
+        for note in notes
+        if isinstance(note, Typed)
+    ]
+    return dataclasses.replace(field, type=Annotated[(field.type, *hidden, hint, *typed, *notes)], helptext=text)
