@@ -38,7 +38,14 @@ from mapet.training.learner import Learner
 from mapet.training.loop import TrainResult, pretrain
 
 PACKAGE = Path(objectives.__file__).parents[1]
-CHANGES = {"objective.name": "toy", "train.ema_decay": 0.9, "train.max_steps": 6, "optim.eps": 1e-3}
+CHANGES = {
+    "objective.name": "toy",
+    "data.held_out": 0.2,
+    "train.ema_decay": 0.9,
+    "train.max_steps": 6,
+    "optim.eps": 1e-3,
+}
+SIZES = "--model.image-size 16 --model.patch-size 4 --model.width 32 --model.depth 2 --model.heads 2 --device cpu"
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,9 @@ def assert_same(ours: CheckpointState, theirs: CheckpointState, **tolerance: flo
 def test_it_learns_and_its_teacher_follows(cache, tmp_path, capsys):
     result = run(cache, tmp_path, **{"train.max_steps": 20, "optim.lr": 1e-2})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert result.metrics == {"error": lines[-1]["error"]} and lines[-1]["loss"] < 0.7 * lines[0]["loss"]
-    assert "· error 0." in capsys.readouterr().out and "accuracy" not in lines[0]
+    assert result.metrics == {name: lines[-1][name] for name in ("error", "val_loss", "val_error")}
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"] and "accuracy" not in lines[0]
+    assert "· error 0." in capsys.readouterr().out
     state = saved(tmp_path)
     student, teacher = state.task["head.weight"], state.task["teacher.weight"]
     assert 0 < (student - teacher).abs().max() < 0.1
@@ -189,6 +197,17 @@ def test_its_backbone_is_exported_to_timm(cache, tmp_path):
     task.load_state_dict(saved(tmp_path / "run").task | saved(tmp_path / "run").ema)
     pictures = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(exported(pictures), task.vit.eval()(pictures), rtol=1e-4, atol=1e-5)
+
+
+def test_its_options_are_those_of_the_command(cache, tmp_path, capsys):
+    common = ["--objective", "toy", *SIZES.split(), "--cache", str(cache), "--batch", "8"]
+    train = ["--objective.momentum", "0.5", "--workers", "0", "--epochs", "1", "--warmup-epochs", "0"]
+    assert mapet(["pretrain", *common, *train, "--output", str(tmp_path)]) == 0
+    assert saved(tmp_path).config["objective"] == {"name": "toy", "momentum": 0.5}
+    assert mapet(["pretrain", *common, "--objective.momentum", "2", "--output", str(tmp_path)]) == 2
+    assert "--objective.momentum must be in [0, 1], got 2.0" in capsys.readouterr().err
+    assert mapet(["pretrain", *common, "--cut", "5", "--output", str(tmp_path)]) == 2
+    assert "the objective toy has no such option; it has --objective.momentum" in capsys.readouterr().err
 
 
 def test_nothing_else_knows_its_name():

@@ -25,6 +25,7 @@ from mapet.config import (
     Vocabulary,
     Workers,
 )
+from mapet.objectives import OBJECTIVES
 from mapet.recipes import RECIPES
 
 
@@ -111,8 +112,10 @@ class Start:
         ""
     )
     """Width and heads of ViT-T, ViT-S or ViT-B."""
-    method: Annotated[str, arg(name="objective", metavar="NAME", help_behavior_hint="(default: mapet)")] = ""
-    """What is predicted from what: mapet, pim or mim. Each has options of its own, which its help shows."""
+    method: Annotated[
+        str, arg(name="objective", metavar="|".join(OBJECTIVES), help_behavior_hint="(default: mapet)")
+    ] = ""
+    """What is predicted from what. Each method has options of its own, which the help with it shows."""
 
 
 @dataclass(frozen=True)
