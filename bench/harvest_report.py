@@ -167,14 +167,15 @@ def failed(harvest: Harvest) -> list[str]:
         for name, x in bad.items()
     ]
     lines = table(head, rows) if rows else []
+    if not harvest.outcomes:
+        lines = ["Not known: what became of the parts did not come back."]
     for name, outcome in bad.items():
         if trace := last_words(outcome):
             where = f"{name}; the whole is `parts.{base_part(name)}` of summary.json in the harvest's archive:"
             lines += ["", where, "", "```text", *trace, "```"]
     if rows := [[row.get(x) or "" for x in ("part", "way", "shape", "reason")] for row in harvest.of("failure")]:
         lines += ["", "Ways that a part did not measure:", "", *table(("part", "way", "shape", "why"), rows)]
-    nothing = "Nothing." if harvest.outcomes else "Not known: what became of the parts did not come back."
-    return lines or [nothing]
+    return lines or ["Nothing."]
 
 
 def seconds(outcome: Mapping[str, Any], name: str) -> str:
