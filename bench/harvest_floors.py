@@ -45,4 +45,4 @@ def compiled(op: str, config: Config, shape: Shape, dtype: str) -> dict[str, flo
     case = Attention(**shape._asdict(), dtype=dtype)
     with patch.object(launch, TABLE[op], lambda *_: launch.LaunchConfig(**config._asdict())):
         part = next(x for x in case.launches(launch.TARGETS[90]) if x.kernel.__name__ == KERNELS[op])
-    return aot.cost_of("measured", case, part, launch.TARGETS[90]).floors
+    return aot.cost_of(case, part, launch.TARGETS[90])["floors"]

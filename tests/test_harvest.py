@@ -232,7 +232,3 @@ def test_a_real_harvest_does_not_interpret_its_kernels(monkeypatch: pytest.Monke
     real, dry = (harvest.environment(part, harvest.Call(1, tmp_path, dry=dry), tmp_path) for dry in (False, True))
     assert "TRITON_INTERPRET" not in real and dry["TRITON_INTERPRET"] == "1"
     assert str(Path("somewhere").resolve()) in real["PYTHONPATH"].split(os.pathsep)
-
-
-def test_signals_without_a_name_are_told_by_their_number() -> None:
-    assert [harvest.signal_name(number) for number in (9, 40)] == ["SIGKILL", "signal 40"]
