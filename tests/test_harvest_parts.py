@@ -81,17 +81,6 @@ def test_torch_triton_and_numpy_are_enough_for_the_kernels(tmp_path: Path) -> No
     assert seen.stdout.strip() == "[True, True, False]"
 
 
-def test_what_is_not_known_is_told(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "bench/harvest.py"), "--output", str(tmp_path)]
-    for arguments, said in (
-        (["--parts", "stpe"], "unknown parts stpe; there are machine"),
-        (["--minutes", "0"], "--minutes"),
-    ):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode and said in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
 NCU = """\
 ==PROF== Connected to process 4242 (/usr/bin/python3)
 ==PROF== Profiling "forward_kernel" - 0: 0%....50%....100% - 19 passes
