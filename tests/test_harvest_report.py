@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import harvest_data, harvest_floors, report_data
+from bench import harvest_data, report_data
 from bench.harvest_advice import STALLS, advice, counted, winners
 from bench.harvest_data import Config, Harvest, Refused, Shape, Timing, read
-from bench.harvest_report import RESULTS, figure, name_of, page, record, report
+from bench.harvest_report import RESULTS, figure, finder, name_of, page, record, report
 from bench.harvesting.parts import best_configurations
 
 ROOT = Path(__file__).parent.parent
@@ -352,13 +352,13 @@ def test_modes_are_compared_within_one_part_and_batch(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_floors_are_compiled() -> None:
     pytest.importorskip("triton")
-    find = harvest_floors.finder("NVIDIA H200")
+    find = finder("NVIDIA H200")
     found = find("forward", OTHER, TARGET, "bf16")
     assert set(found) == {"tensor cores", "exp2", "issue slots", "L2", "HBM"}
     # The visible pairs alone take the tensor cores 4 x 64 x 297.1 M / (132 x 1.75 GHz x 4096) = 80.4 us.
     assert 80.4 < found["tensor cores"] < 160.8
     assert find("forward", Config(64, 64, 3, 3), TARGET, "bf16") == {}, "no power of two warps: cannot be compiled"
-    assert harvest_floors.finder("NVIDIA A100")("forward", OTHER, TARGET, "bf16") == {}
+    assert finder("NVIDIA A100")("forward", OTHER, TARGET, "bf16") == {}
 
 
 def test_the_page_needs_the_standard_library_alone(whole: Path, tmp_path: Path) -> None:
