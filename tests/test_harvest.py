@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
 from bench import harvest
-from bench.harvest_data import Harvest
+from bench.harvest_data import Harvest, read
 from bench.harvesting import parts as registry
 from bench.harvesting.part import Part, read_records
 
@@ -30,10 +28,10 @@ def toys(monkeypatch: pytest.MonkeyPatch):
 
 def gathered(output: Path) -> tuple[dict, dict[str, list[dict]]]:
     """Summary and rows by part, as the archive holds them."""
-    with tarfile.open(output / "harvest.tar.gz") as tar:
-        tar.extractall(output / "opened", filter="data")
-    rows = {path.stem: read_records(path) for path in (output / "opened" / "parts").iterdir()}
-    return json.loads((output / "opened" / "summary.json").read_text()), rows
+    found, rows = read(output), {}
+    for row in (row for of_kind in found.rows.values() for row in of_kind):
+        rows.setdefault(row["part"], []).append(row)
+    return found.summary, rows
 
 
 def alive(pid: int) -> bool:
