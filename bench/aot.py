@@ -9,7 +9,7 @@ PYTHONPATH=.venv/triton36 python -m bench aot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,40 +52,6 @@ class AotReport:
     output: Path = records.RESULTS
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One kernel at a named shape on sm_90: what was compiled, and what follows for an H200.
-
-    Attributes:
-        shape: its name.
-        programs: of the launch.
-        resident: programs that one processor holds at a time (CTAs an SM).
-        hgmma: whether its products use the tensor cores of Hopper.
-        outside: instructions in no loop.
-        loops: by name ("tile"; of k-means also "product"); a trip begins `copies`, and at its head `copies_in_flight`
-            are on their way.
-        visible, executed: pairs of a row and a key, of all images and heads.
-        tensor_visible: microseconds that the tensor cores need for the visible pairs.
-        floors: microseconds by unit, see `static_cost.floors`; empty for kernels without tiles.
-        binding: the largest.
-        notes: what stands in the way of these figures, or changes them.
-    """
-
-    shape: str
-    compiled: Compiled
-    programs: int
-    resident: int
-    hgmma: bool
-    outside: int
-    loops: dict[str, dict[str, Any]] = field(default_factory=dict)
-    visible: int | None = None
-    executed: int | None = None
-    tensor_visible: float | None = None
-    floors: dict[str, float] = field(default_factory=dict)
-    binding: str | None = None
-    notes: tuple[str, ...] = ()
-
-
 def run(options: AotReport) -> list[str]:
     """Compile, print tables, keep a record if wanted, and return what is wrong with the kernels, a line each."""
     results, problems = of_matrix(options) if options.matrix else of_shapes(options)
@@ -104,95 +70,106 @@ def of_shapes(options: AotReport) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"unknown shapes {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     costs = [cost for name in options.shapes for cost in costs_of(name)]
     print(f"triton {triton.__version__}, sm_90; floors in us for an {static_cost.H200.name}, of these tiles alone")
-    cells = [tuple(COLUMNS), *(tuple(column(cost) for column in COLUMNS.values()) for cost in costs)]
+    cells = [
+        tuple(COLUMNS),
+        *(tuple(column(**cost | cost["compiled"]) for column in COLUMNS.values()) for cost in costs),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip())
     print(LEGEND, *(f"{name}: {CASES[name].described}" for name in options.shapes), sep="\n")
     for cost in costs:
-        for line in (*cost.compiled.warnings, *cost.notes):
-            print(f"{cost.shape} {cost.compiled.kernel}: {line}")
+        for line in (*cost["compiled"]["warnings"], *cost["notes"]):
+            print(f"{cost['shape']} {cost['compiled']['kernel']}: {line}")
     results = {
         "triton": triton.__version__,
         "gpu": asdict(static_cost.H200),
         "shapes": {name: asdict(CASES[name]) for name in options.shapes},
-        "kernels": [asdict(cost) for cost in costs],
+        "kernels": costs,
     }
-    return results, [problem for cost in costs for problem in cost.compiled.problems()]
+    return results, [problem for cost in costs for problem in cost["problems"]]
 
 
-def costs_of(name: str, target: Target = launch.TARGETS[90], products: bool = False) -> Iterator[Cost]:
+def costs_of(name: str, target: Target = launch.TARGETS[90], products: bool = False) -> Iterator[dict[str, Any]]:
     """The cost of every kernel at a named shape, or only of those with products of matrices."""
     case = CASES[name]
     for part in case.launches(target):
         if not products or case.work(part) is not None:
-            yield cost_of(name, case, part, target)
+            yield {"shape": name, **cost_of(case, part, target)}
 
 
-def cost_of(name: str, case: Attention | KMeans, part: Launch, target: Target) -> Cost:
-    """Compile one launch, take its machine code apart, and work out its floors."""
+def cost_of(case: Attention | KMeans, part: Launch, target: Target) -> dict[str, Any]:
+    """Compile one launch on sm_90, take its machine code apart, and work out what follows for an H200.
+
+    Returns:
+        compiled, problems: see `Compiled`.
+        programs: of the launch.
+        resident: programs that one processor holds at a time (CTAs an SM).
+        hgmma: whether its products use the tensor cores of Hopper.
+        outside: instructions in no loop.
+        loops: by name ("tile"; of k-means also "product"); a trip begins `copies`, and at its head `copies_in_flight`
+            are on their way.
+        visible, executed: pairs of a row and a key, of all images and heads.
+        tensor_visible: microseconds that the tensor cores need for the visible pairs.
+        floors: microseconds by unit, see `static_cost.floors`; empty for kernels without tiles.
+        binding: the largest.
+        notes: what stands in the way of these figures, or changes them.
+    """
     compiled, cubin = compile_launch(part, case.size, case.dtype, case.variant, target)
-    resident = static_cost.resident_programs(compiled.registers, compiled.shared, compiled.warps)
     code, work = Code(disassemble(cubin)), case.work(part)
-    hgmma = any(x.name == "HGMMA" for x in code.instructions)
-    common = (name, compiled, part.programs, resident, hgmma, len(code.outside))
+    cost: dict[str, Any] = {
+        "compiled": asdict(compiled), "problems": compiled.problems(), "programs": part.programs,
+        "resident": static_cost.resident_programs(compiled.registers, compiled.shared, compiled.warps),
+        "hgmma": any(x.name == "HGMMA" for x in code.instructions), "outside": len(code.outside), "loops": {},
+        "visible": None, "executed": None, "tensor_visible": None, "floors": {}, "binding": None, "notes": [],
+    }  # fmt: skip
     if work is None:
-        return Cost(*common)
-    notes = (f"{code.peeled} tensor-core instructions in no loop",) if code.peeled else ()
+        return cost
+    if code.peeled:
+        cost["notes"].append(f"{code.peeled} tensor-core instructions in no loop")
     try:
         loops = static_cost.product_loops(code)
     except ValueError as error:  # the compiler made something else of the loops: the rest still counts
-        return Cost(*common, notes=(*notes, str(error)))
-    notes += tuple(
-        f"one trip of the {name} loop does {times:.3g} of the source"
-        for name, loop in loops.items()
-        if loop.tensor and (times := loop.flop(compiled.warps) / work.trip_flop) != 1
-    )
+        cost["notes"].append(str(error))
+        return cost
+    for name, loop in loops.items():
+        times = loop.flop(compiled.warps) / work.trip_flop
+        if loop.tensor and times != 1:
+            cost["notes"].append(f"one trip of the {name} loop does {times:.3g} of the source")
+        cost["loops"][name] = {
+            "instructions": len(loop.own) - sum(loop.branches), "branches": list(loop.branches), "tensor": loop.tensor,
+            "copies": loop.groups, "copies_in_flight": loop.in_flight, "waits": list(loop.waits),
+            "trips": work.trips[name],
+        }  # fmt: skip
     floors = static_cost.floors(work, static_cost.executed(code, loops, work, part.programs, compiled.warps))
-    return Cost(
-        *common,
-        loops={
-            name: {
-                "instructions": len(loop.own) - sum(loop.branches), "branches": list(loop.branches),
-                "tensor": loop.tensor, "copies": loop.groups, "copies_in_flight": loop.in_flight,
-                "waits": list(loop.waits), "trips": work.trips[name],
-            }
-            for name, loop in loops.items()
-        },
-        visible=work.visible,
-        executed=work.executed,
-        tensor_visible=round(floors["tensor cores"] * work.visible / work.executed, 2),
-        floors=floors,
-        binding=max(floors, key=floors.__getitem__),
-        notes=notes,
-    )  # fmt: skip
+    seen = round(floors["tensor cores"] * work.visible / work.executed, 2)
+    cost |= {"visible": work.visible, "executed": work.executed, "tensor_visible": seen, "floors": floors}
+    return cost | {"binding": max(floors, key=floors.__getitem__)}
 
 
-def of_loops(text: Callable[[dict[str, Any]], str]) -> Callable[[Cost], str]:
+def of_loops(text: Callable[[dict[str, Any]], str]) -> Callable[..., str]:
     """A column on each loop."""
-    return lambda cost: " / ".join(text(loop) for loop in cost.loops.values())
+    return lambda loops, **_: " / ".join(map(text, loops.values()))
 
 
-COLUMNS: dict[str, Callable[[Cost], str]] = {
-    "shape": lambda cost: cost.shape,
-    "kernel": lambda cost: cost.compiled.kernel.removesuffix("_kernel"),
-    "tile": lambda cost: f"{cost.compiled.rows}x{cost.compiled.keys}" if cost.compiled.rows else "",
-    "warps, stages": lambda cost: f"{cost.compiled.warps}, {cost.compiled.stages}",
-    "registers": lambda cost: str(cost.compiled.registers),
-    "spills": lambda cost: f"{cost.compiled.spill_stores}/{cost.compiled.spill_loads}",
-    "shared KiB": lambda cost: f"{cost.compiled.shared / 1024:.1f}",
-    "CTAs/SM": lambda cost: str(cost.resident),
-    "HGMMA": lambda cost: "yes" if cost.hgmma else "no",
+COLUMNS: dict[str, Callable[..., str]] = {
+    "shape": lambda shape, **_: shape,
+    "kernel": lambda kernel, **_: kernel.removesuffix("_kernel"),
+    "tile": lambda rows, keys, **_: f"{rows}x{keys}" if rows else "",
+    "warps, stages": lambda warps, stages, **_: f"{warps}, {stages}",
+    "registers": lambda registers, **_: str(registers),
+    "spills": lambda spill_stores, spill_loads, **_: f"{spill_stores}/{spill_loads}",
+    "shared KiB": lambda shared, **_: f"{shared / 1024:.1f}",
+    "CTAs/SM": lambda resident, **_: str(resident),
+    "HGMMA": lambda hgmma, **_: "yes" if hgmma else "no",
     "in flight": of_loops(lambda loop: f"{loop['copies_in_flight']} of {loop['copies']}"),
     "instructions": of_loops(lambda loop: " + ".join(map(str, [loop["instructions"], *loop["branches"]]))),
-    "outside": lambda cost: str(cost.outside),
-    "useful": lambda cost: f"{cost.visible / cost.executed:.0%}" if cost.executed else "",
-    **{
-        unit: lambda cost, unit=unit: f"{cost.floors[unit]:.0f}" if cost.floors else ""
-        for unit in ("tensor cores", "exp2", "issue slots", "L2", "HBM")
-    },
-    "binding": lambda cost: cost.binding or "",
+    "outside": lambda outside, **_: str(outside),
+    "useful": lambda visible, executed, **_: f"{visible / executed:.0%}" if executed else "",
+    "floors": lambda floors, **_: ", ".join(f"{unit} {value:.0f}" for unit, value in floors.items()),
+    "binding": lambda binding, **_: binding or "",
 }
+"""Head -> the cell, of the fields of a cost and of what was compiled."""
 LEGEND = """
 spills: bytes of registers stored / loaded. in flight: copies under way at the head of a loop, of those a trip begins.
 instructions: of a trip without masks, + of each mask; / between the loop over features and that over tiles. outside:

@@ -82,24 +82,15 @@ def compile_launch(part: Launch, size: int, dtype: str, variant: str, target: Ta
     ptx = compiled.asm["ptx"]
     report = ptxas_report(ptx, target.architecture)
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())
-    return Compiled(
-        kernel=part.kernel.__name__,
-        variant=variant,
-        size=size,
-        dtype=dtype,
-        architecture=target.architecture,
-        rows=part.constants.get("BM"),
-        keys=part.constants.get("BN"),
-        warps=compiled.metadata.num_warps,
-        stages=compiled.metadata.num_stages,
-        registers=int(re.search(r"Used (\d+) registers", report)[1]),
-        spill_stores=stores,
-        spill_loads=loads,
-        shared=compiled.metadata.shared,
-        mma=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx)),
-        asynchronous_copies=len(re.findall(r"\bcp\.async\.(?:bulk\.tensor|cg|ca)", ptx)),
-        warnings=assembler_warnings(report),
-    ), compiled.asm["cubin"]
+    numbers = {"registers": int(re.search(r"Used (\d+) registers", report)[1]), "shared": compiled.metadata.shared}
+    numbers |= {"spill_stores": stores, "spill_loads": loads}
+    numbers |= {"mma": len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx))}
+    numbers |= {"asynchronous_copies": len(re.findall(r"\bcp\.async\.(?:bulk\.tensor|cg|ca)", ptx))}
+    tile = {"rows": part.constants.get("BM"), "keys": part.constants.get("BN")}
+    resources = {"warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
+    name, warnings = part.kernel.__name__, assembler_warnings(report)
+    found = Compiled(name, variant, size, dtype, target.architecture, **tile, **resources, **numbers, warnings=warnings)
+    return found, compiled.asm["cubin"]
 
 
 def source(part: Launch) -> ASTSource:

@@ -76,20 +76,17 @@ class Pass:
         def cast(x: Tensor) -> Tensor:
             return x[images].to(dtype)
 
-        def nan(x: Tensor) -> Tensor:
-            return torch.full_like(x[images], float("nan"), dtype=torch.promote_types(x.dtype, dtype))
-
         def unwritten(x: Tensor) -> Tensor:
-            return torch.full_like(cast(x), float("nan"))
+            return torch.full_like(x, float("nan"))
 
-        problem, (k, v) = self.problem, torch.stack([cast(self.k), cast(self.v)], dim=2).unbind(2)
+        problem, (q, d_out, out) = self.problem, (each(cast, x) for x in (self.q, self.d_out, self.out))
         if isinstance(problem.cut, Tensor):
             problem = replace(problem, cut=problem.cut[images])
-        dk, dv = torch.full_like(torch.stack([k, v], dim=2), float("nan")).unbind(2)
-        return Pass(
-            each(cast, self.q), k, v, each(unwritten, self.out), each(nan, self.lse), each(cast, self.d_out),
-            each(unwritten, self.dq), dk, dv, problem, None if self.perm is None else self.perm[images],
-        )  # fmt: skip
+        both = torch.stack([cast(self.k), cast(self.v)], dim=2)
+        (k, v), (dk, dv) = both.unbind(2), unwritten(both).unbind(2)
+        lse = each(lambda x: unwritten(x[images].to(torch.promote_types(x.dtype, dtype))), self.lse)
+        perm = None if self.perm is None else self.perm[images]
+        return Pass(q, k, v, each(unwritten, out), lse, d_out, each(unwritten, q), dk, dv, problem, perm)
 
     def run(self, backend: ModuleType) -> dict[str, Tensor]:
         """Fill the results by a backend, forward and backward, and return those that are compared."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.attention_ways import Operands
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
-from mapet_kernels.tolerances import FLOOR, FORWARD_FACTOR, GRADIENT_FACTOR
+from mapet_kernels.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, budget
 
 RESULTS = ("out_content", "out_query", "dq_content", "dq_query", "dk", "dv")
 """What a forward and backward pass gives, in this order: two outputs, four gradients."""
@@ -42,20 +42,15 @@ def yardstick(operands: Operands) -> Yardstick:
     What is allowed is the tolerance table's: a factor times the largest error of plain torch in the same dtype, or the
     floor relative to the largest value.
     """
-    shape, dtype = operands.shape, operands.k.dtype
-    per_chunk = images_per_chunk(shape, CHUNK_BYTES[operands.k.device.type])
-    exact_parts, plain_errors = [], torch.zeros(len(RESULTS), dtype=torch.float64)
-    for start in range(0, shape.batch, per_chunk):
+    per_chunk = images_per_chunk(operands.shape, CHUNK_BYTES[operands.k.device.type])
+    exact_parts, allowed = [], [0.0] * len(RESULTS)
+    for start in range(0, operands.shape.batch, per_chunk):
         part = slice(start, start + per_chunk)
-        exact, plain = (_plain(operands, part, work) for work in (torch.float64, dtype))
-        errors = torch.stack([(p.double() - e).abs().max() for p, e in zip(plain, exact, strict=True)])
-        plain_errors = torch.maximum(plain_errors, errors.cpu())
+        exact, plain = (_plain(operands, part, work) for work in (torch.float64, operands.k.dtype))
+        factors = (FORWARD_FACTOR,) * 2 + (GRADIENT_FACTOR,) * 4
+        allowed = [max(a, budget(p, e, f)) for a, p, e, f in zip(allowed, plain, exact, factors, strict=True)]
         exact_parts.append(exact)
-    exact = tuple(torch.cat(parts) for parts in zip(*exact_parts, strict=True))
-    factors = (FORWARD_FACTOR,) * 2 + (GRADIENT_FACTOR,) * 4
-    floors = [FLOOR[dtype] * (e.abs().max().item() or 1.0) for e in exact]
-    allowed = (max(f * e, floor) for f, e, floor in zip(factors, plain_errors.tolist(), floors, strict=True))
-    return Yardstick(exact, tuple(allowed))
+    return Yardstick(tuple(torch.cat(parts) for parts in zip(*exact_parts, strict=True)), tuple(allowed))
 
 
 def images_per_chunk(shape: TwoStreamShape, limit: int) -> int:
@@ -66,10 +61,7 @@ def images_per_chunk(shape: TwoStreamShape, limit: int) -> int:
 
 def _plain(operands: Operands, part: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
     names = ("q_content", "q_query", "k", "v")
-    leaves = [getattr(operands, name)[part].to(dtype).requires_grad_() for name in names]
-    plain = REGISTRY["two_stream_attention"].plain
-    q_content, q_query, k, v = leaves
-    outputs = plain(q_query, k, v, operands.shape.cuts, q_content=q_content)
+    leaves = q_content, q_query, k, v = [getattr(operands, name)[part].to(dtype).requires_grad_() for name in names]
+    outputs = REGISTRY["two_stream_attention"].plain(q_query, k, v, operands.shape.cuts, q_content=q_content)
     upstream = [x[part].to(dtype) for x in (operands.d_content, operands.d_query)]
-    gradients = torch.autograd.grad(outputs, leaves, upstream)
-    return (*(o.detach() for o in outputs), *gradients)
+    return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, upstream))

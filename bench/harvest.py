@@ -159,7 +159,7 @@ class Process:
                 "reason": "killed at its limit" if code is not None else "killed, and did not go",
             }
         elif code < 0:
-            end = {"status": KILLED, "reason": f"killed by {signal_name(-code)}"}
+            end = {"status": KILLED, "reason": f"killed by signal {-code}, {signal.strsignal(-code)}"}
         else:
             end = {"status": FAILED, "reason": f"ended with exit code {code} without a word"}
         tail = clipped(self.log, LARGEST_LOG).decode(errors="replace")[-LOG_TAIL:]
@@ -173,14 +173,6 @@ def outcome(status: str, reason: str | None, traceback: str | None = None) -> di
         "status": status, "seconds": 0.0, "limit": 0.0, "returncode": None, "reason": reason, "traceback": traceback,
         "log_tail": "",
     }  # fmt: skip
-
-
-def signal_name(number: int) -> str:
-    """SIGKILL for 9; real-time signals have numbers only."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def environment(part: Part, call: Call, work: Path) -> dict[str, str]:

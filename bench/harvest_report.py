@@ -17,10 +17,21 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench.harvest_advice import TABLE, advice, counters, winners
-from bench.harvest_data import LEAST_REPEATS, UNKNOWN_DEVICE, Harvest, Refused, base_part, noise_words, read, together
-from bench.harvest_floors import Find, finder
+from bench.harvest_data import (
+    LEAST_REPEATS,
+    UNKNOWN_DEVICE,
+    Config,
+    Harvest,
+    Refused,
+    Shape,
+    base_part,
+    noise_words,
+    read,
+    together,
+)  # fmt: skip
 from bench.harvest_targets import HEAD, NOT_MEASURED, fastest, targets
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +43,11 @@ LONGEST_LABEL = 60
 """Characters of a device's name in a file name."""
 MOST_DAMAGE = 10
 """Lines that could not be read that the page names."""
+KERNELS = {"forward": "forward_kernel", "dq": "query_gradient_kernel", "dkdv": "key_gradient_kernel"}
+"""Op -> kernel."""
+GPU = "H200"
+Find = Callable[[str, Config, Shape, str], dict[str, float]]
+"""(op, configuration, shape, dtype) -> microseconds by unit."""
 NO_FIGURES = {"failure", "warm"}
 """Kinds of rows that hold no figure."""
 
@@ -148,14 +164,18 @@ def introduction(harvest: Harvest, written: Sequence[str]) -> list[str]:
         parts = Counter(outcome["status"] for outcome in call.outcomes.values())
         told = ", ".join(f"{count} {status}" for status, count in parts.items()) or "unknown"
         commit = str(call.summary.get("commit") or "unknown")[:COMMIT_DIGITS]
+        found = call.summary.get("versions")
+        versions = ", ".join(f"{x} {y}" for x, y in found.items()) if isinstance(found, dict) else ""
         name = f"Call {number}" if harvest.calls else "This call"
-        lines.append(f"- {name}, {call.device}: commit `{commit}`, {call.summary.get('versions')}. Parts: {told}.")
-    noise = f'noise is (p80 - p20) / p50, "-" of fewer than {LEAST_REPEATS} repeats'
+        lines.append(f"- {name}, {call.device}: commit `{commit}`, {versions or 'versions unknown'}. Parts: {told}.")
     told = ", ".join(f"`{name}`" for name in written) or "none, as nothing came back"
+    noise = f'noise is (p80 - p20) / p50, "-" of fewer than {LEAST_REPEATS} repeats'
     lines += ["", f"Times are medians, {noise}; ratios are of times measured in turn in one part.", ""]
-    lines += [f"Records: {told}.", ""]
-    lines += [f"- Could not be read: {line}" for line in harvest.damage[:MOST_DAMAGE]]
-    return [*lines, f"- {len(harvest.damage)} lines could not be read in all."] if harvest.damage else lines
+    lines += [f"Records: {told}."]
+    if harvest.damage:
+        lines += ["", *(f"- Could not be read: {line}" for line in harvest.damage[:MOST_DAMAGE])]
+        lines += [f"- {len(harvest.damage)} lines could not be read in all."]
+    return lines
 
 
 def failed(harvest: Harvest) -> list[str]:
@@ -167,14 +187,15 @@ def failed(harvest: Harvest) -> list[str]:
         for name, x in bad.items()
     ]
     lines = table(head, rows) if rows else []
+    if not harvest.outcomes:
+        lines = ["Not known: what became of the parts did not come back."]
     for name, outcome in bad.items():
         if trace := last_words(outcome):
             where = f"{name}; the whole is `parts.{base_part(name)}` of summary.json in the harvest's archive:"
             lines += ["", where, "", "```text", *trace, "```"]
     if rows := [[row.get(x) or "" for x in ("part", "way", "shape", "reason")] for row in harvest.of("failure")]:
         lines += ["", "Ways that a part did not measure:", "", *table(("part", "way", "shape", "why"), rows)]
-    nothing = "Nothing." if harvest.outcomes else "Not known: what became of the parts did not come back."
-    return lines or [nothing]
+    return lines or ["Nothing."]
 
 
 def seconds(outcome: Mapping[str, Any], name: str) -> str:
@@ -333,4 +354,38 @@ def of_kind(harvest: Harvest, kind: str, key: int | None, columns: Columns) -> l
         words = f"{len(harvest.of(kind, ok=True))} of {len(rows)} within their budget."
     if kind == "step":
         words = "On one batch that stays on the device: reading and decoding of images is not in these figures."
-    return [words, "", *table(tuple(columns), {row[:key]: row for row in rows}.values())]
+    lines = table(tuple(columns), {row[:key]: row for row in rows}.values())
+    return [words, "", *lines] if words else lines
+
+
+def finder(device: str) -> Find:
+    """Floors of this checkout's kernels for a device: none of another than an H200, whose rates they are."""
+    unable = GPU not in device
+
+    def find(op: str, config: Config, shape: Shape, dtype: str) -> dict[str, float]:
+        nonlocal unable
+        try:
+            return {} if unable else compiled(op, config, shape, dtype)
+        except ImportError:  # no torch or Triton here
+            unable = True
+        except Exception as error:  # whatever a compiler raises: the page goes on without these floors
+            print(f"no floors of {op}, {config}, {shape}: {type(error).__name__}: {error}")
+        return {}
+
+    return find
+
+
+def compiled(op: str, config: Config, shape: Shape, dtype: str) -> dict[str, float]:
+    """Compile the kernel with this configuration and work out its floors; none where its loops are not understood.
+
+    Raises:
+        ImportError: torch or Triton is missing.
+    """
+    from bench import aot
+    from bench.aot_cases import Attention
+    from mapet_kernels import launch
+
+    case = Attention(**shape._asdict(), dtype=dtype)
+    with patch.object(launch, TABLE[op], lambda *_: launch.LaunchConfig(**config._asdict())):
+        part = next(x for x in case.launches(launch.TARGETS[90]) if x.kernel.__name__ == KERNELS[op])
+    return aot.cost_of(case, part, launch.TARGETS[90])["floors"]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
 from bench import harvest
-from bench.harvest_data import Harvest
+from bench.harvest_data import Harvest, read
 from bench.harvesting import parts as registry
 from bench.harvesting.part import Part, read_records
 
@@ -30,10 +28,10 @@ def toys(monkeypatch: pytest.MonkeyPatch):
 
 def gathered(output: Path) -> tuple[dict, dict[str, list[dict]]]:
     """Summary and rows by part, as the archive holds them."""
-    with tarfile.open(output / "harvest.tar.gz") as tar:
-        tar.extractall(output / "opened", filter="data")
-    rows = {path.stem: read_records(path) for path in (output / "opened" / "parts").iterdir()}
-    return json.loads((output / "opened" / "summary.json").read_text()), rows
+    found, rows = read(output), {}
+    for row in (row for of_kind in found.rows.values() for row in of_kind):
+        rows.setdefault(row["part"], []).append(row)
+    return found.summary, rows
 
 
 def alive(pid: int) -> bool:
@@ -117,43 +115,37 @@ def test_without_a_gpu_nothing_follows_the_machine(toys, tmp_path: Path) -> None
 
 
 def refused(*arguments: object) -> str:
-    """The one line of a command that begins nothing."""
+    """What a command that begins nothing says, in its last line."""
     command = [sys.executable, str(ROOT / "bench/harvest.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and not done.stdout
-    (line,) = done.stderr.splitlines()
-    return line
+    return done.stderr.splitlines()[-1]
 
 
-def test_a_harvest_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / harvest.ARCHIVE).write_bytes(b"evidence")
-    for arguments in (["--output", tmp_path], ["--dry-run", "--second", tmp_path, "--output", tmp_path]):
-        assert "holds a harvest already (harvest.tar.gz)" in refused(*arguments)
-    unpacked = tmp_path / "unpacked"
-    (unpacked / "parts").mkdir(parents=True)
+def test_what_cannot_be_done_is_refused_before_anything_is_begun(tmp_path: Path) -> None:
+    """A harvest is never replaced, packed or unpacked; one that is not there, or cut off, is named."""
+    held, unpacked, cut_off, nowhere, new = (tmp_path / x for x in ("held", "unpacked", "cut_off", "nowhere", "new"))
+    for folder in (held, unpacked / "parts", cut_off):
+        folder.mkdir(parents=True)
+    (held / harvest.ARCHIVE).write_bytes(b"evidence")
     (unpacked / "summary.json").write_text('{"parts": {}}')
-    assert "holds a harvest already (summary.json)" in refused("--second", unpacked, "--output", unpacked)
-    assert (tmp_path / harvest.ARCHIVE).read_bytes() == b"evidence" and len(list(unpacked.iterdir())) == 2
-
-
-def test_a_harvest_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
-    nowhere, new = tmp_path / "nowhere", tmp_path / "new"
-    for arguments in (["--report", nowhere], ["--second", nowhere, "--output", new]):
-        assert f"{nowhere} holds no harvest: neither harvest.tar.gz nor summary.json" in refused(*arguments)
-    nowhere.mkdir()
-    (nowhere / harvest.ARCHIVE).write_bytes(b"cut off")
-    assert f"the harvest in {nowhere} cannot be read: harvest.tar.gz cannot be read to its end: ReadError" in refused(
-        "--second", nowhere, "--output", new
-    )
-    assert not new.exists()
-
-
-@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "0", "1e9"])
-def test_minutes_are_a_number_that_a_call_can_take(minutes: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "bench/harvest.py"), f"--minutes={minutes}", "--output", str(tmp_path / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2 and "--minutes must be more than 0.1, at most 120" in done.stderr
-    assert not list(tmp_path.iterdir())
+    (cut_off / harvest.ARCHIVE).write_bytes(b"cut off")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    for arguments, said in (
+        (["--output", held], "holds a harvest already (harvest.tar.gz)"),
+        (["--dry-run", "--second", held, "--output", held], "holds a harvest already (harvest.tar.gz)"),
+        (["--second", unpacked, "--output", unpacked], "holds a harvest already (summary.json)"),
+        (["--report", nowhere], f"{nowhere} holds no harvest: neither harvest.tar.gz nor summary.json"),
+        (["--second", nowhere, "--output", new], f"{nowhere} holds no harvest: neither harvest.tar.gz nor"),
+        (["--second", cut_off, "--output", new], f"the harvest in {cut_off} cannot be read: harvest.tar.gz cannot be"),
+        (["--output", new, "--parts", "stpe"], "unknown parts stpe; there are machine"),
+        *(
+            ([f"--minutes={x}", "--output", new], "--minutes must be more than 0.1, at most 120")
+            for x in ("nan", "1e9")
+        ),
+    ):
+        assert said in refused(*arguments)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def stopped(tmp_path: Path, number: int) -> tuple[dict, list[dict]]:
@@ -232,7 +224,3 @@ def test_a_real_harvest_does_not_interpret_its_kernels(monkeypatch: pytest.Monke
     real, dry = (harvest.environment(part, harvest.Call(1, tmp_path, dry=dry), tmp_path) for dry in (False, True))
     assert "TRITON_INTERPRET" not in real and dry["TRITON_INTERPRET"] == "1"
     assert str(Path("somewhere").resolve()) in real["PYTHONPATH"].split(os.pathsep)
-
-
-def test_signals_without_a_name_are_told_by_their_number() -> None:
-    assert [harvest.signal_name(number) for number in (9, 40)] == ["SIGKILL", "signal 40"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,10 @@ def stored(name: str) -> Code:
     return Code(gzip.decompress((DATA / f"{name}_sm90.sass.gz").read_bytes()).decode())
 
 
-def listing(*lines: str) -> str:
-    """Instructions and labels as the disassembler writes them."""
-    count, text = 0, []
-    for line in lines:
-        if line.endswith(":"):
-            text.append(line)
-        else:
-            text.append(f"        /*{16 * count:04x}*/                   {line} ;")
-            count += 1
-    return "\n".join(text)
+def listing(text: str) -> str:
+    """Instructions, here with ";" between them, and labels as the disassembler writes them."""
+    lines = [line.strip() for line in re.split(r";|(?<=:) ", text)]
+    return "\n".join(x if x.endswith(":") else f"        /*{16 * n:04x}*/      {x} ;" for n, x in enumerate(lines) if x)
 
 
 def test_forward_kernel() -> None:
@@ -57,13 +52,11 @@ def test_nested_loops_with_bulk_copies() -> None:
 
 def test_the_wait_at_the_head_says_what_is_in_flight() -> None:
     def loop(wait: str):
-        code = Code(
-            listing("NOP", ".L_x_0:", f"DEPBAR.LE SB0, {wait}", "LDGDEPBAR", "LDGDEPBAR", "@P0 BRA `(.L_x_0)", "EXIT")
-        )
+        code = Code(listing(f"NOP; .L_x_0: DEPBAR.LE SB0, {wait}; LDGDEPBAR; LDGDEPBAR; @P0 BRA `(.L_x_0); EXIT"))
         return code.loops[0]
 
     assert [(loop(w).in_flight, loop(w).groups, loop(w).waits) for w in ("0x0", "0x2")] == [(0, 2, (0,)), (2, 2, (2,))]
-    bare = Code(listing(".L_x_0:", "DEPBAR.LE SB0, 0x2", "@P0 BRA `(.L_x_0)", "EXIT")).loops[0]
+    bare = Code(listing(".L_x_0: DEPBAR.LE SB0, 0x2; @P0 BRA `(.L_x_0); EXIT")).loops[0]
     assert bare.in_flight == 0  # it waits, but copies nothing
 
 
@@ -71,20 +64,9 @@ def test_branches_that_mask() -> None:
     """The run that is left out selects values; a jump out of line that comes back to it leaves nothing out."""
     code = Code(
         listing(
-            ".L_x_0:",
-            "@P0 BRA `(.L_x_1)",
-            "ISETP.GE.AND P1, PT, R0, R1, PT",
-            "FSEL R2, R2, -INF, P1",
-            ".L_x_1:",
-            "@!P3 BRA `(.L_x_2)",
-            ".L_x_3:",
-            "FSEL R2, R2, R3, P1",
-            "@P2 BRA `(.L_x_0)",
-            "EXIT",
-            ".L_x_2:",
-            "SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR4], RZ",
-            "@!P3 BRA `(.L_x_2)",
-            "BRA `(.L_x_3)",
+            ".L_x_0: @P0 BRA `(.L_x_1); ISETP.GE.AND P1, PT, R0, R1, PT; FSEL R2, R2, -INF, P1; .L_x_1: "
+            "@!P3 BRA `(.L_x_2); .L_x_3: FSEL R2, R2, R3, P1; @P2 BRA `(.L_x_0); EXIT; .L_x_2: "
+            "SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR4], RZ; @!P3 BRA `(.L_x_2); BRA `(.L_x_3)"
         )
     )
     assert len(code.loops) == 1  # trying again whether a barrier was passed is no loop of its own
@@ -93,25 +75,13 @@ def test_branches_that_mask() -> None:
 
 
 def test_what_cannot_be_reached_is_not_counted() -> None:
-    trap = Code(
-        listing(
-            "MOV R0, R1",
-            "@P0 EXIT",
-            "BRA.DIV UR4, `(.L_x_1)",
-            "EXIT",
-            ".L_x_0:",
-            "BRA `(.L_x_0)",
-            "NOP",
-            ".L_x_1:",
-            "NOP",
-        )
-    )
+    trap = Code(listing("MOV R0, R1; @P0 EXIT; BRA.DIV UR4, `(.L_x_1); EXIT; .L_x_0: BRA `(.L_x_0); NOP; .L_x_1: NOP"))
     assert (len(trap.outside), trap.loops) == (4, ())
 
 
 def test_a_loop_whose_head_is_not_its_first_instruction() -> None:
     """Entered in the middle: the head is where it is entered, and what stands above belongs to it."""
-    code = Code(listing("BRA `(.L_x_1)", ".L_x_0:", "FADD R0, R0, R1", ".L_x_1:", "@P0 BRA `(.L_x_0)", "EXIT"))
+    code = Code(listing("BRA `(.L_x_1); .L_x_0: FADD R0, R0, R1; .L_x_1: @P0 BRA `(.L_x_0); EXIT"))
     (loop,) = code.loops
     assert [x.name for x in loop.own] == ["BRA", "FADD"]
 
@@ -120,17 +90,8 @@ def test_convergence_and_calls() -> None:
     """BSYNC goes on where its BSSY says; what is called ends at its return and is in no loop."""
     code = Code(
         listing(
-            ".L_x_0:",
-            "BSSY B0, `(.L_x_1)",
-            "@P0 BSYNC B0",
-            "CALL.REL.NOINC `(slow)",
-            "BSYNC B0",
-            ".L_x_1:",
-            "@P1 BRA `(.L_x_0)",
-            "EXIT",
-            "slow:",
-            "FADD R0, R0, R1",
-            "RET.REL.NODEC R2 `(kernel)",
+            ".L_x_0: BSSY B0, `(.L_x_1); @P0 BSYNC B0; CALL.REL.NOINC `(slow); BSYNC B0; .L_x_1: "
+            "@P1 BRA `(.L_x_0); EXIT; slow: FADD R0, R0, R1; RET.REL.NODEC R2 `(kernel)"
         )
     )
     assert [len(loop.own) for loop in code.loops] == [5]

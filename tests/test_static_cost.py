@@ -44,14 +44,8 @@ def test_programs_a_processor(registers: int, shared: int, warps: int, programs:
 
 
 LOOP = listing(
-    "MOV R0, R1",
-    ".L_x_0:",
-    "@P0 BRA `(.L_x_1)",
-    "FSEL R2, R2, -INF, P1",
-    ".L_x_1:",
-    "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], R24",
-    "@P2 BRA `(.L_x_0)",
-    "EXIT",
+    "MOV R0, R1; .L_x_0: @P0 BRA `(.L_x_1); FSEL R2, R2, -INF, P1; .L_x_1: "
+    "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], R24; @P2 BRA `(.L_x_0); EXIT"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +61,15 @@ def test_tiles_hold_every_visible_pair_and_masks_every_invisible_one(
     shape = Shape(tokens, cut, with_content, mask_tokens)
     seen = in_order(shape)
     assert seen.shape == (shape.rows, shape.keys)
-    for rows, keys in ((4, 3), (2, 8), (8, 2)):
-        met = np.zeros_like(seen)
-        for x in range(0, shape.rows, rows):
-            lo, full_lo, full_hi, hi = shape.keys_of_rows(x, x + rows)
-            for p in range(lo, hi, keys):
-                met[x : x + rows, p : p + keys] = True
-                if p >= full_lo and p + keys <= full_hi:  # no mask
-                    assert seen[x : x + rows, p : p + keys].all()
-        assert (met | ~seen).all()
-        met[:] = False
-        for p in range(0, shape.keys, keys):
-            lo, full_lo, full_hi, hi = shape.rows_of_keys(p, p + keys)
-            for x in range(lo // 4 * 4, hi, rows):
-                met[x : x + rows, p : p + keys] = True
-                if x >= full_lo and x + rows <= full_hi:
-                    assert seen[x : x + rows, p : p + keys].all()
-        assert (met | ~seen).all()
+    # The rows and the windows of the keys they see, then the other way round, in steps of four rows.
+    for (rows, keys), by_key in product(((4, 3), (2, 8), (8, 2)), (False, True)):
+        staying, passing, step = (keys, rows, 4) if by_key else (rows, keys, 1)
+        window, pairs = (shape.rows_of_keys, seen.T) if by_key else (shape.keys_of_rows, seen)
+        met = np.zeros_like(pairs)
+        for x in range(0, len(pairs), staying):
+            lo, full_lo, full_hi, hi = window(x, x + staying)
+            for p in range(lo // step * step, hi, passing):
+                met[x : x + staying, p : p + passing] = True
+                if p >= full_lo and p + passing <= full_hi:  # no mask
+                    assert pairs[x : x + staying, p : p + passing].all()
+        assert (met | ~pairs).all()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from bench import timing, tune
 from bench.attention_pass import Pass, random_on
-from bench.attention_ways import FLEX_SETTINGS, FlexSetting, Operands, flex, official, random_operands, sdpa_mask
+from bench.attention_ways import FlexSetting, Operands, flex, official, random_operands, sdpa_mask
 from bench.attention_ways import Way as Peer
 from bench.harvesting.common import (
     Way,
@@ -133,9 +133,9 @@ def sdpa(operands: Operands) -> Peer:
     return Peer(leaves, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), (d_out,), lambda *_: ())
 
 
-def flex_setting(run: Run) -> FlexSetting:
-    """Both streams in one call; uncompiled in a dry run. On a CPU it has no backward pass."""
-    return FlexSetting(compiled=False) if run.dry else FLEX_SETTINGS["flex_one_call_128"]
+def flex_passes(run: Run, operands: Operands) -> Way:
+    """FlexAttention, both streams in one call; in a dry run uncompiled, forward alone: a CPU has no backward pass."""
+    return passes(flex(FlexSetting(compiled=not run.dry), operands), backward=not run.dry)
 
 
 def contest(run: Run) -> None:
@@ -158,7 +158,7 @@ def round_of(run: Run, shape: TwoStreamShape, *, slow: bool) -> None:
     if run.dry or shape.tokens in OFFICIAL_LENGTHS:
         builders["official"] = lambda: passes(official(operands, with_masks=False))
     if slow:  # it has to be compiled
-        builders["flex"] = lambda: passes(flex(flex_setting(run), operands), backward=not run.dry)
+        builders["flex"] = lambda: flex_passes(run, operands)
     ways = {way: attempt(run, way, build, shape=str(shape)) for way, build in builders.items()}
     ways = {way: made for way, made in ways.items() if made is not None}
     repeats = 1 if run.dry else REPEATS if slow else FIRST_REPEATS
@@ -259,5 +259,5 @@ def warm_flex(run: Run) -> None:
     """Compile FlexAttention's forward and backward pass for some lengths."""
     for shape in lengths_of(run, run.arguments["lengths"]):
         operands = random_operands(shape, next(iter(dtypes_of(run, "bf16").values())), device_of(run))
-        passes(flex(flex_setting(run), operands), backward=not run.dry)(timing.CpuClock())
+        flex_passes(run, operands)(timing.CpuClock())
         run.record("warm", op="flex", config={"tokens": shape.tokens})

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -91,6 +90,7 @@ def setting_for(run: Run) -> Setting:
         torch.cuda.set_per_process_memory_fraction(min(1.0, (cap << 30) / total), device)
     model, batch, dtype = ModelConfig.preset(name), run.arguments["batch"], run.arguments.get("dtype", "bf16")
     if run.dry:
+        torch.compiler.set_stance("force_eager")  # a C++ compiler would take most of its time
         model, batch, dtype = replace(model, image_size=32, depth=2, width=32, heads=2, vocabulary=16), 2, "fp32"
     sizes = Sizes(model, name, batch, dtype, scaled_cut(CUTS[name], model.tokens))
     return Setting(sizes, device, backend=run.arguments.get("backend", "auto"))
@@ -120,7 +120,10 @@ def official(setting: Setting) -> Stepper:
 def measure(run: Run) -> None:
     """All modes but the compiled ones and the official way, a few repeats of each; then the compiled ones, and more."""
     setting, modes, compiled = setting_for(run), ["eager", "eager_skip_dropped"], ["compiled"]
-    with dry_compile(run), tuned_table(run.arguments.get("best", {})):
+    with ExitStack() as table:  # the launch table with the configurations that are given, by op
+        for kernel, op in tune.OPS.items():
+            if best := run.arguments.get("best", {}).get(op):
+                table.enter_context(tune.override(kernel, LaunchConfig(**best)))
         if run.arguments.get("graphs") and setting.device.type == "cuda":
             modes, compiled = [*modes, "graphs"], [*compiled, "compiled_graphs"]
         elif run.arguments.get("graphs"):
@@ -212,24 +215,5 @@ def memory(run: Run) -> None:
 def warm(run: Run) -> None:
     """Compile the step, so that the cache on disk has it when it is timed."""
     setting = setting_for(run)
-    with dry_compile(run):
-        started(partial(ours, setting, "compiled"))
+    started(partial(ours, setting, "compiled"))
     run.record("warm", op=f"step {setting.sizes.name}", config=None)
-
-
-@contextmanager
-def dry_compile(run: Run) -> Iterator[None]:
-    """In a dry run what would be compiled runs eagerly: a C++ compiler would take most of its time."""
-    if run.dry:
-        torch.compiler.set_stance("force_eager")
-    yield
-
-
-@contextmanager
-def tuned_table(best: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Inside, the launch table has these configurations, by op."""
-    with ExitStack() as stack:
-        for kernel, op in tune.OPS.items():
-            if op in best:
-                stack.enter_context(tune.override(kernel, LaunchConfig(**best[op])))
-        yield
