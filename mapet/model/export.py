@@ -27,7 +27,7 @@ from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
 from mapet.files import read_json, tensors_metadata, write_whole
 from mapet.folders import EXPORT, PRODUCER, Staging
-from mapet.model.official_names import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
+from mapet.model.official_names import StateDict, backbone, fuse_qkv, has_layer_scale, infer_model_config, split_qkv
 from mapet.model.streams import StreamLayout
 from mapet.model.timm_folder import CONFIG, WEIGHTS
 from mapet.model.vit import MaskedTokenViT
@@ -81,22 +81,13 @@ def from_timm(vit: VisionTransformer) -> tuple[ModelConfig, StateDict]:
     A timm model with parts that MaPeT's transformer lacks (registers, rotary positions, ...) is a CheckpointError that
     names them.
     """
-    (height, width), (patch, _) = vit.patch_embed.img_size, vit.patch_embed.patch_size
+    height, width = vit.patch_embed.img_size
     if height != width:
         raise ConfigError(f"the model takes images of {height} x {width} pixels; mapet's models take squares")
-    first = vit.blocks[0]
-    model = ModelConfig(
-        image_size=height,
-        patch_size=patch,
-        width=vit.embed_dim,
-        depth=len(vit.blocks),
-        heads=first.attn.num_heads,
-        mlp_ratio=first.mlp.fc1.out_features / vit.embed_dim,
-        class_token=vit.cls_token is not None,
-        layer_scale=ModelConfig.layer_scale if hasattr(first.ls1, "gamma") else 0.0,
-        norm_eps=first.norm1.eps,
-    )
-    return model, backbone(model, split_qkv(vit.state_dict()))
+    weights, first = split_qkv(vit.state_dict()), vit.blocks[0]
+    model = infer_model_config(weights, head_size=vit.embed_dim // first.attn.num_heads)
+    model = replace(model, image_size=height, norm_eps=first.norm1.eps)
+    return model, backbone(model, weights)
 
 
 def export(
