@@ -124,7 +124,7 @@ def make_demo(folder=Path("runs/demo"), **changes):
         "losses": (3.0, 3.1, 3.2),
         "timings": {"tokenize": 1.25, "pre-train": 100.0},
         "pictures": (),
-        "export": ExportReport(folder / "model", "vit_base_patch16_224", 1234567, 3e-7, ()),
+        "export": ExportReport(folder / "model", 1234567, 3e-7, ()),
     }
     return DemoRun(**values | changes)
 

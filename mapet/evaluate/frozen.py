@@ -224,33 +224,32 @@ def probe_checkpoint(
     model = load_model(checkpoint, ema=ema).to(device)
     train, size = open_labelled(images), model.patch_embed.img_size[0]
     if test_images is None:
-        test, test_labels = train, train.labels
-        train_ids, test_ids = split(train.labels, test_fraction=test_fraction, seed=config.seed, classes=train.classes)
+        ids = split(train.labels, test_fraction=test_fraction, seed=config.seed, classes=train.classes)
+        data = [part for some in ids for part in (some_of(train, some, size), train.labels[some])]
     else:
         test = open_labelled(test_images)
-        number = {name: i for i, name in enumerate(train.classes)}
-        if unknown := [name for name in test.classes if name not in number]:
-            raise DataError(
-                f"{test_images} has classes that {images} has not: {', '.join(unknown[:8])}; they are matched by name"
-            )
-        test_labels = np.array([number[name] for name in test.classes], dtype=np.int64)[test.labels]
-        train_ids, test_ids = np.arange(len(train.labels)), np.arange(len(test_labels))
-    networks = {str(checkpoint): model}
-    if baselines:
-        networks["random initialisation"] = random_like(model, config.seed).to(device)
+        data = [some_of(train, np.arange(len(train)), size), train.labels]
+        data += [some_of(test, np.arange(len(test)), size), _renumbered(test, train.classes, test_images, images)]
     layers = "all" if "linear" in config.methods else "last"
-    kinds = {
-        name: (kept_features(features, network, layers=layers, batch_size=batch_size), config)
-        for name, network in networks.items()
-    }
+    kept = functools.partial(kept_features, features, layers=layers, batch_size=batch_size)
+    kinds = {str(checkpoint): (kept(model), config)}
     if baselines:
+        kinds["random initialisation"] = kept(random_like(model, config.seed).to(device)), config
         kinds["raw pixels"] = pixel_features, dataclasses.replace(config, augment_views=0)
-    train_data = some_of(train, train_ids, size), train.labels[train_ids]
-    test_data = some_of(test, test_ids, size), test_labels[test_ids]
     return {
-        name: evaluate(extract, *train_data, *test_data, config=measured, classes=train.classes, device=device)
+        name: evaluate(extract, *data, config=measured, classes=train.classes, device=device)
         for name, (extract, measured) in kinds.items()
     }
+
+
+def _renumbered(test: ImageSource | TokenCache, classes: Sequence[str], name: str, trained_on: str) -> np.ndarray:
+    """The test labels, by class name, in the numbers of the training images. DataError for a class unknown there."""
+    number = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in test.classes if name not in number]:
+        raise DataError(
+            f"{name} has classes that {trained_on} has not: {', '.join(unknown[:8])}; they are matched by name"
+        )
+    return np.array([number[name] for name in test.classes], dtype=np.int64)[test.labels]
 
 
 def load_model(path: Path, *, ema: bool = False) -> VisionTransformer:

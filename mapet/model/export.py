@@ -45,7 +45,6 @@ class ExportReport:
     """What was written, and how far timm's forward is from that of the pre-training network."""
 
     folder: Path
-    architecture: str
     parameters: int
     largest_difference: float
     """Relative to the largest feature; below `TOLERANCE`."""
@@ -121,7 +120,6 @@ def export(
         raise MapetError(f"could not write the export {folder}: {reason}; nothing was changed there") from error
     return ExportReport(
         folder=folder,
-        architecture=config["architecture"],
         parameters=sum(t.numel() for t in weights.values()),
         largest_difference=difference,
         dropped=tuple(n for n in state_dict if n not in weights),
