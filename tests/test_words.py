@@ -17,7 +17,8 @@ from rich.console import Console
 from tiny_run import make_cache, make_config
 
 from mapet.commands import doctor
-from mapet.commands.options import COMMANDS, Doctor, in_options
+from mapet.commands.options import Doctor
+from mapet.commands.parsing import as_typed
 from mapet.commands.probe import as_table
 from mapet.data.images import folder_source
 from mapet.evaluate.frozen import EvaluationResult, Score
@@ -72,7 +73,7 @@ def mapet_process(*arguments: object, **options) -> subprocess.Popen:
 
 
 def test_a_reader_that_leaves_ends_it_quietly():
-    process = mapet_process("pretrain", "--list-options")
+    process = mapet_process("pretrain", "--help")
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 141)
     process.stderr.close()
@@ -81,7 +82,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_streams_are_no_failure(closed):
     done = subprocess.run(
-        f"{sys.executable} -m mapet pretrain --list-options {closed}", shell=True, capture_output=True, timeout=60
+        f"{sys.executable} -m mapet pretrain --help {closed}", shell=True, capture_output=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -96,11 +97,10 @@ def test_variables_of_torchrun_that_are_no_numbers(name, mapet, tmp_path, monkey
 
 
 def test_fields_are_named_as_they_are_typed():
-    text = "optim.global_batch 9: lower optim.lr. --set optim.clip, --cut (objective.cut), a/train.output/b, train.x"
-    told = "--batch 9: lower --lr. --set optim.clip, --cut (objective.cut), a/train.output/b, train.x"
-    assert in_options(text, COMMANDS["pretrain"]) == told
-    assert in_options("raise data.patience (20 s)", COMMANDS["pretrain"]) == "raise --set data.patience (20 s)"
-    assert in_options("optim.global_batch 9", COMMANDS["plan"]) == "--set optim.global_batch 9"
+    text = "optim.global_batch 9: lower optim.lr. --optim.clip, (objective.cut) a/train.output/b, train.x, train.keep=3"
+    told = "--batch 9: lower --lr. --optim.clip, (--cut) a/train.output/b, train.x, --train.keep=3"
+    assert as_typed(text) == told
+    assert as_typed("raise data.patience (20 s)") == "raise --data.patience (20 s)"
 
 
 def test_a_folder_of_another_kind_is_named(mapet, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mapet.commands.options import Tokenize
-from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
+from mapet.config import ModelConfig, OptimConfig
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import cache_staging, check_replaceable
 from mapet.data.feed import check_shared_memory
@@ -36,6 +36,7 @@ from mapet.folders import (
     check_writable,
     locked,
 )
+from mapet.objectives import options
 from mapet.progress import duration
 from mapet.tokenizers import KClipTokenizer, Tokenizer, load_tokenizer, make_tokenizer, store
 from mapet.tokenizers.encode import FitBatches, fit_batches, tokenize
@@ -369,9 +370,13 @@ def pretrain_line(folder: Path) -> str:
         "patch_size": cache.image_size // cache.grid,
         "vocabulary": cache.vocabulary,
     }
-    needed = [f" --set model.{name}={size}" for name, size in sizes.items() if size != getattr(ModelConfig, name)]
+    needed = [
+        f" --model.{name.replace('_', '-')} {size}"
+        for name, size in sizes.items()
+        if size != getattr(ModelConfig, name)
+    ]
     patches, usual = cache.grid**2, ModelConfig().grid ** 2
-    if (cut := ObjectiveConfig().cut) >= patches:
+    if (cut := options("mapet").cut) >= patches:
         needed.append(f" --cut {max(1, round(cut * patches / usual))}")
     if len(cache) < OptimConfig.global_batch:
         needed.append(f" --batch {2 ** (len(cache).bit_length() - 1)}")  # the largest power of two

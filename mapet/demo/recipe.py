@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mapet.evaluate.frozen import EvaluationConfig
 from mapet.evaluate.probe import ProbeConfig
+from mapet.objectives import options
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Recipe:
         steps = {"save_every": self.save_every, "log_every": self.log_every}
         return RunConfig(
             model=self.model,
-            objective=ObjectiveConfig("mapet", self.cut),
+            objective=options("mapet", cut=self.cut),
             data=DataConfig(cache, workers=0, color_jitter=self.color_jitter),
             optim=self.optim,
             train=TrainConfig(output=output, seed=seed, device=device, keep=1, **steps),

@@ -23,7 +23,7 @@ from mapet.evaluate.labels import split
 from mapet.files import write_json
 from mapet.model.export import to_timm
 from mapet.model.official_names import StateDict
-from mapet.objectives import build_objective
+from mapet.objectives import build_task
 from mapet.rng import seed_global_generators
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from mapet.tokenizers.encode import fit_batches, tokenize
@@ -118,4 +118,4 @@ def initial_weights(config: RunConfig) -> StateDict:
     """The very weights that pre-training with this configuration starts from."""
     with torch.random.fork_rng(devices=[]):
         seed_global_generators(config.train.seed)
-        return build_objective(config.objective, config.model).model.state_dict()
+        return build_task(config).backbone()[1]

@@ -281,7 +281,7 @@ def kept_features(folder: Path, model: VisionTransformer, **options: object) -> 
 def _described(images: Images) -> list[str]:
     """What tells images apart from others."""
     if isinstance(images, RandomViews):
-        return [*_described(images.images), f"views {images.view} {images.seed} {images.smallest_area}"]
+        return [*_described(images.images), f"views by torchvision {images.view} {images.seed} {images.smallest_area}"]
     if isinstance(images, CacheImages):
         return [repr(images.cache.manifest.files), *map(str, images.ids)]
     return [images.source.fingerprint(), str(images.size), *map(str, images.ids)]
