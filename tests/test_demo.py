@@ -158,7 +158,7 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
 def test_random_initialisation_is_where_pretraining_starts(demo: Path) -> None:
     config = QUICK.run(1, demo / "seed_1" / "cache", demo / "unused", "cpu")
     steps = plan_steps(config, 191, 1)
-    start = Learner(config, World(torch.device("cpu")), steps).model.state_dict()
+    _, start = Learner(config, World(torch.device("cpu")), steps).task.backbone()
     initial = initial_weights(config)
     assert start.keys() == initial.keys()
     assert all(torch.equal(start[name], initial[name]) for name in start)
