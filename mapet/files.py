@@ -257,6 +257,15 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
         partial.write_bytes(content)
 
 
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, whole or not at all, making its folder. DataError where the disk does not take it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(values, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise DataError(f"could not write {path}: {error.strerror or error}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write, whose file then takes the place of `path`, safely on the disk, unless the block fails. OSError.

@@ -14,16 +14,14 @@ import torch
 from command_line import FIT, SIZES, everything_in, pictures
 from datafakes import description
 from PIL import Image
+from test_gallery import average_of_row
 
 from mapet.cli import main
-from mapet.data import cache_writer
 from mapet.data.cache import TokenCache
-from mapet.report import gallery
+from mapet.data.cache_writer import write_cache
 from mapet.report.codebook import CodebookStatistics, write_codebook_report
 from mapet.tokenizers import load_tokenizer
 from mapet.tokenizers.usage import class_counts, measure_usage, pointwise_mutual_information, repeated_entries
-
-CLASSES = ["cat", "dog", "eel"]
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def cache(tmp_path) -> TokenCache:
     images = (tokens * 20).to(torch.uint8).view(30, 1, 2, 2).expand(-1, 3, -1, -1)
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
     names = [f"{i}.png" for i in range(30)]
-    cache_writer.write_cache(tmp_path / "made", description(vocabulary=12), images, tokens, names, labels, CLASSES)
+    write_cache(tmp_path / "made", description(vocabulary=12), images, tokens, names, labels, ["cat", "dog", "eel"])
     return TokenCache.open(tmp_path / "made")
 
 
@@ -97,12 +95,10 @@ def test_the_folder(cache, tmp_path):
     path = write_codebook_report(
         cache, tmp_path / "r", codebook=codebook, chosen=[3, 8], rows=3, floor=5, command="mapet x"
     )
-    names = ["chosen.png", "classes.csv", "classes.png", "least_used.png", "most_used.png"]
-    assert sorted(everything_in(tmp_path / "r")) == [*names, "report.md", "usage.csv", "usage.png"]
+    drawn = {f"{name}.png" for name in ("chosen", "classes", "least_used", "most_used", "usage")}
+    assert everything_in(tmp_path / "r") == drawn | {"classes.csv", "report.md", "usage.csv"}
     report = path.read_text()
-    assert sorted(re.findall(r"\]\((\w+\.png)\)", report)) == sorted(
-        n for n in everything_in(tmp_path / "r") if ".png" in n
-    )
+    assert set(re.findall(r"\]\((\w+\.png)\)", report)) == drawn
     facts = dict(re.findall(r"^\| (.+?) \| (.+) \|$", report, re.M))
     assert facts["entries"] == "12, of which 5 are used"
     assert facts["dead entries, never used"] == "7: 4, 5, 6, 7, 8, 10, 11"
@@ -118,17 +114,11 @@ def test_the_folder(cache, tmp_path):
     assert [(row["class"], row["entry"]) for row in classes[:3]] == [("cat", "1"), ("cat", "0"), ("dog", "2")]
 
 
-def average_of_row(picture: Path, row: int) -> int:
-    """Grey value of the average patch."""
-    top = gallery.HEADER + row * (gallery.CELL + gallery.GAP) + gallery.CELL // 2
-    return int(np.asarray(Image.open(picture).convert("L"))[top, gallery.LABEL + gallery.CELL // 2])
-
-
 def test_the_pictures_show_the_right_entries(cache, tmp_path):
     """The grey of a patch is 20 times its token."""
     write_codebook_report(cache, tmp_path / "report", chosen=[3, 1], rows=2, floor=5)
     drawn = {
-        name: [average_of_row(tmp_path / f"report/{name}.png", row) // 20 for row in range(2)]
+        name: [average_of_row(tmp_path / f"report/{name}.png", row)[0] // 20 for row in range(2)]
         for name in ("most_used", "least_used", "chosen", "classes")
     }
     assert drawn == {"most_used": [0, 2], "least_used": [9, 1], "chosen": [3, 1], "classes": [1, 2]}
@@ -136,7 +126,7 @@ def test_the_pictures_show_the_right_entries(cache, tmp_path):
 
 def test_an_unlabelled_cache(tmp_path):
     images, tokens = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(16).view(4, 4)
-    cache_writer.write_cache(tmp_path / "made", description(), images, tokens, list("abcd"))
+    write_cache(tmp_path / "made", description(), images, tokens, list("abcd"))
     path = write_codebook_report(TokenCache.open(tmp_path / "made"), tmp_path / "r")
     assert "have no labels" in path.read_text() and "not known: the codebook was not given" in path.read_text()
     assert not list((tmp_path / "r").glob("classes*")) and not (tmp_path / "r/chosen.png").exists()

@@ -53,49 +53,38 @@ def make_clusters(per_class=30, classes=4, width=12, layers=2, noise=0.3, seed=0
     return Features(values.astype(np.float32), tuple(f"block {i + 1}" for i in range(layers))), labels
 
 
-# features
-
-
 @pytest.mark.parametrize("class_token", [True, False])
 def test_features_are_class_token_and_mean_of_patches_without_the_final_norm(class_token):
-    vit, images = make_vit(class_token=class_token, drop_path_rate=0.5), make_images(5)
+    vit, images = make_vit(class_token=class_token, drop_path_rate=0.5).eval(), make_images(5)
     outputs = []
-    hooks = [block.register_forward_hook(lambda m, i, out: outputs.append(out)) for block in vit.blocks]
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, given, out: outputs.append(out))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
-        vit.eval().forward_features((images.double().div(255) - mean).div(std).float())
-    [hook.remove() for hook in hooks]
-    if class_token:
-        wanted = torch.stack([torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=1) for x in outputs], dim=1)
-    else:
-        wanted = torch.stack([x.mean(1) for x in outputs], dim=1)
+        vit.forward_features((images.double().div(255) - mean).div(std).float())
+    first = int(class_token)
+    wanted = torch.stack([torch.cat([*x[:, :first].unbind(1), x[:, first:].mean(1)], dim=1) for x in outputs], dim=1)
     vit.train()
-    got = extract_features(vit, images, batch_size=2)
+    got, last = extract_features(vit, images, batch_size=2), extract_features(vit, images, layers="last")
     assert got.values.dtype == np.float32 and got.layers == ("block 1", "block 2", "block 3")
     assert vit.training, "the model must be left in the mode it was in"
     np.testing.assert_allclose(got.values, wanted.numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_features_do_not_depend_on_the_batches_and_last_is_the_last_of_all():
-    vit, images = make_vit(), make_images(7)
-    whole, parts = extract_features(vit, images), extract_features(vit, images, batch_size=3)
-    np.testing.assert_allclose(whole.values, parts.values, rtol=1e-5, atol=1e-6)
-    last = extract_features(vit, images, layers="last")
     assert last.layers == ("block 3",)
-    np.testing.assert_allclose(last.layer(-1), whole.layer(-1), rtol=1e-6)
+    np.testing.assert_allclose(last.layer(-1), got.layer(-1), rtol=1e-5, atol=1e-6)
 
 
-def test_images_that_do_not_fit_are_refused():
-    vit = make_vit()
-    with pytest.raises(DataError, match="images are 8 x 8 pixels, the model takes 16 x 16"):
-        extract_features(vit, make_images(3)[..., :8, :8])
-    with pytest.raises(DataError, match="no images"):
-        extract_features(vit, make_images(0))
-    with pytest.raises(TypeError, match="uint8"):
-        extract_features(vit, make_images(3).float())
-    with pytest.raises(ValueError, match="shape"):
-        extract_features(vit, make_images(3)[:, 0])
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (lambda images: images[..., :8, :8], DataError, "images are 8 x 8 pixels, the model takes 16 x 16"),
+        (lambda images: images[:0], DataError, "no images"),
+        (lambda images: images.float(), TypeError, "uint8"),
+        (lambda images: images[:, 0], ValueError, "shape"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(change, error, words):
+    with pytest.raises(error, match=words):
+        extract_features(make_vit(), change(make_images(3)))
 
 
 def test_diverged_weights_are_reported_not_scored():
@@ -104,9 +93,6 @@ def test_diverged_weights_are_reported_not_scored():
         vit.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="images 0 to 2 are not finite"):
         extract_features(vit, make_images(3))
-
-
-# cache
 
 
 def test_cached_features_are_computed_once_per_weights_and_images(tmp_path, monkeypatch):
@@ -130,11 +116,7 @@ def test_cached_features_are_computed_once_per_weights_and_images(tmp_path, monk
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
     open_file = Path.open
-
-    def on_full_disk(path, *args):
-        return open_file(Path("/dev/full"), *args)
-
-    monkeypatch.setattr(Path, "open", on_full_disk)
+    monkeypatch.setattr(Path, "open", lambda path, *args: open_file(Path("/dev/full"), *args))
     with pytest.raises(DataError, match=r"could not write cached features .*features_.*No space left"):
         cached_features(tmp_path, make_vit(), make_images(6), fingerprint="v1")
     assert list(tmp_path.iterdir()) == []
@@ -174,9 +156,6 @@ def test_a_probe_runs_on_mapped_features(tmp_path):
     np.testing.assert_array_equal(knn_predict(mapped.layer(-1), labels, mapped.layer(-1), k=1), labels)
 
 
-# views
-
-
 def test_raw_pixels_of_a_cache_come_in_the_order_asked_for():
     class Cache:
         def images(self, ids):
@@ -205,9 +184,6 @@ def test_random_views_are_torchvisions_crops_and_flips():
         assert torch.equal(view, draw(images[i]))
 
 
-# kNN
-
-
 def test_knn_votes_as_written_by_hand():
     rng = np.random.default_rng(0)
     train, labels = rng.normal(size=(40, 6)), rng.integers(0, 3, 40) * 10
@@ -233,9 +209,6 @@ def test_knn_looks_at_the_angle_only_and_one_neighbour_decides_alone():
 def test_knn_refuses_what_makes_no_sense(k, temperature, words):
     with pytest.raises(ConfigError, match=words):
         knn_predict(np.eye(3), np.arange(3), np.eye(3), k=k, temperature=temperature)
-
-
-# probes
 
 
 def test_layer_classifiers_are_separate_linear_layers():
@@ -282,8 +255,7 @@ def test_the_linear_probe_separates_what_is_separable_and_names_the_best_layer()
 
 
 def test_the_linear_probe_takes_views_in_turn():
-    good, labels = make_clusters(layers=1)
-    test, test_labels = make_clusters(layers=1, seed=1)
+    (good, labels), (test, test_labels) = (make_clusters(layers=1, seed=seed) for seed in (0, 1))
     useless = Features(np.zeros_like(good.values), good.layers)
     config = ProbeConfig(epochs=1, batch=16, lr=0.05)
     assert linear_probe([good, useless], labels, test, test_labels, config=config).last > 0.9
@@ -306,14 +278,10 @@ def test_a_probe_that_cannot_train_is_refused(option):
         ProbeConfig(**option)
 
 
-# labels
-
-
 def test_draws_per_class_are_exact_and_fixed_by_the_seed():
     labels = np.array([0] * 30 + [4] * 12 + [7] * 10)
     ids = draw_per_class(labels, 10, seed=1)
-    np.testing.assert_array_equal(np.unique(labels[ids], return_counts=True), [[0, 4, 7], [10, 10, 10]])
-    assert len(set(ids.tolist())) == 30
+    np.testing.assert_array_equal(np.unique(labels[np.unique(ids)], return_counts=True), [[0, 4, 7], [10, 10, 10]])
     np.testing.assert_array_equal(ids, draw_per_class(labels, 10, seed=1))
     assert not np.array_equal(ids, draw_per_class(labels, 10, seed=2))
     names = ["a", "b", "c", "d", "cat", "f", "g", "dog"]
@@ -355,9 +323,6 @@ def test_labels_that_cannot_be_used_are_refused(train_labels, test_labels, words
         evaluate(pixel_features, images, train_labels, images, test_labels, classes=["cat", "dog", "newt"])
 
 
-# all of it
-
-
 METHODS = ("kNN, k = 5", "kNN, k = 1", "linear probe, best layer", "linear probe, last layer", "logistic regression")
 SUBSETS = ("all", "10 per class")
 
@@ -383,14 +348,11 @@ def test_evaluate_scores_a_model_and_the_baselines_by_the_same_code():
 
 
 def test_evaluate_on_digits_without_labels_to_spare():
-    digits = open_source("digits")
-    ids = np.arange(0, 1797, 6)
+    digits, ids = open_source("digits"), np.arange(0, 1797, 6)
     train, test = (ids[part] for part in split(digits.labels[ids], test_fraction=0.3, seed=0))
     config = EvaluationConfig(labels_per_class=0, probe=ProbeConfig(epochs=2))
-    result = evaluate(
-        pixel_features, SourceImages(digits, 8, train), digits.labels[train], SourceImages(digits, 8, test),
-        digits.labels[test], config=config, classes=digits.classes,
-    )  # fmt: skip
+    data = [part for ids in (train, test) for part in (SourceImages(digits, 8, ids), digits.labels[ids])]
+    result = evaluate(pixel_features, *data, config=config, classes=digits.classes)
     assert {score.labels for score in result.scores} == {"all"}
     assert result.accuracy("kNN, k = 1") > 0.9 and result.accuracy("logistic regression") > 0.85
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import timm
@@ -17,6 +19,7 @@ from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, ConfigError, MapetError, WeightsMissingError
 from mapet.model.export import TOLERANCE, content_stream, export, from_timm, to_timm
 from mapet.model.official_names import (
+    PRETRAINING_ONLY,
     backbone_shapes,
     fuse_qkv,
     infer_model_config,
@@ -33,9 +36,7 @@ def random_weights(shapes, seed=0):
     return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def classifier_weights(model, classes=7, norm="fc_norm"):
-    names = {f"{norm}.weight": None, "head.weight": torch.ones(classes, model.width), "blocks.0.ls1.gamma": None}
-    return random_weights(backbone_shapes(model, names))
+WEIGHTS = random_weights(pretraining_shapes(SMALL))
 
 
 @pytest.mark.parametrize("size, parameters", [("tiny", 7_110_272), ("small", 24_829_184), ("base", 92_117_504)])
@@ -47,9 +48,7 @@ def test_the_shapes_have_the_official_sizes(size, parameters):
 
 @pytest.mark.parametrize("class_token, global_pool", [(True, "avg"), (True, "token"), (False, "avg")])
 def test_exported_folder_gives_the_features_of_the_official_forward(tmp_path, class_token, global_pool):
-    model = ModelConfig(
-        image_size=40, patch_size=8, width=48, depth=3, heads=4, mlp_ratio=2.5, vocabulary=64, class_token=class_token
-    )
+    model = replace(SMALL, image_size=40, heads=4, mlp_ratio=2.5, class_token=class_token)
     weights = random_weights(pretraining_shapes(model))
     report = export(model, weights, tmp_path / "model", name="test", global_pool=global_pool)
     vit = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
@@ -60,12 +59,12 @@ def test_exported_folder_gives_the_features_of_the_official_forward(tmp_path, cl
         torch.testing.assert_close(vit.forward_features(pixels), wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(vit(pixels), pooled, rtol=1e-4, atol=1e-4)
     assert 0 <= report.largest_difference <= TOLERANCE
-    assert set(report.dropped) == {"mask_positional_token", "decoder.weight", "decoder.bias"}
+    assert set(report.dropped) == set(PRETRAINING_ONLY)
     assert report.parameters == sum(p.numel() for p in vit.parameters())
 
 
 def test_config_json_holds_what_timm_needs(tmp_path):
-    export(SMALL, random_weights(pretraining_shapes(SMALL)), tmp_path / "model")
+    export(SMALL, WEIGHTS, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     cfg = config["pretrained_cfg"]
     assert timm.is_model(config["architecture"])
@@ -76,29 +75,22 @@ def test_config_json_holds_what_timm_needs(tmp_path):
     assert timm.data.resolve_data_config({}, model=vit)["input_size"] == (3, 32, 32)
 
 
-def test_exported_folder_takes_a_new_classifier(tmp_path):
-    weights = random_weights(pretraining_shapes(SMALL))
-    export(SMALL, weights, tmp_path / "model")
-    vit = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, num_classes=10)
-    assert vit.head.weight.shape == (10, 48)
-    assert torch.equal(vit.state_dict()["blocks.2.mlp.fc1.weight"], weights["blocks.2.mlp.fc1.weight"])
+def test_exported_folder_takes_a_new_classifier_as_official_fine_tuning_starts(tmp_path):
+    export(SMALL, WEIGHTS, tmp_path / "model")
+    vit = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, num_classes=10, fc_norm=True)
+    assert vit.head.weight.shape == (10, 48) and isinstance(vit.norm, torch.nn.Identity)
+    assert torch.equal(vit.fc_norm.weight, torch.ones(48)), "fresh"
+    assert torch.equal(vit.state_dict()["blocks.2.mlp.fc1.weight"], WEIGHTS["blocks.2.mlp.fc1.weight"])
 
 
 def test_names_survive_both_ways():
-    weights = random_weights(pretraining_shapes(SMALL))
-    model, back = from_timm(to_timm(SMALL, weights))
-    kept = {n: t for n, t in weights.items() if n not in ("mask_positional_token", "decoder.weight", "decoder.bias")}
-    assert back.keys() == kept.keys()
+    model, back = from_timm(to_timm(SMALL, WEIGHTS))
+    kept = {n: t for n, t in WEIGHTS.items() if n not in PRETRAINING_ONLY}
+    assert back.keys() == kept.keys() == split_qkv(fuse_qkv(kept)).keys()
     assert all(torch.equal(back[name], kept[name]) for name in kept)
-    assert (model.image_size, model.patch_size, model.width, model.depth, model.heads) == (32, 8, 48, 3, 3)
-    assert split_qkv(fuse_qkv(kept)).keys() == kept.keys()
-
-
-def test_fused_rows_are_q_then_k_then_v():
-    weights = random_weights(pretraining_shapes(SMALL))
-    fused = fuse_qkv(weights)["blocks.1.attn.qkv.weight"]
-    assert torch.equal(fused[:48], weights["blocks.1.attn.q.weight"])
-    assert torch.equal(fused[48:], weights["blocks.1.attn.kv.weight"])
+    assert replace(model, vocabulary=64) == SMALL
+    fused = fuse_qkv(kept)["blocks.1.attn.qkv.weight"]
+    assert torch.equal(fused, torch.cat([kept["blocks.1.attn.q.weight"], kept["blocks.1.attn.kv.weight"]]))
 
 
 def test_a_timm_model_without_layer_scale_comes_back():
@@ -120,7 +112,7 @@ def test_a_timm_model_without_layer_scale_comes_back():
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, named):
-    weights = random_weights(pretraining_shapes(SMALL))
+    weights = {name: tensor.clone() for name, tensor in WEIGHTS.items()}
     change(weights)
     with pytest.raises(CheckpointError, match=named):
         export(SMALL, weights, tmp_path / "model")
@@ -130,23 +122,12 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path, ch
 def test_a_wrong_mapping_is_caught_by_the_numbers(tmp_path, monkeypatch):
     # k and v swapped: every name and shape is right, and tensors are compared in the same wrong order.
     def swapped(state):
-        out = fuse_qkv(state)
-        for name in [n for n in out if ".qkv." in n]:
-            q, k, v = out[name].chunk(3)
-            out[name] = torch.cat([q, v, k])
-        return out
+        return {n: torch.cat(t.chunk(2)[::-1]) if ".attn.kv." in n else t for n, t in state.items()}
 
-    def unswapped(state):
-        out = split_qkv(state)
-        for name in [n for n in out if ".kv." in n]:
-            v, k = out[name].chunk(2)
-            out[name] = torch.cat([k, v])
-        return out
-
-    monkeypatch.setattr(export_module, "fuse_qkv", swapped)
-    monkeypatch.setattr(export_module, "split_qkv", unswapped)
+    monkeypatch.setattr(export_module, "fuse_qkv", lambda state: fuse_qkv(swapped(state)))
+    monkeypatch.setattr(export_module, "split_qkv", lambda state: swapped(split_qkv(state)))
     with pytest.raises(CheckpointError, match="features differ"):
-        export(SMALL, random_weights(pretraining_shapes(SMALL)), tmp_path / "model")
+        export(SMALL, WEIGHTS, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,12 +142,12 @@ def test_a_tensor_that_timm_does_not_take_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_module.timm, "create_model", forgetful)
     with pytest.raises(CheckpointError, match=r"did not load these tensors .*: blocks\.1\.ls2\.gamma$"):
-        export(SMALL, random_weights(pretraining_shapes(SMALL)), tmp_path / "model")
+        export(SMALL, WEIGHTS, tmp_path / "model")
 
 
 def test_an_earlier_export_is_replaced_and_other_things_are_not(tmp_path):
     folder = tmp_path / "model"
-    export(SMALL, random_weights(pretraining_shapes(SMALL), seed=0), folder)
+    export(SMALL, WEIGHTS, folder)
     second = random_weights(pretraining_shapes(SMALL), seed=1)
     export(SMALL, second, folder)
     assert torch.equal(load_file(folder / "model.safetensors")["norm.weight"], second["norm.weight"])
@@ -180,13 +161,10 @@ def test_an_earlier_export_is_replaced_and_other_things_are_not(tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_leaves_the_earlier_export(tmp_path, monkeypatch, error):
     folder = tmp_path / "model"
-    export(SMALL, random_weights(pretraining_shapes(SMALL), seed=0), folder)
+    export(SMALL, WEIGHTS, folder)
     before = {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
-    def full(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(export_module, "save_file", full)
+    monkeypatch.setattr(export_module, "save_file", mock.Mock(side_effect=error))
     with pytest.raises(MapetError, match="No space left"):
         export(SMALL, random_weights(pretraining_shapes(SMALL), seed=1), folder)
     assert {entry.name: entry.read_bytes() for entry in folder.iterdir()} == before
@@ -194,8 +172,7 @@ def test_a_full_disk_leaves_the_earlier_export(tmp_path, monkeypatch, error):
 
 
 def test_half_precision_weights_are_exported_in_float32(tmp_path):
-    weights = {name: t.to(torch.bfloat16) for name, t in random_weights(pretraining_shapes(SMALL)).items()}
-    export(SMALL, weights, tmp_path / "model")
+    export(SMALL, {name: t.to(torch.bfloat16) for name, t in WEIGHTS.items()}, tmp_path / "model")
     assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {torch.float32}
 
 
@@ -208,7 +185,7 @@ def test_half_precision_weights_are_exported_in_float32(tmp_path):
     ],
 )
 def test_what_timm_cannot_say_is_refused(changes, pool, words):
-    model = ModelConfig(**{**{"image_size": 32, "patch_size": 8, "width": 48, "depth": 1, "heads": 3}, **changes})
+    model = replace(SMALL, **changes)
     with pytest.raises(ConfigError, match=words):
         to_timm(model, random_weights(pretraining_shapes(model)), global_pool=pool)
 
@@ -216,15 +193,13 @@ def test_what_timm_cannot_say_is_refused(changes, pool, words):
 @pytest.mark.parametrize("norm, pool", [("fc_norm", "avg"), ("norm", "token")])
 def test_a_released_classifier_is_read_and_exported(tmp_path, norm, pool):
     model = ModelConfig(image_size=32, patch_size=8, width=128, depth=2, heads=2)
-    weights = classifier_weights(model, norm=norm)
+    names = {f"{norm}.weight": None, "head.weight": torch.ones(7, 128), "blocks.0.ls1.gamma": None}
+    weights = random_weights(backbone_shapes(model, names))
     saved = {
         "epoch": 99,
-        "arch": "vit_standard_tiny_patch16_224",
         "state_dict": {f"module.{name}": tensor for name, tensor in weights.items()},
         "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]},
-        "version": 2,
         "args": argparse.Namespace(model="vit_standard_tiny_patch16_224", lr=1e-3, gp="avg"),
-        "amp_scaler": {"scale": 65536.0},
         "metric": 75.5,
     }
     torch.save(saved, tmp_path / "vit.tar")

@@ -27,9 +27,6 @@ def colours(path):
     return len(np.unique(np.asarray(Image.open(path).convert("RGB"), np.int64) @ [65536, 256, 1]))
 
 
-# who sees whom
-
-
 def test_image_order_is_the_official_masks():
     # N = 6, c = 3, ranks of tokens 0..5; rows made by the official code. Keys: 6 content | mask tokens of 2, 3, 5.
     permutation = np.argsort([0, 2, 4, 5, 1, 3])
@@ -62,9 +59,6 @@ def test_panels_name_what_they_show(cut):
 def test_the_picture_is_drawn(tmp_path):
     path = draw_who_sees_whom(tmp_path / "new" / "who.png")
     assert Image.open(path).size == (2432, 1648) and colours(path) > 20
-
-
-# loss curve
 
 
 def write_lines(path, *lines):
@@ -105,12 +99,8 @@ def test_smoothing_is_what_it_says():
 
 def test_the_curve_is_drawn_for_several_runs_without_accuracy_too(tmp_path):
     lines = [{"step": i, "loss": 6 - i / 50, "lr": 1e-3} for i in range(100)]
-    curve = read_metrics(write_lines(tmp_path / "metrics.jsonl", *lines))
-    path = draw_loss_curve(tmp_path / "loss.png", {"seed 0": curve, "seed 1": curve}, vocabulary=512, token_entropy=5.2)
-    assert colours(path) > 20
-
-
-# report
+    runs = dict.fromkeys(("seed 0", "seed 1"), read_metrics(write_lines(tmp_path / "metrics.jsonl", *lines)))
+    assert colours(draw_loss_curve(tmp_path / "loss.png", runs, vocabulary=512, token_entropy=5.2)) > 20
 
 
 def make_result(accuracy, few=None):
@@ -134,26 +124,29 @@ def make_demo(folder=Path("runs/demo"), **changes):
         "losses": (3.0, 3.1, 3.2),
         "timings": {"tokenize": 1.25, "pre-train": 100.0},
         "pictures": (),
-        "export": ExportReport(folder / "model", "vit_base_patch16_224", 1234567, 3e-7, ()),
+        "export": ExportReport(folder / "model", 1234567, 3e-7, ()),
     }
     return DemoRun(**values | changes)
 
 
-def test_spread_and_verdicts_follow_from_the_numbers():
-    spread = Spread.of([0.90, 0.92, 0.94])
-    assert spread.percent() == "92.0 ± 2.0"
-    assert Spread.of([0.5]).percent() == "50.0"
-    assert compare(spread, Spread(0.80, 0.01)) == "better"
-    assert compare(spread, Spread(0.99, 0.01)) == "worse"
-    # sqrt(0.02^2 + 0.02^2) = 0.0283
-    assert compare(spread, Spread(0.893, 0.02)) == "within the spread"
-    assert compare(spread, Spread(0.89, 0.02)) == "better"
-    assert compare(Spread.of([0.9]), Spread.of([0.1])) == "one seed"
-    assert compare(Spread(0.5, 0.0), Spread(0.5, 0.0)) == "within the spread"
+@pytest.mark.parametrize(
+    "a, b, verdict",
+    [
+        (Spread(0.92, 0.02), Spread(0.80, 0.01), "better"),
+        (Spread(0.92, 0.02), Spread(0.99, 0.01), "worse"),
+        (Spread(0.92, 0.02), Spread(0.893, 0.02), "within the spread"),  # sqrt(0.02^2 + 0.02^2) = 0.0283
+        (Spread(0.92, 0.02), Spread(0.89, 0.02), "better"),
+        (Spread(0.5, 0.0), Spread(0.5, 0.0), "within the spread"),
+        (Spread.of([0.9]), Spread.of([0.1]), "one seed"),
+    ],
+)
+def test_verdicts_follow_from_the_numbers(a, b, verdict):
+    assert compare(a, b) == verdict
 
 
 def test_the_report_holds_every_number_and_an_honest_count():
     text = render(make_demo(), Path("runs/demo"))
+    assert Spread.of([0.90, 0.92, 0.94]).percent() == "92.0 ± 2.0" and Spread.of([0.5]).percent() == "50.0"
     assert "| kNN, k = 20 | all | 92.0 ± 2.0 | 52.0 ± 2.0 | 97.0 ± 0.0 |" in text
     assert "| kNN, k = 20 | 10 per class | 82.0 ± 2.0 | 42.0 ± 2.0 | 87.0 ± 0.0 |" in text
     assert "| kNN, k = 20 | all | +40.0 (better) | -5.0 (worse) |" in text

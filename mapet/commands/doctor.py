@@ -77,14 +77,12 @@ def as_table(findings: list[Finding]) -> Table:
 
 def triton_finding(gpus: list[Any]) -> Finding:
     """Whether Triton's kernels can run: installed, and a GPU of sm_80 or newer."""
-    version = installed_version("triton")
+    version, reason = installed_version("triton"), reason_against_rocm() if gpus else None
     if version is None:
         return Finding("triton", "absent", "not installed", "pip install triton (Linux)")
-    if gpus and (reason := reason_against_rocm()) is not None:
-        return Finding("triton", "absent", f"{version}, but {reason}")
-    if not any(gpu.major >= 8 for gpu in gpus):
-        return Finding("triton", "absent", f"{version}, but no GPU of sm_80 or newer to run on")
-    return Finding("triton", "ok", version)
+    if reason is None and not any(gpu.major >= 8 for gpu in gpus):
+        reason = "no GPU of sm_80 or newer to run on"
+    return Finding("triton", "absent" if reason else "ok", f"{version}, but {reason}" if reason else version)
 
 
 def backend_findings(device: str, backends: dict[str, str | None]) -> list[Finding]:

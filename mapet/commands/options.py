@@ -162,7 +162,8 @@ class Probe:
     checkpoint: Annotated[Path, arg(metavar="RUN|CHECKPOINT|TIMM")]
     """A run folder, one of its step_... folders, or an exported folder."""
     images: Annotated[str, arg(metavar="DIR|digits|CACHE")]
-    """Folder with a sub-folder for every class, digits, or a labelled token cache."""
+    """Folder with a sub-folder for every class, digits, or a labelled token cache. Whole centre squares are tested on;
+    BEiT's evaluation takes the middle 224 of 256 pixels."""
     test_images: Annotated[str | None, _wanted("DIR|CACHE", "a part of --images")] = None
     """Images to test on."""
     test_fraction: Annotated[float, fraction(one=False, zero=False)] = 0.2

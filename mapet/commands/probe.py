@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mapet.distributed import pick_device
 from mapet.errors import DataError
 from mapet.evaluate.frozen import EvaluationConfig, EvaluationResult, probe_checkpoint
 from mapet.evaluate.probe import ProbeConfig
-from mapet.files import UnreadableFile, read_json, write_whole
+from mapet.files import UnreadableFile, read_json, write_json
 from mapet.folders import check_place, locked
 from mapet.words import in_line, say
 
@@ -53,7 +52,8 @@ def run(options: Probe) -> int:
             device=pick_device(options.device, None),
         )
         Console(width=None if sys.stdout.isatty() else 120).print(as_table(results))
-        write_scores(scores, options, results)
+        found = {name: dataclasses.asdict(result) for name, result in results.items()}
+        write_json(scores, {"options": dataclasses.asdict(options), "results": found})
         say(f"scores: {scores}; frozen features: {features}")
     return 0
 
@@ -69,19 +69,6 @@ def as_table(results: dict[str, EvaluationResult]) -> Table:
         cells = [f"{100 * one.accuracy:.1f}" + (f" ({one.note})" if "best" in one.method else "") for one in row]
         table.add_row(row[0].method, row[0].labels, *cells)
     return table
-
-
-def write_scores(path: Path, options: Probe, results: dict[str, EvaluationResult]) -> None:
-    """scores.json, whole or not at all. DataError where the disk does not take it."""
-    content = {
-        "options": dataclasses.asdict(options),
-        "results": {name: dataclasses.asdict(result) for name, result in results.items()},
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
-    except OSError as error:
-        raise DataError(f"could not write {path}: {error.strerror or error}") from error
 
 
 def check_ours(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ import torch
 from mapet import __version__
 from mapet.config import to_dict
 from mapet.demo.recipe import Recipe
-from mapet.errors import ConfigError, DataError
+from mapet.errors import ConfigError
 from mapet.evaluate.frozen import EvaluationResult
-from mapet.files import read_json, read_record, write_whole
+from mapet.files import read_json, read_record, write_json
 from mapet.folders import LOCK
 
 SETTINGS = "demo.json"
@@ -99,15 +98,6 @@ class Timings:
             before = 0.0 if anew else self.seconds.get(name, 0.0)
             self.seconds[name] = before + time.perf_counter() - began
             write_json(self.path, self.seconds)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file, whole or not at all. DataError where the disk does not take it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(values, indent=2) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:

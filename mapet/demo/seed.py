@@ -14,12 +14,13 @@ from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource
 from mapet.data.subset import Subset
-from mapet.demo.folder import DemoFolder, SeedResult, Timings, write_json
+from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.recipe import Recipe
 from mapet.evaluate.features import pixel_features
 from mapet.evaluate.frozen import evaluate
 from mapet.evaluate.images import CacheImages, SourceImages
 from mapet.evaluate.labels import split
+from mapet.files import write_json
 from mapet.model.export import to_timm
 from mapet.model.official_names import StateDict
 from mapet.objectives import build_task

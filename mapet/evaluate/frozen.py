@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.checked import check_fields
 from mapet.config import Count, CountOrNone, PositiveRate, Seed
 from mapet.data.cache import TokenCache
-from mapet.data.images import fingerprint_of, open_source
+from mapet.data.images import ImageSource, fingerprint_of, open_source
 from mapet.data.manifest import MANIFEST
 from mapet.errors import CheckpointError, ConfigError, DataError
 from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
@@ -173,41 +173,31 @@ def _measured(
     return scores
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """A labelled set; `view(ids)` are some of its images."""
-
-    name: str
-    labels: np.ndarray
-    classes: Sequence[str]
-    view: Callable[[np.ndarray], Images]
-
-
-def open_labelled(spec: str, size: int) -> LabelledImages:
+def open_labelled(spec: str) -> ImageSource | TokenCache:
     """A labelled folder, built-in set or token cache.
 
     DataError where there are no labels, or for a folder of several parts of a set: a probe must not train on what it is
     tested on.
     """
-    if (Path(spec) / MANIFEST).is_file():
-        source = TokenCache.open(spec)
-        view = functools.partial(CacheImages, source)
-    else:
-        source = open_source(spec)
-        parts = getattr(source, "parts", ())
-        if len(parts) > 1:
-            train, test, *_ = (shlex.quote(str(Path(spec) / part)) for part in parts)
-            raise DataError(
-                f"{spec} holds the parts of a set ({', '.join(parts)}), which would be mixed: give "
-                f"--images {train} --test-images {test}"
-            )
-        view = functools.partial(SourceImages, source, size)
-    if source.labels is None or source.classes is None:
+    images = TokenCache.open(spec) if (Path(spec) / MANIFEST).is_file() else open_source(spec)
+    parts = getattr(images, "parts", ())
+    if len(parts) > 1:
+        train, test, *_ = (shlex.quote(str(Path(spec) / part)) for part in parts)
+        raise DataError(
+            f"{spec} holds the parts of a set ({', '.join(parts)}), which would be mixed: give "
+            f"--images {train} --test-images {test}"
+        )
+    if images.labels is None or images.classes is None:
         raise DataError(
             f"{spec} has no labels, and a probe needs them: put the images of each class into a sub-folder of its own, "
             f"{spec}/CLASS/IMAGE, and no image beside them"
         )
-    return LabelledImages(spec, source.labels, source.classes, view)
+    return images
+
+
+def some_of(images: ImageSource | TokenCache, ids: np.ndarray, size: int) -> Images:
+    """Some images of a set, for a model of this image size."""
+    return CacheImages(images, ids) if isinstance(images, TokenCache) else SourceImages(images, size, ids)
 
 
 def probe_checkpoint(
@@ -232,29 +222,34 @@ def probe_checkpoint(
         batch_size: images of a forward pass.
     """
     model = load_model(checkpoint, ema=ema).to(device)
-    given = open_labelled(images, model.patch_embed.img_size[0])
+    train, size = open_labelled(images), model.patch_embed.img_size[0]
     if test_images is None:
-        test, test_labels = given, given.labels
-        train_ids, test_ids = split(given.labels, test_fraction=test_fraction, seed=config.seed, classes=given.classes)
+        ids = split(train.labels, test_fraction=test_fraction, seed=config.seed, classes=train.classes)
+        data = [part for some in ids for part in (some_of(train, some, size), train.labels[some])]
     else:
-        test = open_labelled(test_images, model.patch_embed.img_size[0])
-        test_labels = renumbered(test, given)
-        train_ids, test_ids = np.arange(len(given.labels)), np.arange(len(test_labels))
-    networks = {str(checkpoint): model}
-    if baselines:
-        networks["random initialisation"] = random_like(model, config.seed).to(device)
+        test = open_labelled(test_images)
+        data = [some_of(train, np.arange(len(train)), size), train.labels]
+        data += [some_of(test, np.arange(len(test)), size), _renumbered(test, train.classes, test_images, images)]
     layers = "all" if "linear" in config.methods else "last"
-    kinds = {
-        name: (kept_features(features, network, layers=layers, batch_size=batch_size), config)
-        for name, network in networks.items()
-    }
+    kept = functools.partial(kept_features, features, layers=layers, batch_size=batch_size)
+    kinds = {str(checkpoint): (kept(model), config)}
     if baselines:
+        kinds["random initialisation"] = kept(random_like(model, config.seed).to(device)), config
         kinds["raw pixels"] = pixel_features, dataclasses.replace(config, augment_views=0)
-    data = (given.view(train_ids), given.labels[train_ids], test.view(test_ids), test_labels[test_ids])
     return {
-        name: evaluate(extract, *data, config=measured, classes=given.classes, device=device)
+        name: evaluate(extract, *data, config=measured, classes=train.classes, device=device)
         for name, (extract, measured) in kinds.items()
     }
+
+
+def _renumbered(test: ImageSource | TokenCache, classes: Sequence[str], name: str, trained_on: str) -> np.ndarray:
+    """The test labels, by class name, in the numbers of the training images. DataError for a class unknown there."""
+    number = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in test.classes if name not in number]:
+        raise DataError(
+            f"{name} has classes that {trained_on} has not: {', '.join(unknown[:8])}; they are matched by name"
+        )
+    return np.array([number[name] for name in test.classes], dtype=np.int64)[test.labels]
 
 
 def load_model(path: Path, *, ema: bool = False) -> VisionTransformer:
@@ -290,13 +285,3 @@ def _described(images: Images) -> list[str]:
     if isinstance(images, CacheImages):
         return [repr(images.cache.manifest.files), *map(str, images.ids)]
     return [images.source.fingerprint(), str(images.size), *map(str, images.ids)]
-
-
-def renumbered(test: LabelledImages, images: LabelledImages) -> np.ndarray:
-    """The test labels, by class name, in the numbers of the training images. DataError for a class unknown there."""
-    number = {name: i for i, name in enumerate(images.classes)}
-    if unknown := [name for name in test.classes if name not in number]:
-        raise DataError(
-            f"{test.name} has classes that {images.name} has not: {', '.join(unknown[:8])}; they are matched by name"
-        )
-    return np.array([number[name] for name in test.classes], dtype=np.int64)[test.labels]

@@ -27,7 +27,7 @@ from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
 from mapet.files import read_json, tensors_metadata, write_whole
 from mapet.folders import EXPORT, PRODUCER, Staging
-from mapet.model.official_names import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
+from mapet.model.official_names import StateDict, backbone, fuse_qkv, has_layer_scale, infer_model_config, split_qkv
 from mapet.model.streams import StreamLayout
 from mapet.model.timm_folder import CONFIG, WEIGHTS
 from mapet.model.vit import MaskedTokenViT
@@ -45,7 +45,6 @@ class ExportReport:
     """What was written, and how far timm's forward is from that of the pre-training network."""
 
     folder: Path
-    architecture: str
     parameters: int
     largest_difference: float
     """Relative to the largest feature; below `TOLERANCE`."""
@@ -81,22 +80,13 @@ def from_timm(vit: VisionTransformer) -> tuple[ModelConfig, StateDict]:
     A timm model with parts that MaPeT's transformer lacks (registers, rotary positions, ...) is a CheckpointError that
     names them.
     """
-    (height, width), (patch, _) = vit.patch_embed.img_size, vit.patch_embed.patch_size
+    height, width = vit.patch_embed.img_size
     if height != width:
         raise ConfigError(f"the model takes images of {height} x {width} pixels; mapet's models take squares")
-    first = vit.blocks[0]
-    model = ModelConfig(
-        image_size=height,
-        patch_size=patch,
-        width=vit.embed_dim,
-        depth=len(vit.blocks),
-        heads=first.attn.num_heads,
-        mlp_ratio=first.mlp.fc1.out_features / vit.embed_dim,
-        class_token=vit.cls_token is not None,
-        layer_scale=ModelConfig.layer_scale if hasattr(first.ls1, "gamma") else 0.0,
-        norm_eps=first.norm1.eps,
-    )
-    return model, backbone(model, split_qkv(vit.state_dict()))
+    weights, first = split_qkv(vit.state_dict()), vit.blocks[0]
+    model = infer_model_config(weights, head_size=vit.embed_dim // first.attn.num_heads)
+    model = replace(model, image_size=height, norm_eps=first.norm1.eps)
+    return model, backbone(model, weights)
 
 
 def export(
@@ -130,7 +120,6 @@ def export(
         raise MapetError(f"could not write the export {folder}: {reason}; nothing was changed there") from error
     return ExportReport(
         folder=folder,
-        architecture=config["architecture"],
         parameters=sum(t.numel() for t in weights.values()),
         largest_difference=difference,
         dropped=tuple(n for n in state_dict if n not in weights),

@@ -26,6 +26,8 @@ PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")
 """Tensors that pre-training needs and a vision transformer for other tasks does not."""
 OFFICIAL_HEAD_SIZE = 64
 """Width of one attention head in every released model."""
+SHOWN = 8
+"""Names in an error, at most."""
 
 
 def pretraining_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -57,20 +59,19 @@ def backbone(model: ModelConfig, state_dict: StateDict) -> StateDict:
     """
     expected = backbone_shapes(model, state_dict)
     kept = {name: tensor for name, tensor in state_dict.items() if name not in PRETRAINING_ONLY}
-    problems = [
-        _listing("missing", [name for name in expected if name not in kept]),
-        _listing("not used by this model", [name for name in kept if name not in expected]),
-        _listing(
-            "of another shape",
-            [
-                f"{name} is {tuple(kept[name].shape)}, must be {shape}"
-                for name, shape in expected.items()
-                if name in kept and tuple(kept[name].shape) != shape
-            ],
-        ),
-        _listing("with NaN or infinity", [n for n, t in kept.items() if not bool(torch.isfinite(t).all())]),
-    ]
-    if found := [problem for problem in problems if problem]:
+    both = [name for name in expected if name in kept]
+    shapes = {name: tuple(kept[name].shape) for name in both}
+    problems = {
+        "missing": [name for name in expected if name not in kept],
+        "not used by this model": [name for name in kept if name not in expected],
+        "of another shape": [f"{n} is {shapes[n]}, must be {expected[n]}" for n in both if shapes[n] != expected[n]],
+        "with NaN or infinity": [name for name, tensor in kept.items() if not bool(torch.isfinite(tensor).all())],
+    }
+    found = []
+    for what, names in problems.items():
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        found += [f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
+    if found:
         raise CheckpointError(f"these weights do not fit the model {model}: {'; '.join(found)}")
     return {name: kept[name].detach().to("cpu", torch.float32) for name in expected}
 
@@ -78,13 +79,6 @@ def backbone(model: ModelConfig, state_dict: StateDict) -> StateDict:
 def has_layer_scale(state_dict: StateDict) -> bool:
     """Whether the blocks scale their branches by learned `gamma` vectors; every official model does."""
     return any(name.endswith(".ls1.gamma") for name in state_dict)
-
-
-def _listing(what: str, names: list[str], limit: int = 8) -> str:
-    if not names:
-        return ""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} {what}: {', '.join(names[:limit])}{rest}"
 
 
 def fuse_qkv(state_dict: StateDict) -> StateDict:
