@@ -21,7 +21,6 @@ from mapet_kernels.launch import AssignConfig
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 POINTERS = AssignConfig(32, 16, 32, warps=4, stages=2, descriptors=False, capacity=4)
 DESCRIPTORS = AssignConfig(32, 32, 16, warps=4, stages=2, descriptors=True, capacity=2)
 
