@@ -158,6 +158,11 @@ class Assign:
         return self.way not in ("reference", "gpu")
 
     @property
+    def rounding(self) -> float:
+        """Of float32 distances, relative."""
+        return 2.0**-22 if self.is_kernel else 2.0**-19
+
+    @property
     def backend(self) -> str:
         """What is asked for."""
         return {"emulated": "cuda", "interpreted": "triton", "gpu": "auto", "gpu cuda": "cuda"}.get(self.way, self.way)
