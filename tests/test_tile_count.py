@@ -1,4 +1,4 @@
-"""bench/tile_count.py: tiles and masks, against hand counts and the visible pairs (of kernels: triton_tile_cases.py)."""
+"""bench/tile_count.py: tiles and masks, against hand counts and visible pairs (and kernels: triton_tile_cases.py)."""
 
 from __future__ import annotations
 
