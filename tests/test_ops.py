@@ -30,18 +30,16 @@ from op_checks import (
 from mapet_kernels.backends import INTERPRETED
 from mapet_kernels.registry import REGISTRY, OpSpec
 
-SMALL, TINY, TINIEST = 2e7, 2e6, 4.2e5
-"""FLOP of shapes that are tried in more than one way; of the interpreter in every dtype; in more than one way."""
-
-
-def can_shrink(spec: OpSpec, shape: str) -> bool:
-    return hasattr(spec.shapes[shape], "heads")
+SMALL, TINY = 2e7, 2e6
+"""FLOP of shapes that are tried in more than one way, and in the interpreter at all; there in more than one dtype."""
+TINIEST = {torch.float32: 4.2e5, torch.float64: 2e5}
+"""There in more than one way, by the dtype of that."""
 
 
 def backends(spec: OpSpec, shape: str) -> tuple[str, ...]:
     """Those that run in this process on CPU tensors."""
-    if INTERPRETED:  # where other large shapes than those of one head are too slow
-        return ("triton",) * ("triton" in spec.gpu_backends and (flop(spec, shape) < SMALL or can_shrink(spec, shape)))
+    if INTERPRETED:
+        return ("triton",) * ("triton" in spec.gpu_backends and flop(spec, shape) < SMALL)
     stood_in = ("flash",) * ("flash" in spec.gpu_backends)
     return (*spec.backends, *stood_in, *("cuda",) * (spec.name in emulation.EMULATED))
 
@@ -62,7 +60,7 @@ def cases(specs: list[OpSpec] | None = None, *, dtype: torch.dtype | None = None
         for spec in specs or REGISTRY.values()
         if spec.differentiable or not gradients
         for shape in spec.shapes
-        if dtype is None or flop(spec, shape) < (TINIEST if INTERPRETED else SMALL)
+        if dtype is None or flop(spec, shape) < (TINIEST[dtype] if INTERPRETED else SMALL)
         for backend in backends(spec, shape)
         if dtype is None or backend == "triton" or dtype in dtypes(spec, backend, shape)
         for of in ([(x,) for x in dtypes(spec, backend, shape)] if dtype is None else [()])
@@ -71,8 +69,8 @@ def cases(specs: list[OpSpec] | None = None, *, dtype: torch.dtype | None = None
 
 def given(spec: OpSpec, shape: str, backend: str, **changes: int) -> Any:
     """The shape; in the interpreter, which is slow, with changes to what has heads."""
-    shrinks = backend == "triton" and can_shrink(spec, shape)
-    return dataclasses.replace(spec.shapes[shape], **changes) if shrinks else spec.shapes[shape]
+    found = spec.shapes[shape]
+    return dataclasses.replace(found, **changes) if backend == "triton" and hasattr(found, "heads") else found
 
 
 def on(spec: OpSpec, backend: str) -> Any:
