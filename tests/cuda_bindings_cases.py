@@ -34,7 +34,7 @@ def check_small(name: str, dtype: torch.dtype) -> None:
         if flop(spec, shape) > MOST_FLOP:
             continue
         case = spec.make_case(spec.shapes[shape], dtype)
-        results = check(spec, case, dtype)
+        results = check(spec, case, dtype, rounding=2)
         if name == "kmeans_assign":
             _, fast = spec.function(**case.inputs, **case.options, exact=False)
             assert torch.all(fast <= 1.05 * results[1])

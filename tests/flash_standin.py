@@ -128,8 +128,8 @@ KINDS = {
 }  # fmt: skip
 
 
-def flash_attn(version: str, log: list[dict]) -> SimpleNamespace:
-    """flash_attn_interface as a version has it; `log` gets the arguments of each call by name."""
+def flash_attn(version: str, log: list[dict], signatures: tuple[str, str] | None = None) -> SimpleNamespace:
+    """flash_attn_interface as a version has it, or with others' arguments; `log` gets those of each call by name."""
 
     def window_of(given: dict) -> Window:
         left, right = given.get("window_size") or (given["window_size_left"], given["window_size_right"])
@@ -169,7 +169,7 @@ def flash_attn(version: str, log: list[dict]) -> SimpleNamespace:
         return torch.library.custom_op(f"mapet_test_flash::{name}", call, mutates_args=changed, schema=schema)
 
     ways = zip(
-        ("_flash_attn_forward", "_flash_attn_backward"), SIGNATURES[version], (run_forward, run_backward),
+        ("_flash_attn_forward", "_flash_attn_backward"), signatures or SIGNATURES[version], (run_forward, run_backward),
         ("(Tensor, Tensor, Tensor, Tensor)", "Tensor"), strict=True,
     )  # fmt: skip
     return SimpleNamespace(**{name: function(name, *way) for name, *way in ways})

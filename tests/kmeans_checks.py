@@ -21,7 +21,6 @@ from mapet_kernels.launch import AssignConfig
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 POINTERS = AssignConfig(32, 16, 32, warps=4, stages=2, descriptors=False, capacity=4)
 DESCRIPTORS = AssignConfig(32, 32, 16, warps=4, stages=2, descriptors=True, capacity=2)
 
@@ -157,6 +156,11 @@ class Assign:
     def is_kernel(self) -> bool:
         """Whether 16-bit products with a bound decide, which take no float64."""
         return self.way not in ("reference", "gpu")
+
+    @property
+    def rounding(self) -> float:
+        """Of float32 distances, relative."""
+        return 2.0**-22 if self.is_kernel else 2.0**-19
 
     @property
     def backend(self) -> str:

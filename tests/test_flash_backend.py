@@ -37,7 +37,7 @@ from mapet_kernels.two_stream_attention.problem import Problem
 from mapet_kernels.visibility import two_stream_visibility
 
 SPEC = REGISTRY["two_stream_attention"]
-H100 = Machine("cuda", capability=(9, 0))
+H100, T4 = (Machine("cuda", capability=numbers) for numbers in ((9, 0), (7, 5)))
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def random_shape(draw: random.Random) -> TwoStreamShape:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_two_hundred_random_shapes(standin, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_a_hundred_random_shapes(standin, seed: int) -> None:
     draw = random.Random(seed)
     for number in range(50):
         assert_equals_reference(random_shape(draw), seed=number)
@@ -256,26 +256,13 @@ def test_flash_attn_of_every_signature(use, version: str) -> None:
 
 
 def test_an_unknown_flash_attn_is_refused_with_its_arguments() -> None:
-    known = flash_standin.flash_attn("2.6", [])
-
-    class Old:
-        _flash_attn_forward = staticmethod(known._flash_attn_forward)
-
-        @staticmethod
-        def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal):
-            pass
-
-    class New:
-        _flash_attn_backward = staticmethod(known._flash_attn_backward)
-
-        @staticmethod
-        def _flash_attn_forward(q, k, v, softmax_scale, window_size, sink):
-            pass
-
+    forward, backward = flash_standin.SIGNATURES["2.6"]
+    old = flash_standin.flash_attn("2.6", [], (forward, f"{flash_standin.GRADIENTS} dq dk dv softmax_scale causal"))
     with pytest.raises(ImportError, match=r"_flash_attn_backward lacks deterministic, window_size$"):
-        flash_attn_provider(Old, "2.3")
+        flash_attn_provider(old, "2.3")
+    new = flash_standin.flash_attn("2.6", [], ("q k v softmax_scale window_size sink", backward))
     with pytest.raises(ImportError, match=r"an unknown version: _flash_attn_forward wants sink"):
-        flash_attn_provider(New, "9.9")
+        flash_attn_provider(new, "9.9")
 
 
 def test_torch_operators_get_their_arguments_and_give_the_documented_shapes(monkeypatch) -> None:

@@ -38,16 +38,6 @@ sys.modules["torch"] = types.SimpleNamespace(
 """Opens every toy file of tests."""
 
 
-def run_pytest(folder: Path, source: str, *arguments: str, timeout: float = 120) -> tuple[str, str]:
-    """(output, what --keep-failures kept) of the tests of a source in a process of their own."""
-    (folder / "test_toy.py").write_text(BREAKING_DEVICE + source)
-    process = subprocess.run(
-        command(folder, *arguments), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
-    kept = folder / "logs" / "failures.txt"
-    return process.stdout + process.stderr, kept.read_text() if kept.exists() else ""
-
-
 def command(folder: Path, *arguments: str) -> list[str]:
     plugins = ["-p", "gpu_session", "-p", "no:cacheprovider", "--rootdir", str(folder), "-W", "ignore"]
     kept = ["--keep-failures", str(folder / "logs" / "failures.txt")]
@@ -65,54 +55,72 @@ FIRST_BREAKS = """
 def test_1_breaks():
     break_device()
     assert False, "wrong numbers"
-
-def test_2_is_innocent():
-    synchronize()
 """
-BREAKS_UNNOTICED = """
-def test_1_breaks_unnoticed():
-    break_device()
+TOYS = {
+    "after the context died tests are skipped by the name of the one that killed it": (
+        FIRST_BREAKS + "def test_2_is_innocent(): synchronize()",
+        ("1 failed, 1 skipped", r"SKIPPED .* the CUDA context died in .*test_toy.py::test_1_breaks\b"),
+        ("assert False", "wrong numbers", "illegal memory access"),
+    ),
+    "an error that only the device knows is charged to its test": (
+        "def test_1_breaks_unnoticed(): break_device()\ndef test_2_is_innocent(): synchronize()",
+        ("1 failed, 1 skipped", "test_1_breaks_unnoticed FAILED"),
+        ("the device reports, after the test: RuntimeError: CUDA error: an illegal memory access",),
+    ),
+    "a crash keeps earlier failures and the stack": (
+        'def test_1_fails(): assert 1 + 1 == 3, "said before"\ndef test_2_crashes(): ctypes.string_at(0)',
+        ("test_1_fails FAILED",),
+        ("said before", r"test_1_fails failed \(call\)", "Segmentation fault", "in test_2_crashes"),
+    ),
+    "no test starts when the time is over": (
+        """
+def test_1_takes_long(request):
+    request.config.pluginmanager.get_plugin("gpu-session").stop_at = time.time() - 1
 
-def test_2_is_innocent():
-    synchronize()
-"""
+def test_2_is_late(): pass
+""",
+        ("1 passed, 1 skipped", "not started: the time of the run was over"),
+        (),
+        *("--stop-after", "1000"),
+    ),
+    "a fresh worker takes the tests that are left": (
+        FIRST_BREAKS + "".join(f"def test_{i}_is_innocent(): synchronize()\n" for i in range(2, 9)),
+        ("7 passed", "replacing crashed worker"),
+        ("wrong numbers", "crashed while running"),
+        *("-n", "1", "--dist", "worksteal"),
+    ),
+    "a worker that hangs ends and the run with it": (
+        """
+def test_1_fails(): assert False, "early"
+def test_2_hangs(): time.sleep(600)
+def test_3_is_late(): pass
+""",
+        ("2 failed, 1 skipped", "early"),
+        ("test_2_hangs still ran 2 s after the end of the run", "in test_2_hangs"),
+        *("-n", "1", "--stop-after", "10"),
+    ),
+}
+"""A source, what the run prints and what --keep-failures keeps, and options."""
 
 
-def test_after_the_context_died_tests_are_skipped_by_the_name_of_the_one_that_killed_it(tmp_path: Path) -> None:
-    output, kept = run_pytest(tmp_path, FIRST_BREAKS)
-    assert "1 failed, 1 skipped" in output
-    assert re.search(r"SKIPPED .* the CUDA context died in .*test_toy.py::test_1_breaks\b", output)
-    assert "assert False" in kept and "wrong numbers" in kept and "illegal memory access" in kept
-
-
-def test_an_error_that_only_the_device_knows_is_charged_to_its_test(tmp_path: Path) -> None:
-    output, kept = run_pytest(tmp_path, BREAKS_UNNOTICED)
-    assert "1 failed, 1 skipped" in output and "test_1_breaks_unnoticed FAILED" in output
-    assert "the device reports, after the test: RuntimeError: CUDA error: an illegal memory access" in kept
-
-
-def test_a_fresh_worker_takes_the_tests_that_are_left(tmp_path: Path) -> None:
-    pytest.importorskip("xdist")
-    others = "".join(f"\ndef test_{i}_is_innocent():\n    synchronize()\n" for i in range(3, 9))
-    output, kept = run_pytest(tmp_path, FIRST_BREAKS + others, "-n", "1", "--dist", "worksteal")
-    assert "7 passed" in output and "replacing crashed worker" in output
-    failed = set(re.findall(r"^FAILED \S*::(\w+)", output, re.MULTILINE))
-    assert failed == {"test_1_breaks"}
-    assert "wrong numbers" in kept and "crashed while running" in kept
-
-
-def test_a_crash_keeps_earlier_failures_and_the_stack(tmp_path: Path) -> None:
-    source = """
-def test_1_fails():
-    assert 1 + 1 == 3, "said before the crash"
-
-def test_2_crashes():
-    ctypes.string_at(0)
-"""
-    output, kept = run_pytest(tmp_path, source)
-    assert "said before the crash" not in output, "the crash takes pytest's own summary along"
-    assert "said before the crash" in kept and "test_1_fails failed (call)" in kept
-    assert "Segmentation fault" in kept and "in test_2_crashes" in kept
+@pytest.mark.parametrize("toy", [pytest.param(x, marks=pytest.mark.long) if "hangs" in x else x for x in TOYS])
+def test_a_run_whose_device_breaks(tmp_path: Path, toy: str) -> None:
+    """Each in a process of its own."""
+    source, printed, keeps, *options = TOYS[toy]
+    if "-n" in options:
+        pytest.importorskip("xdist")
+        (tmp_path / "conftest.py").write_text("import gpu_session\ngpu_session.GRACE = 2.0\n")
+    (tmp_path / "test_toy.py").write_text(BREAKING_DEVICE + source)
+    arguments = command(tmp_path, *options)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    log = tmp_path / "logs" / "failures.txt"
+    output, kept = done.stdout + done.stderr, log.read_text() if log.exists() else ""
+    assert all(re.search(text, output) for text in printed), output
+    assert all(re.search(text, kept) for text in keeps) and (keeps or not kept), kept
+    if "crash keeps" in toy:
+        assert "said before" not in output, "the crash takes pytest's own summary along"
+    if "fresh worker" in toy:
+        assert set(re.findall(r"^FAILED \S*::(\w+)", output, re.MULTILINE)) == {"test_1_breaks"}
 
 
 def test_a_run_killed_at_its_limit_keeps_what_failed_until_then(tmp_path: Path) -> None:
@@ -131,38 +139,6 @@ def test_a_run_killed_at_its_limit_keeps_what_failed_until_then(tmp_path: Path) 
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert "test_1_fails failed (call)" in kept.read_text()
-
-
-def test_no_test_starts_when_the_time_is_over(tmp_path: Path) -> None:
-    source = """
-def test_1_takes_long(request):
-    request.config.pluginmanager.get_plugin("gpu-session").stop_at = time.time() - 1
-
-def test_2_is_late():
-    pass
-"""
-    output, kept = run_pytest(tmp_path, source, "--stop-after", "1000")
-    assert "1 passed, 1 skipped" in output and "not started: the time of the run was over" in output
-    assert not kept
-
-
-@pytest.mark.long
-def test_a_worker_that_hangs_ends_and_the_run_with_it(tmp_path: Path) -> None:
-    pytest.importorskip("xdist")
-    (tmp_path / "conftest.py").write_text("import gpu_session\ngpu_session.GRACE = 2.0\n")
-    source = """
-def test_1_fails():
-    assert False, "early"
-
-def test_2_hangs():
-    time.sleep(600)
-
-def test_3_is_late():
-    pass
-"""
-    output, kept = run_pytest(tmp_path, source, "-n", "1", "--stop-after", "10")
-    assert "2 failed, 1 skipped" in output and "early" in output
-    assert "test_2_hangs still ran 2 s after the end of the run" in kept and "in test_2_hangs" in kept
 
 
 def gpu_files() -> list[str]:

@@ -1,12 +1,6 @@
-"""Tiles of the k-means score kernel: chosen within a device's shared memory, and what compiled kernels take of it."""
+"""Tiles of the k-means score kernel: chosen within a device's shared memory."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,28 +9,8 @@ from mapet_kernels import launch, triton_launch
 from mapet_kernels.kmeans_assign import passes
 from mapet_kernels.launch import TARGETS, Target
 
-ROOT = Path(__file__).parent.parent
 HOPPER_OF_99 = Target(90, 99 * 1024)
 """No such GPU: wgmma, with as little shared memory as a consumer card."""
-
-COMPILE = """
-import json, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from bench.aot_compile import source
-from mapet_kernels import launch
-from mapet_kernels.kmeans_assign import triton_backend as assign
-
-for architecture, shared_memory, features, exact in json.loads(sys.argv[1]):
-    config = launch.kmeans_assign_scores(features, exact, launch.Target(architecture, shared_memory))
-    x, centroids = torch.empty(1, 2048, features, dtype=torch.float16), torch.empty(1, 8192, features)
-    _, prepared = assign.centroids_launch(centroids, x.dtype, True, config)
-    _, rows = assign.rows_launch(x, prepared, True, exact, config)
-    part, _ = assign.scores_launch(rows, prepared, 2048, exact, config, 100)
-    options = {name: part.constants[name] for name in ("num_warps", "num_stages")}
-    compiled = triton.compile(source(part), target=GPUTarget("cuda", architecture, 32), options=options)
-    print(json.dumps([compiled.metadata.shared, launch.kmeans_assign_bytes(config)]))
-"""
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
@@ -72,25 +46,6 @@ def test_the_device_itself_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = pytest.importorskip("mapet_kernels.kmeans_assign.triton_backend")
     config = backend._config(4096, True, torch.device("cuda", 0))
     assert not config.descriptors and launch.kmeans_assign_bytes(config) <= 101_376
-
-
-def test_compiled_kernels_take_no_more_shared_memory_than_was_counted() -> None:
-    """For 9.0, 8.6 and 12.0, and for a Hopper with 99 KiB."""
-    pytest.importorskip("triton")
-    targets = [*(TARGETS[number] for number in (86, 90, 120)), HOPPER_OF_99]
-    jobs = [
-        (t.architecture, t.shared_memory, features, exact)
-        for t in targets
-        for features, exact in ((64, False), (4096, True), (4096, False))
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    taken = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(taken) == len(jobs)
-    for (_, limit, _, _), (shared, counted) in zip(jobs, taken, strict=True):
-        assert shared <= counted <= limit
 
 
 def test_passes_hold_no_more_rows_than_can_be_counted() -> None:

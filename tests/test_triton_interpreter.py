@@ -21,7 +21,7 @@ JOBS = {
     "attention, random": ("triton_cases.py", "-k", "random or rules or long"),
     "attention": ("triton_cases.py", "-k", "not (random or rules or long)"),
     "kmeans": ("test_kmeans.py", "triton_kmeans_cases.py", "-k", "interpreted or triton_kmeans_cases"),
-    "embed, model": ("test_cuda_embed.py", "triton_model_cases.py"),
+    "embed, model, tiles": ("test_cuda_embed.py", "triton_model_cases.py", "triton_tile_cases.py"),
 }
 
 

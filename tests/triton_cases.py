@@ -62,6 +62,7 @@ def test_head_sizes(size: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "shape"),
     [
+        (TWO, TwoStreamShape(197, 50, 1, 1, size=64)),
         (TWO, TwoStreamShape(1025, 980, 1, 1, size=16, with_content=False)),
         (TWO, TwoStreamShape(2048, 2040, 1, 1, size=16, with_content=False)),
         *(
@@ -72,7 +73,7 @@ def test_head_sizes(size: int) -> None:
     ids=lambda x: x.name if isinstance(x, OpSpec) else "",
 )
 def test_long_sequences(spec: OpSpec, shape) -> None:
-    """512-pixel images and beyond in the last block, and rules; the tiles of the launch table."""
+    """ViT's, 512-pixel images and beyond in the last block, and rules; the tiles of the launch table."""
     check_poisoned(spec, shape, torch.float16)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -209,24 +208,6 @@ def exact_sums(x: Tensor, ids: Tensor, clusters: int) -> Tensor:
     return torch.zeros(clusters, x.shape[1], dtype=torch.float64).index_add_(0, ids, x.double())
 
 
-UPDATE_SHAPES = [(1, 1, 1), (97, 41, 13), (11, 64, 33), (203, 2, 7), (160, 1, 130), (0, 3, 4), (129, 3, 1)]
-
-
-@pytest.mark.parametrize(("n", "clusters", "features"), UPDATE_SHAPES)
-def test_update_is_the_float64_sum_rounded_once(
-    monkeypatch: pytest.MonkeyPatch, n: int, clusters: int, features: int
-) -> None:
-    monkeypatch.setattr(update_backend, "PIECE", 32)
-    for dtype in (torch.float16, torch.float32, torch.float64):
-        x = (randn(n, features) + 100).to(dtype)
-        ids = torch.randint(0, clusters, (n,), generator=torch.Generator().manual_seed(n))
-        sums, counts = kmeans_update(x, ids, clusters, backend="triton")
-        assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        rounding = 2.0**-45 if dtype == torch.float64 else 2.0**-24
-        torch.testing.assert_close(sums.double(), exact_sums(x, ids, clusters), rtol=1.01 * rounding, atol=0)
-        assert torch.equal(counts, ids.bincount(minlength=clusters))
-
-
 def test_update_of_ids_that_nobody_checked_stays_within_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids out of range are in no sum; the others are summed as ever."""
     monkeypatch.setattr(update_backend, "PIECE", 8)
@@ -236,36 +217,6 @@ def test_update_of_ids_that_nobody_checked_stays_within_the_buffers(monkeypatch:
     sums, counts = kmeans_update(x, given, 3, check_ids=False, backend="triton")
     torch.testing.assert_close(sums.double(), exact_sums(x[:100], ids, 3), rtol=1e-6, atol=1e-6)
     assert torch.equal(counts, ids.bincount(minlength=3))
-
-
-def test_update_gives_the_same_bits_every_time_and_for_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update_backend, "PIECE", 16)
-    x, ids = randn(150, 40), torch.randint(0, 3, (150,), generator=torch.Generator().manual_seed(1))
-    first = kmeans_update(x, ids, 3, backend="triton")[0]
-    for other in (x, x.T.contiguous().T, torch.stack([x, x], dim=2).flatten(1)[:, ::2]):
-        assert torch.equal(kmeans_update(other, ids, 3, backend="triton")[0], first)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_update_of_random_clusters_in_chunks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Skewed cluster sizes, pieces that end anywhere: sums of chunks, added in place, are those of the whole."""
-    choose = random.Random(seed)
-    monkeypatch.setattr(update_backend, "PIECE", choose.choice((1, 2, 5, 16)))
-    monkeypatch.setattr(update_backend, "STEP", choose.choice((1, 4, 16)))
-    n, clusters, features = choose.randint(1, 90), choose.randint(1, 9), choose.choice((1, 5, 17))
-    generator = torch.Generator().manual_seed(seed)
-    ids = (torch.rand(n, generator=generator) ** 3 * clusters).long()
-    x = randn(n, features, seed=seed)
-    truth = exact_sums(x, ids, clusters)
-    torch.testing.assert_close(
-        kmeans_update(x, ids, clusters, backend="triton")[0], truth.float(), rtol=2e-7, atol=1e-7
-    )
-    out = torch.zeros(clusters, features, dtype=torch.float64), torch.zeros(clusters, dtype=torch.int64)
-    for start in range(0, n, 23):
-        few = slice(start, start + 23)
-        assert kmeans_update(x[few], ids[few], clusters, out=out, backend="triton") is out
-    torch.testing.assert_close(out[0], truth, rtol=1e-13, atol=1e-13)
-    assert torch.equal(out[1], ids.bincount(minlength=clusters))
 
 
 def test_opcheck_of_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The tile counts of bench/tile_count.py beside the kernels in Triton's interpreter; run by test_tile_count.py."""
+"""The tile counts of bench/tile_count.py beside the kernels in the interpreter; run by test_triton_interpreter.py."""
 
 from __future__ import annotations
 
