@@ -27,14 +27,14 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, these included unless `open_low`, `open_high`; None for no limit."""
+    """Numbers from `low` to `high`, these included unless `open_low`, `open_high`; None for no upper limit."""
 
-    low: float | None = None
+    low: float
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
     absurd_above: bool = False
-    """Whether `high` only keeps out absurd values: an error then names the limit that was passed, not both."""
+    """Whether `high` only keeps out absurd values, which nobody has to be told of before."""
 
     def __contains__(self, value: float) -> bool:
         return self._high_enough(value) and (
@@ -43,21 +43,17 @@ class Range:
 
     def allowed_near(self, value: float) -> str:
         """What would be allowed, for a value that is not."""
-        if not self.absurd_above:
-            return str(self)
-        return f"at most {self.high}" if self._high_enough(value) else str(Range(self.low, open_low=self.open_low))
+        return f"at most {self.high}" if self.absurd_above and self._high_enough(value) else str(self)
 
     def _high_enough(self, value: float) -> bool:
-        return self.low is None or value > self.low or (value == self.low and not self.open_low)
+        return value > self.low or (value == self.low and not self.open_low)
 
     def __str__(self) -> str:
-        if self.high is None:
-            if self.low == 0:
-                return "positive" if self.open_low else "not negative"
-            return f"above {self.low}" if self.open_low else f"at least {self.low}"
-        if self.low is None:
-            return f"below {self.high}" if self.open_high else f"at most {self.high}"
-        return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+        if self.high is not None and not self.absurd_above:
+            return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+        if self.low == 0:
+            return "positive" if self.open_low else "not negative"
+        return f"above {self.low}" if self.open_low else f"at least {self.low}"
 
 
 def at_least(low: float, most: float | None = None) -> Range:
@@ -81,7 +77,7 @@ SEED = Range(0, 2**63 - 1)
 
 def check_fields(values: Any, prefix: str = "") -> None:
     """FieldError unless every field of a dataclass fits its annotation; `prefix` goes before its name in the text."""
-    for name, hint in _hints(type(values)).items():
+    for name, hint in hints(type(values)).items():
         check(hint, getattr(values, name), f"{prefix}{name}")
 
 
@@ -128,11 +124,10 @@ def conform(hint: Any, value: Any, name: str) -> Any:
 
 def _plain(kind: Any, value: Any, name: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, int) and abs(value) > 2**1023:
-            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")
-        return float(value)
+        with suppress(OverflowError):
+            if math.isfinite(value):
+                return float(value)
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
     if kind is Path and isinstance(value, str | os.PathLike):
         if "\0" in os.fspath(value):
             raise ValueError(f"{name} must not hold a NUL, got {shown(value)}")
@@ -164,8 +159,9 @@ def _sequence(origin: type, kinds: tuple[Any, ...], value: Any, name: str) -> An
     if origin is tuple and (len(kinds) != 2 or kinds[1] is not Ellipsis):
         if len(kinds) != len(value):
             raise ValueError(f"{name} must have {len(kinds)} entries, got {len(value)}")
-        return tuple(conform(kind, part, f"{name}[{i}]") for i, (kind, part) in enumerate(zip(kinds, value)))  # noqa: B905
-    return origin(conform(kinds[0], part, f"{name}[{i}]") for i, part in enumerate(value))
+    else:
+        kinds = kinds[:1] * len(value)
+    return origin(conform(kind, part, f"{name}[{i}]") for i, (kind, part) in enumerate(zip(kinds, value, strict=True)))
 
 
 def environment_number(name: str, default: int | None = 1) -> int:
@@ -180,13 +176,13 @@ def environment_number(name: str, default: int | None = 1) -> int:
 def _build(kind: type, values: Any, name: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be a mapping, got {shown(values)}")
-    hints = _hints(kind)
-    if unknown := [key for key in values if key not in hints]:
+    kinds = hints(kind)
+    if unknown := [key for key in values if key not in kinds]:
         raise ValueError(f"{name} has an unknown entry {shown(unknown[0])}")
     needed = {field.name for field in dataclasses.fields(kind) if not _has_default(field)}
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{name} lacks {', '.join(missing)}")
-    return kind(**{key: conform(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+    return kind(**{key: conform(kinds[key], value, f"{name}.{key}") for key, value in values.items()})
 
 
 def _has_default(field: dataclasses.Field) -> bool:
@@ -194,9 +190,10 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+def hints(kind: type) -> dict[str, Any]:
+    """The annotation of every field of a dataclass."""
+    found = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(kind)}
 
 
 def shown(value: Any) -> str:

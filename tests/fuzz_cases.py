@@ -12,7 +12,7 @@ from command_line import FIT as FITTING
 from command_line import SIZES
 from fuzz_world import DAMAGES, OUTPUTS, Damage
 
-from mapet.commands.settings import settings
+from mapet.commands.parsing import option_names
 
 
 @dataclass(frozen=True)
@@ -35,57 +35,41 @@ class Case:
         return cls(tuple(Damage(**damage) for damage in values["damages"]), tuple(values["arguments"]))
 
 
+def words(text: str) -> list[str]:
+    """The words of a text, as a list that is quicker to read."""
+    return text.split()
+
+
 NUMBERS = ("-1", "0", "1", "2", "5", "13", "9223372036854775807")
 ABSURD = (
     *NUMBERS * 4,
-    *("2.5", "1e30", "-1e30", "1e-320", "nan", "inf", "-inf", "9223372036854775808", "9" * 400),
-    *("١", "", " ", "x", "None", "true", "-", "--", "--help", "a b", "/dev/null", "[/red]"),
-    *("\x1b[31mx", "\udcff", "\0", "{}"),
+    *words("2.5 1e30 -1e30 1e-320 nan inf -inf 9223372036854775808 ١ x None true - -- --help"),
+    *("9" * 400, "", " ", "a b", "/dev/null", "[/red]", "\x1b[31mx", "\udcff", "\0", "{}"),
 )
 BIG = ("1000000000", "2147483648", "65536")
 """Allowed in some places, and too much for memory."""
 PLACES = (
-    *(
-        "",
-        "/",
-        ".",
-        "..",
-        "./",
-        "../world",
-        "new",
-        "new/deep",
-        "notes/../cache",
-        "cache/",
-        "x" * 255,
-        "x" * 300,
-        "x\0y",
+    *words(
+        "/ . .. ./ ../world new new/deep notes/../cache cache/ cache/deep run/deep/er export/x /dev/null /dev/full/x"
     ),
-    *("cache/deep", "run/deep/er", "export/x", "/dev/null", "/dev/full/x", "/proc/x", "list.csv", "list.csv/x"),
-    *(
-        "[/red]",
-        "\x1b[31mred",
-        "new\udcff",
-        ".new.partial",
-        ".cache.partial",
-        "~",
-        "-x",
-        "notes/notes.txt",
-        "odd/bars/pipe.png",
-    ),
+    *words("/proc/x list.csv list.csv/x .new.partial .cache.partial ~ -x notes/notes.txt odd/bars/pipe.png [/red]"),
+    *("", "x" * 255, "x" * 300, "x\0y", "\x1b[31mred", "new\udcff"),
 )
 IMAGES = ("images", "odd", "images/bars", "digits", "cache", "photos:0", "photos:x:y", "digits:", "odd/bars/loop.png")
 CHECKPOINTS = ("run", "run/checkpoints/step_000000001", "run/checkpoints", "export", "foreign", "cache")
 TOKENIZERS = ("cache_tokenizer", "odd_cache_tokenizer", "codebook.npy", "memory_tokenizer", "new_tokenizer", "export")
 CACHES = ("cache", "odd_cache")
-FIELDS = sorted(settings().keys() - {"data.cache", "data.workers", "train.output", "speed.compile", "train.budget"})
-NO_FIELDS = ("model.x=1", "x", "=", "model.width", "data.cache=", "train.output=/", "train.output=run")
+KEPT = {"data.cache", "data.workers", "train.output", "speed.compile", "train.budget"}
+FIELDS = sorted(options[-1] for name, options in option_names().items() if name not in KEPT)
+NO_FIELDS = ("--model.x=1", "--x", "--=", "--model.width", "--set=optim.lr=1", "--data.cache=", "--train.output=run")
+FIELD = "any field of a run"
 LASTING = ("--epochs", "--views", "--fit-iterations", "--fit-redos", "--max-steps", "--workers", "--seeds", "--budget")
-LASTING_FIELDS = ("optim.epochs", "train.max_steps", "model.depth", "data.patience")
+LASTING_FIELDS = ("--optim.epochs", "--train.max-steps", "--model.depth", "--data.patience")
 """A large value here is allowed, and takes as long as it says."""
 
 FIT = dict(zip(*[map(str, (*SIZES, *FITTING))] * 2, strict=True))
 DECODE = {"--workers": "0", "--device": "cpu", "--max-skipped": "0.9"}
-MODEL = ("image_size=16", "patch_size=4", "vocabulary=16", "width=32", "depth=2", "heads=2")
+MODEL = ("image-size=16", "patch-size=4", "vocabulary=16", "width=32", "depth=2", "heads=2")
 RUN = {"--cut": "5", "--epochs": "4", "--warmup-epochs": "1", "--batch": "8", "--workers": "0", "--device": "cpu"}
 
 BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
@@ -107,13 +91,13 @@ BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
         ({"--images": "images", "--output": "k", "--tokenizer": "kclip", "--weights": "clip.pt", **FIT, **DECODE}, ()),
     ],
     "pretrain": [
-        ({"--cache": "cache", "--output": "run", "--max-steps": "3", **RUN}, ("--set=train.ema_decay=0.9",)),
+        ({"--cache": "cache", "--output": "run", "--max-steps": "3", **RUN}, ("--train.ema-decay=0.9",)),
         ({"--cache": "cache", "--output": "run", "--max-steps": "1", **RUN}, ("--fresh",)),
         ({"--cache": "odd_cache", "--output": "new", "--max-steps": "2", "--save-every": "1", **RUN}, ()),
-        ({"--cache": "cache", "--output": "new", **RUN}, ("--list-options",)),
+        ({"--cache": "cache", "--output": "new", **RUN}, ("--help",)),
     ],
     "plan": [
-        ({"--model": "tiny", "--global-batch": "64"}, ()),
+        ({"--model": "tiny", "--batch": "64"}, ()),
         ({"--model": "tiny", "--gpu-memory": "16GB", "--gpus": "2", "--interconnect": "400Gb"}, ()),
         ({"--gpu": "V100", "--precision": "fp16", "--images": "1000"}, ()),
     ],
@@ -145,38 +129,28 @@ BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
 }
 """Options and flags that work, but for `demo`, which would take minutes: it is always refused."""
 
-MORE: dict[str, tuple[str, ...]] = {
-    "tokenize": (
-        *("--tokenizer", "--codebook", "--weights", "--precision", "--fit-images", "--features-dir", "--fit-init"),
-        *("--fit-tolerance", "--fit-patches", "--fit-save-every", "--csv", "--root", "--class-names", "--batch-size"),
-        *("--shard-images", "--seed", "--import-tokens", "--patience"),
+MORE: dict[str, list[str]] = {
+    "tokenize": words(
+        "--tokenizer --codebook --weights --precision --fit-images --features-dir --fit-init --fit-tolerance "
+        "--patience --fit-patches --fit-save-every --csv --root --class-names --batch-size --shard-images --seed --import-tokens"
     ),
-    "pretrain": (
-        *("--recipe", "--model", "--objective", "--lr", "--precision", "--parallel", "--micro-batch", "--seed"),
-        *("--set", "--set", "--set", "--set", "--save-every", "--gpu-memory", "--gpus", "--budget"),
-    ),
-    "plan": (
-        *("--recipe", "--objective", "--cut", "--parallel", "--micro-batch", "--global-batch", "--gpus"),
-        *(
-            "--gpu-memory",
-            "--gpu",
-            "--interconnect",
-            "--images",
-            "--images-per-second",
-            "--set",
-            "--set",
-            "--precision",
-        ),
-    ),
-    "probe": ("--test-images", "--test-fraction", "--views", "--lr", "--batch-size", "--seed"),
-    "codebook": ("--codebook", "--entries", "--seed"),
-    "export": ("--pool", "--name"),
-    "demo": (),
-    "doctor": (),
+    "pretrain": [
+        *words("--recipe --model --objective --lr --precision --parallel --micro-batch --seed --masked --save-every"),
+        *("--gpu-memory", "--gpus", "--budget", FIELD, FIELD, FIELD, FIELD),
+    ],
+    "plan": [
+        *words("--recipe --objective --cut --parallel --micro-batch --batch --gpus --gpu-memory --gpu --interconnect"),
+        *("--images", "--images-per-second", "--precision", FIELD, FIELD),
+    ],
+    "probe": words("--test-images --test-fraction --views --lr --batch-size --seed"),
+    "codebook": ["--codebook", "--entries", "--seed"],
+    "export": ["--pool", "--name"],
+    "demo": [],
+    "doctor": [],
 }
 FLAGS = {
     "tokenize": ("--overwrite", "--fit"),
-    "pretrain": ("--fresh", "--auto-batch", "--list-options"),
+    "pretrain": ("--fresh", "--auto-batch", "--speed.no-skip-dropped"),
     "probe": ("--baselines", "--ema"),
     "export": ("--ema",),
 }
@@ -217,10 +191,10 @@ PLACED = {"--output", "--features-dir", "--images", "--root", "--test-images"}
 
 def value_for(command: str, option: str, rng: random.Random) -> str:
     """What is typed after an option."""
-    if option == "--set":
+    if option == FIELD:
         name = rng.choice(FIELDS)
         usual = ("true", "false", "2", "16", *(() if name in LASTING_FIELDS else BIG))
-        return rng.choice((*(f"{name}={value}" for value in (*usual, *ABSURD)), *NO_FIELDS))
+        return rng.choice((*(f"{name}={value}" for value in (*usual, *ABSURD)), *NO_FIELDS, name))
     if option == "--images" and command == "plan":
         return rng.choice(("1.28M", "1e400M", "-1M", *ABSURD, *BIG))
     if option in PLACED:
@@ -247,12 +221,12 @@ def command_line(command: str, rng: random.Random) -> tuple[str, ...]:
         elif names := sorted({*options, *MORE[command]}):
             name = rng.choice(names)
             value = value_for(command, name, rng)
-            if name == "--set":
-                extra.append(f"--set={value}")
+            if name == FIELD:
+                extra.append(value)
             else:
                 options[name] = value
     if command == "pretrain":
-        extra = [f"--set=model.{assignment}" for assignment in MODEL] * ("--model" not in options) + extra
+        extra = [f"--model.{assignment}" for assignment in MODEL] * ("--model" not in options) + extra
         options.setdefault("--max-steps", "1")
         if options["--max-steps"] == "0":
             options["--epochs"] = "1"
@@ -290,16 +264,13 @@ def draw_case(files: list[str], rng: random.Random) -> Case:
     return Case(tuple(damages), command_line(command, rng))
 
 
+FORMATS = ("tensors", "pickle", "pickle", "array", "JSON", "JSON")
+"""Of the endings below."""
+
+
 def kinds_for(path: str) -> list[str]:
     """Damages that make sense for a path, those of its format more often."""
-    formats = {
-        ".json": "JSON",
-        ".jsonl": "JSON",
-        ".safetensors": "tensors",
-        ".pt": "pickle",
-        ".pth": "pickle",
-        ".npy": "array",
-    }
+    formats = dict(zip((".safetensors", ".pt", ".pth", ".npy", ".json", ".jsonl"), FORMATS, strict=True))
     own = formats.get(Path(path).suffix)
     general = [kind for kind in DAMAGES if kind not in formats.values() and kind != "header"]
     return [*general, *([own] * 6 if own else []), *(["header"] * 3 if own == "array" else [])]

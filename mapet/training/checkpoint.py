@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mapet.checked import at_least
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, from_dict, to_dict
+from mapet.config import MAY_CHANGE, ModelConfig, ObjectiveConfig, RunConfig, field_notes, from_dict, to_dict
 from mapet.data.npyfile import FileRecord
 from mapet.errors import CheckpointError, MapetError
 from mapet.files import (
@@ -58,33 +58,6 @@ PARTIAL, REMOVED = ".partial_", ".removed_"
 ATTEMPTS = 20
 """To read weights of a run that goes on, and removes what is being read."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-MAY_CHANGE = frozenset(
-    {
-        # The cache may move; its content may not, and the run checks that against the fingerprint in trainer.pt.
-        "data.cache",
-        "data.workers",
-        "data.patience",
-        "train.output",
-        "train.device",
-        "train.parallel",
-        "train.micro_batch",
-        "train.recompute",
-        "train.gpu_memory",
-        "train.auto_batch",
-        "train.budget",  # the epochs it led to may not change
-        "train.backend",
-        "train.save_every",
-        "train.keep",
-        "train.resume",
-        "train.max_steps",
-        "train.log_every",
-        "train.trackers",
-        "train.deterministic",
-        *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig) if field.name != "fp8"),
-    }
-)
-"""Fields of RunConfig that a resumed run may set differently. Any other field changes what is learned."""
 
 
 @dataclass
@@ -272,9 +245,9 @@ def verify(folder: Path) -> int:
 def config_differences(
     saved: dict[str, Any], current: dict[str, Any], notes: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Fields that differ and are not in MAY_CHANGE; each as "section.field was A, is B", with a note in brackets."""
-    before, now = _flatten(saved), _flatten(current)
-    fields = [name for name in sorted(before | now) if name not in MAY_CHANGE]
+    """Fields that differ and may not change; each as "section.field was A, is B", with a note in brackets."""
+    before, now, marks = _flatten(saved), _flatten(current), field_notes()
+    fields = [name for name in sorted(before | now) if MAY_CHANGE not in marks.get(name, ())]
     return [
         f"{name} was {one_line(before.get(name, 'absent'))}, is {now.get(name, 'absent')}"
         + (f" ({notes[name]})" if notes and name in notes else "")
