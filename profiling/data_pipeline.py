@@ -1,8 +1,9 @@
 """How fast the data side feeds a step: python profiling/data_pipeline.py --cache runs/cache --batch 256 --workers 0 2 4
 
 Images a second of each stage alone: reading batches from the token cache in this process, through a loader with so many
-workers, copying them to the device, and the colour jitter that runs there. A training step can be no faster than the
-slowest. Without --cache, a temporary one of random images is made.
+workers, copying them to the device, and the colour jitter that runs there; with --views FOLDER also decoding them and
+making a random view of each. A training step can be no faster than the slowest. Without --cache, a temporary one of
+random images is made.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import tyro
 from mapet.data.augment import color_jitter, sample_color_jitter
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
-from mapet.data.loader import Batch, make_loader
+from mapet.data.images import open_source
+from mapet.data.loader import make_loader
 from mapet.data.manifest import CacheDescription
+from mapet.data.views import ViewConfig, Views
+from mapet.task import Batch, Data
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class DataPipeline:
     """A token cache; a temporary one of random images when not given."""
     images: int = 2048
     """Of the temporary cache."""
+    views: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """A folder of images, or a built-in set, to decode and make random views of (mapet/data/views.py)."""
     batch: int = 256
     """Images of a step."""
     workers: tuple[int, ...] = (0, 2)
@@ -51,21 +57,38 @@ def run(options: DataPipeline) -> dict[str, float]:
     with ExitStack() as stack:
         path = options.cache or random_cache(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.images)
         cache, device = TokenCache.open(path), torch.device(options.device)
-        speeds = {}
-        for workers in options.workers:
-            batches = make_loader(
-                cache, seed=0, global_batch=options.batch, start_step=0, stop_step=options.steps, workers=workers
-            )
-            speeds[f"cache and loader, {workers} workers"] = images_per_second(batches, lambda batch: None, device)
+        speeds = feeding(options, cache, "cache and loader")
+        if options.views:
+            data = Views(open_source(options.views), (ViewConfig(size=cache.image_size),))
+            speeds |= feeding(options, data, "decoded random views")
         ids = torch.arange(options.batch)
-        batch = Batch(cache.images(ids), cache.tokens(ids), ids)
-        pinned = batch.pin_memory() if device.type == "cuda" else batch
+        batch = {"images": cache.images(ids), "tokens": cache.tokens(ids), "ids": ids}
+        pinned = {name: value.pin_memory() if device.type == "cuda" else value for name, value in batch.items()}
         draws = sample_color_jitter(options.batch, 0.4, torch.Generator(device).manual_seed(0), device)
-        there = batch.to(device)
+        there = to_device(batch, device)
         repeated = [there] * options.steps
-        speeds["copy to the device"] = images_per_second([pinned] * options.steps, lambda b: b.to(device), device)
-        speeds["colour jitter"] = images_per_second(repeated, lambda b: color_jitter(b.images, draws), device)
+        speeds["copy to the device"] = images_per_second(
+            [pinned] * options.steps, lambda b: to_device(b, device), device
+        )
+        speeds["colour jitter"] = images_per_second(repeated, lambda b: color_jitter(b["images"], draws), device)
         return {stage: round(speed, 1) for stage, speed in speeds.items()}
+
+
+def feeding(options: DataPipeline, data: Data, what: str) -> dict[str, float]:
+    """Images a second of a loader, by the number of its workers."""
+    speeds = {}
+    for workers in options.workers:
+        with make_loader(
+            data, seed=0, global_batch=options.batch, start_step=0, stop_step=options.steps, workers=workers
+        ) as batches:
+            speed = images_per_second(batches, lambda batch: None, torch.device("cpu"))
+            speeds[f"{what}, {workers} workers"] = speed
+    return speeds
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch there, whatever it holds."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def images_per_second(batches: Iterable[Batch], use: Callable[[Batch], object], device: torch.device) -> float:
@@ -77,7 +100,7 @@ def images_per_second(batches: Iterable[Batch], use: Callable[[Batch], object], 
             _synchronize(device)
             start = time.perf_counter()
         else:
-            images += len(batch)
+            images += len(batch["images"])
     _synchronize(device)
     return images / (time.perf_counter() - start)
 

@@ -150,8 +150,9 @@ def test_device_time_counts_overlapping_kernels_once() -> None:
 def test_data_pipeline_measures_every_stage(tmp_path: Path) -> None:
     pipeline = importlib.import_module("data_pipeline")
     cache = pipeline.random_cache(tmp_path, 24, image_size=32, grid=2)
-    speeds = pipeline.run(pipeline.DataPipeline(cache=cache, batch=4, workers=(0,), steps=3))
-    assert list(speeds) == ["cache and loader, 0 workers", "copy to the device", "colour jitter"]
+    speeds = pipeline.run(pipeline.DataPipeline(cache=cache, views="digits", batch=4, workers=(0,), steps=3))
+    stages = ["cache and loader, 0 workers", "decoded random views, 0 workers", "copy to the device", "colour jitter"]
+    assert list(speeds) == stages
     assert all(speed > 0 for speed in speeds.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -93,20 +94,23 @@ def test_which_images_are_held_out_is_drawn_from_the_seed(share, images, held):
     split = split_images(images, config)
     assert split.trained == images - held
     if not held:
-        assert split.ids is None and split.held_out is None
+        assert split.among(held_out=False) is None
         return
-    for ids in (split.ids, split.held_out):
+    parts = [split.among(held_out=which) for which in (False, True)]
+    for ids in parts:
         assert ids.dtype == torch.int64 and torch.equal(ids, ids.sort().values)
-    assert sorted([*split.ids.tolist(), *split.held_out.tolist()]) == list(range(images))
+    assert torch.cat(parts).sort().values.tolist() == list(range(images))
+    again = pickle.dumps(split)
+    assert len(again) < 200 and torch.equal(pickle.loads(again).among(held_out=True), parts[1])
     if images > 1000:
-        other = split_images(images, replace(config, train=replace(config.train, seed=1)))
-        assert len(set(other.held_out.tolist()) & set(split.held_out.tolist())) < 20
-        assert torch.bincount(split.held_out * 4 // images, minlength=4).min() > 10, "from everywhere"
+        other = split_images(images, replace(config, train=replace(config.train, seed=1))).among(held_out=True)
+        assert len(set(other.tolist()) & set(parts[1].tolist())) < 20
+        assert torch.bincount(parts[1] * 4 // images, minlength=4).min() > 10, "from everywhere"
 
 
 def test_the_same_images_are_held_out_for_good():
     # Recorded once: a run resumed with newer libraries must not learn from what it was judged on.
-    held = split_images(IMAGES, make_config(Path("c"), Path("o"), **HELD)).held_out
+    held = split_images(IMAGES, make_config(Path("c"), Path("o"), **HELD)).among(held_out=True)
     assert held.tolist() == [9, 12, 13, 16, 19, 25, 27, 30, 31, 37]
 
 
@@ -120,7 +124,7 @@ def test_what_is_written_is_the_mean_over_the_held_out_images(method, cache, tmp
     written = judged(tmp_path)
     assert list(written) == [3, 4] and tuple(result.metrics[name] for name in VALUES) == written[4]
     assert "accuracy" in result.metrics
-    opened, ids = TokenCache.open(cache), split_images(IMAGES, config).held_out
+    opened, ids = TokenCache.open(cache), split_images(IMAGES, config).among(held_out=True)
     for step, found in written.items():
         task = build_task(config).eval()
         task.load_state_dict(load_task(tmp_path / f"checkpoints/step_{step:09d}").state_dict())
@@ -137,7 +141,7 @@ def test_held_out_images_are_never_learned_from_and_all_others_are(cache, tmp_pa
     monkeypatch.setattr(Learner, "step", lambda s, n, batch, **kw: (seen.append(batch["ids"]), step(s, n, batch, **kw)))
     config = make_config(cache, tmp_path, **HELD, **{"train.max_steps": 9})
     pretrain(config)
-    seen, held = torch.stack(seen).flatten(1).tolist(), split_images(IMAGES, config).held_out.tolist()
+    seen, held = torch.stack(seen).flatten(1).tolist(), split_images(IMAGES, config).among(held_out=True).tolist()
     assert len(seen) == 9 and all(len(set(ids)) == 8 and not set(ids) & set(held) for ids in seen)
     assert len({image for ids in seen for image in ids}) == 30
 

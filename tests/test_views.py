@@ -243,7 +243,8 @@ def test_what_is_held_out_takes_no_part_in_it():
     """Neither is an image that is learned from replaced by one that is held out, nor the other way round."""
     split = split_images(30, make_config(Path("c"), Path("o"), **{"data.held_out": 0.4}))
     data = Views(NoiseSource(30, bad=range(0, 30, 2)), (SMALL,))
-    for step, ids in ((0, split.ids), (-1, split.held_out)):
+    for step in (0, -1):
+        ids = split.among(held_out=step < 0)
         taken = data.batch(ids, Share(3, step, len(ids), ALL, ids), lambda: None)["ids"].tolist()
         good = [i for i in ids.tolist() if i % 2]
         assert taken == [min((g for g in good if g >= i), default=good[0]) for i in ids.tolist()]

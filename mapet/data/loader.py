@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,22 +25,36 @@ from mapet.task import Batch, Data
 
 @dataclass(frozen=True)
 class Split:
-    """The images that a run learns from, and those that it is only judged on."""
+    """The images that a run learns from, and those that it is only judged on, drawn from the seed image by image."""
 
-    trained: int
-    ids: Tensor | None = None
-    """int64, sorted; None where all images are learned from, in which case none is held out."""
-    held_out: Tensor | None = None
-    """int64, sorted."""
+    images: int
+    """Of the data."""
+    seed: int
+    held: int = 0
+    """Of the images, held out."""
 
-    def trained_ids(self, *, seed: int, step: int, global_batch: int) -> Tensor:
+    def __reduce__(self):
+        return Split, (self.images, self.seed, self.held)  # workers draw anew what is long
+
+    @property
+    def trained(self) -> int:
+        """Images to learn from."""
+        return self.images - self.held
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        order = _shuffled(self.images, step_seed(self.seed, 0, "held_out"))
+        held, rest = order[: self.held], order[self.held :]
+        return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(held))
+
+    def among(self, *, held_out: bool) -> Tensor | None:
+        """Which images are held out, or are learned from: int64, sorted; None for all."""
+        return self._parts[held_out] if self.held else None
+
+    def trained_ids(self, step: int, global_batch: int) -> Tensor:
         """Images of the whole global batch of an optimizer step, int64 (global_batch,)."""
-        ids = step_ids(self.trained, seed=seed, step=step, global_batch=global_batch)
-        return ids if self.ids is None else self.ids[ids]
-
-    def held_out_batches(self, global_batch: int) -> int:
-        """Batches that the held-out images make, the last of which may be smaller."""
-        return 0 if self.held_out is None else -(-len(self.held_out) // global_batch)
+        ids = step_ids(self.trained, seed=self.seed, step=step, global_batch=global_batch)
+        return self.among(held_out=False)[ids] if self.held else ids
 
 
 @dataclass(frozen=True)
@@ -67,20 +81,9 @@ class Share:
 
 
 def split_images(images: int, config: RunConfig) -> Split:
-    """Which images a run learns from: all but a share of data.held_out, at least one where that is not 0.
-
-    Which ones is drawn from the seed, image by image.
-    """
-    if not config.data.held_out:
-        return Split(images)
-    return _split(images, config.train.seed, max(1, round(config.data.held_out * images)))
-
-
-@lru_cache(maxsize=2)
-def _split(images: int, seed: int, held_out: int) -> Split:
-    order = _shuffled(images, step_seed(seed, 0, "held_out"))
-    held, rest = (torch.from_numpy(np.sort(part)) for part in (order[:held_out], order[held_out:]))
-    return Split(len(rest), rest, held)
+    """All but a share of data.held_out is learned from; at least one image is held out where that is not 0."""
+    share = config.data.held_out
+    return Split(images, config.train.seed, max(1, round(share * images)) if share else 0)
 
 
 def steps_per_epoch(length: int, global_batch: int) -> int:
@@ -124,23 +127,22 @@ class _Fetcher:
 
     data: Data
     split: Split
-    seed: int
     images: int
     part: slice
 
     def __call__(self, number: int, beat: Callable[[], None]) -> Batch:
-        held_out = number < 0
-        among = self.split.held_out if held_out else self.split.ids
-        share = Share(self.seed, number, self.images, self.part, among)
-        return self.data.batch(self._held_out(number) if held_out else self._trained(number), share, beat)
+        among = self.split.among(held_out=number < 0)
+        share = Share(self.split.seed, number, self.images, self.part, among)
+        ids = self._trained(number) if number >= 0 else self._held_out(number, among)
+        return self.data.batch(ids, share, beat)
 
     def _trained(self, step: int) -> Tensor:
-        return self.split.trained_ids(seed=self.seed, step=step, global_batch=self.images)[self.part]
+        return self.split.trained_ids(step, self.images)[self.part]
 
-    def _held_out(self, number: int) -> Tensor:
+    def _held_out(self, number: int, among: Tensor) -> Tensor:
         """A process whose part of the last batch is empty gets one image of it, which counts for nothing."""
         first = (-1 - number) * self.images
-        ids = self.split.held_out[first : first + self.images]
+        ids = among[first : first + self.images]
         return ids[self.part] if self.part.start < len(ids) else ids[:1]
 
 
@@ -167,7 +169,7 @@ def make_loader(
         ConfigError: more images in a batch than in the data, a batch that the processes cannot share evenly, a rank
             outside [0, world_size), or less shared memory than the workers need.
     """
-    fetcher = _Fetcher(data, Split(len(data)), seed, global_batch, _part(global_batch, rank, world_size))
+    fetcher = _Fetcher(data, Split(len(data), seed), global_batch, _part(global_batch, rank, world_size))
     return _feed(fetcher, range(start_step, stop_step), **feed)
 
 
@@ -178,7 +180,7 @@ def run_batches(
     batch = config.optim.global_batch
     split, part = split_images(len(data), config), _part(batch, world.rank, world.size)
     return _feed(
-        _Fetcher(data, split, config.train.seed, batch, part),
+        _Fetcher(data, split, batch, part),
         numbers,
         workers=config.data.workers,
         patience=config.data.patience,

@@ -157,7 +157,7 @@ class Run:
     ) -> None:
         self.config, self.world, self.data, self.steps, self.again = config, world, data, steps, again
         self.learner, self.split = Learner(config, world, steps), split_images(len(data), config)
-        self.validation = Validation(self.learner, len(data) - self.split.trained)
+        self.validation = Validation(self.learner, self.split.held)
         self.store = CheckpointStore(config.train.output / FOLDER, config.train.keep)
         self.log: MetricsLog | None = None
         self.display: ProgressDisplay | None = None
@@ -328,8 +328,7 @@ class Run:
         weights = "The run stopped before the weights changed."
         if broken:
             weights = f"An update before it was too large: {broken} is not finite any more."
-        batch = self.config.optim.global_batch
-        ids = self.split.trained_ids(seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
+        ids = self.split.trained_ids(failure.step, self.config.optim.global_batch).tolist()
         images = ", ".join(map(str, ids[:IDS_SHOWN]))
         if len(ids) > IDS_SHOWN:
             path = self.config.train.output / FAILURE.format(step=failure.step)

@@ -23,7 +23,7 @@ from mapet.files import read_bytes, write_whole
 FILE_NAME, BOARD = "metrics.jsonl", "tensorboard"
 PROJECT = "mapet"
 NO_CURVE = ("step", "eta_seconds")
-NUMBERS = {"loss", "accuracy", "lr", "val_loss", "val_accuracy"}
+NUMBERS = {"loss", "accuracy", "lr"}
 """What a curve is drawn of."""
 
 

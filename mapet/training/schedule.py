@@ -49,7 +49,7 @@ def plan_steps(config: RunConfig, images: int, processes: int) -> StepPlan:
     """
     batch, micro, split = config.optim.global_batch, config.train.micro_batch, split_images(images, config)
     if batch > split.trained:
-        besides = f" beside the {images - split.trained} of data.held_out" if images > split.trained else ""
+        besides = f" beside the {split.held} of data.held_out" if split.held else ""
         raise ConfigError(
             f"optim.global_batch {batch} is larger than the data, {split.trained} images{besides}; lower it"
         )
@@ -63,7 +63,7 @@ def plan_steps(config: RunConfig, images: int, processes: int) -> StepPlan:
         )
     total = (config.optim.epochs + config.optim.cooldown_epochs) * per_epoch
     last = min(total, config.train.max_steps or total)
-    return StepPlan(per_epoch, last, share, micro or share, split.held_out_batches(batch))
+    return StepPlan(per_epoch, last, share, micro or share, -(-split.held // batch))
 
 
 def learning_rate(optim: OptimConfig, steps_per_epoch: int, step: int) -> float:
