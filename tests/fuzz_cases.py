@@ -131,8 +131,8 @@ BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
 
 MORE: dict[str, list[str]] = {
     "tokenize": words(
-        "--tokenizer --codebook --weights --precision --fit-images --features-dir --fit-init --fit-tolerance "
-        "--patience --fit-patches --fit-save-every --csv --root --class-names --batch-size --shard-images --seed "
+        "--tokenizer --codebook --weights --precision --fit-images --features-dir --fit-init --fit-tolerance --csv "
+        "--patience --fit-patches --fit-save-every --root --class-names --batch-size --shard-images --seed "
         "--import-tokens"
     ),
     "pretrain": [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import Fuzz, Tally, Written, lost_files, new_files
-from fuzz_cases import Case
+from fuzz_cases import Case, words
 from fuzz_world import DAMAGES, NOTE, Damage, copy, inflict, snapshot
 
 from mapet import cli
@@ -35,20 +35,8 @@ def test_whatever_is_damaged_and_typed(part, fuzz):
 
 def test_in_a_process_of_its_own(fuzz):
     damage = Damage("code", "run/checkpoints/step_000000002/trainer.pt", rehashed=True)
-    command = (
-        "pretrain",
-        "--cache",
-        "cache",
-        "--output",
-        "run",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--max-steps",
-        "3",
-    )
-    assert not fuzz.check(Case((damage,), command), process=True)
+    command = words("pretrain --cache cache --output run --device cpu --workers 0 --max-steps 3")
+    assert not fuzz.check(Case((damage,), tuple(command)), process=True)
 
 
 def test_a_case_goes_through_json_and_is_the_same_again(fuzz):
@@ -110,8 +98,8 @@ class TestWhatIsSeen:
             shutil.rmtree(staging.path)
 
         monkeypatch.setattr(cache_writer, "check_replaceable", careless)
-        places = ("--images", "images", "--codebook", "cache_tokenizer", "--output", "cache")
-        command = ("tokenize", *places, "--overwrite", "--workers", "0", "--device", "cpu")
+        places = words("--images images --codebook cache_tokenizer --output cache")
+        command = ("tokenize", *places, *words("--overwrite --workers 0 --device cpu"))
         problems = fuzz.check(Case((Damage("folder", "cache/names.json"),), command))
         assert any(problem.startswith("lost: world/cache/names.json/note.txt") for problem in problems)
 
