@@ -1,7 +1,8 @@
-"""python -m bench run: the suites by name, measured by one set of rules, and their records."""
+"""The suites by name, measured by one set of rules, and their records."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,22 +10,37 @@ from typing import Any
 
 import torch
 
-from bench import kernels_suite, kmeans_contest, peers, pretrain, records, roofline, step, timing, tokenize_contest
+from bench import (
+    ablation,
+    attention,
+    curves,
+    kernels_suite,
+    kmeans,
+    kmeans_fit,
+    pretrain,
+    records,
+    roofline,
+    step,
+    timing,
+    tokenizing,
+)
 from bench.contest import Contest, Outcome, Rules, lines, measure
 from bench.guard import sigterm_interrupts
 from bench.options import DTYPES, Options, check, chosen_device
 
-SUITES: dict[str, Callable[[Options, torch.device], list[Contest]]] = {
+CONTESTS: dict[str, Callable[[Options, torch.device], list[Contest]]] = {
     "kernels": kernels_suite.contests,
+    "attention": attention.contests,
     "step": step.contests,
+    "ablation": ablation.contests,
     "pretrain": pretrain.contests,
-    "tokenize": tokenize_contest.contests,
-    "kmeans": kmeans_contest.contests,
-    "peers": peers.contests,
+    "tokenize": tokenizing.contests,
+    "kmeans": kmeans.contests,
+    "kmeans_fit": kmeans_fit.contests,
+    "curves": curves.contests,
 }
-"""Name -> contests, nothing made yet."""
-
-NEED_RATES = ("kernels", "step", "peers")
+"""Name of a suite -> its contests, nothing made yet."""
+NEED_RATES = ("kernels", "attention", "step")
 """Suites whose costs are known, and held against this device's own rates."""
 
 
@@ -33,27 +49,56 @@ def run(options: Options) -> list[Path]:
 
     Raises:
         ValueError: options that cannot work here.
+        SystemExit: with status 1, after all, where results are wrong that a contest is about.
     """
     device = chosen_device(options.device)
     check(options, device)
-    deadline = timing.Deadline(options.time_limit or float("inf"))
-    suites = {suite: SUITES[suite](options, device) for suite in options.suite}
+    suites = {suite: chosen(suite, options, device) for suite in options.suite}
     name = f"{'-'.join(options.model)}_{'-'.join(options.dtype)}_{device.type}"
-    paths = []
+    rules = rules_for(options, device)
+    paths, wrong = [], []
     for suite, contests in suites.items():
-        if deadline.passed():
+        if rules.deadline.passed():
             print(f"{suite}: not run, the time limit of {options.time_limit:g} s has passed")
             continue
-        rules = rules_for(options, device, rates=suite in NEED_RATES)
-        rules = replace(rules, deadline=deadline)
-        paths.append(run_contests(suite, name, contests, rules, options.output))
+        path, outcomes = run_contests(suite, name, contests, rules, options.output)
+        paths.append(path)
+        wrong += [
+            f"{way} of {outcome.contest.name}"
+            for outcome in outcomes
+            for way, row in outcome.rows.items()
+            if outcome.contest.verdict and row["status"] == "wrong"
+        ]
+    if wrong:
+        sys.exit(f"python -m bench: wrong results: {', '.join(wrong)}")
     return paths
 
 
-def rules_for(options: Options, device: torch.device, *, rates: bool) -> Rules:
-    """Clock, repeats and limits; the defaults keep a CPU run small. `rates`: measure what this device does at best."""
+def chosen(suite: str, options: Options, device: torch.device) -> list[Contest]:
+    """The contests of a suite, of all ways or those asked for.
+
+    Raises:
+        ValueError: there is no such way in the suite.
+    """
+    contests = CONTESTS[suite](options, device)
+    known = {way for contest in contests for way in contest.ways}
+    if unknown := set(options.ways) - known:
+        raise ValueError(
+            f"--ways: {suite} has no {', '.join(sorted(unknown))}; its ways are {', '.join(sorted(known))}"
+        )
+    if not options.ways:
+        return contests
+    return [
+        replace(contest, ways=tuple(way for way in contest.ways if way in {*options.ways, contest.base}))
+        for contest in contests
+    ]
+
+
+def rules_for(options: Options, device: torch.device) -> Rules:
+    """Clock, repeats and limits; the defaults keep a CPU run small. Where a suite needs it, what this device does."""
     on_gpu = device.type == "cuda"
     clock = timing.clock_for(device)
+    rates = set(options.suite) & set(NEED_RATES)
     return Rules(
         device,
         clock,
@@ -64,7 +109,9 @@ def rules_for(options: Options, device: torch.device, *, rates: bool) -> Rules:
     )
 
 
-def run_contests(suite: str, name: str, contests: Sequence[Contest], rules: Rules, output: Path) -> Path:
+def run_contests(
+    suite: str, name: str, contests: Sequence[Contest], rules: Rules, output: Path
+) -> tuple[Path, list[Outcome]]:
     """Measure contests in turn, print them, and keep a record; what there is survives an interruption."""
     device = rules.device
     draft = records.Draft(suite, name, output)
@@ -84,7 +131,7 @@ def run_contests(suite: str, name: str, contests: Sequence[Contest], rules: Rule
         draft.write(results(outcomes, rules, before, stopped))
         path = draft.finish()
     print(f"stopped: {stopped}\nrecord: {path}" if stopped else f"record: {path}", flush=True)
-    return path
+    return path, outcomes
 
 
 def results(outcomes: Sequence[Outcome], rules: Rules, before: dict[str, Any], stopped: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bench import timing, tune
 from bench.attention_ways import (
@@ -21,6 +22,7 @@ from bench.attention_ways import (
     Operands,
     Way,
     flex,
+    heads_first,
     official,
     random_operands,
     sdpa_mask,
@@ -112,12 +114,14 @@ def our_kernels(dtype: str, shape: TwoStreamShape, device: torch.device) -> Call
 
 def sdpa(operands: Operands) -> Way:
     """torch's scaled_dot_product_attention over all pairs, unmasked: another task, for what its kernels reach."""
-    q, d_out = (
-        torch.cat(pair, dim=1).transpose(1, 2)
-        for pair in ((operands.q_content, operands.q_query), (operands.d_content, operands.d_query))
-    )
-    leaves = tuple(x.detach().requires_grad_() for x in (q, operands.k.transpose(1, 2), operands.v.transpose(1, 2)))
-    return Way(leaves, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), (d_out,), lambda *_: ())
+
+    def arrange(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return heads_first(torch.cat([q_content, q_query], dim=1), k, v)
+
+    def restore(out: Tensor) -> tuple[Tensor, ...]:
+        return heads_first(out)[0].split([operands.content_rows, operands.shape.targets], dim=1)
+
+    return Way(operands, arrange, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), restore)
 
 
 def ours_gathering(operands: Operands) -> Calls:

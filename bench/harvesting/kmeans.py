@@ -21,11 +21,8 @@ def measure(run: Run) -> None:
         for features, clusters, rows in ((16, 24, 40),) if run.dry else SIZES:
             if run.left() <= 0:
                 return
-            made = kmeans.KMeansBenchmark(
-                (features,), (clusters,), rows, "fp16", device=device.type, backend="triton" if run.dry else "auto"
-            )
-            x, centroids = kmeans.clip_like(made, features, clusters)
-            ways, _ = kmeans.available_ways(x, centroids, made)
+            x, centroids = kmeans.clip_like(rows, features, clusters, torch.float16, device)
+            ways, _ = kmeans.available_ways(x, centroids, "triton" if run.dry else "auto")
             exact = ways["exact"]()
             seconds, reasons = timing.interleaved(
                 {name: Calls({"assign": way}) for name, way in ways.items()}, timing.clock_for(device),
