@@ -30,24 +30,18 @@ OTHER_HEADS = (3, 6)
 
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
     """The shapes of the steps asked for, or those of the targets, the most important ones first."""
-    if chosen.preset == "step":
-        shapes = {
-            f"step {sizes.name}": (
-                TwoStreamShape(sizes.model.tokens, sizes.cut, sizes.batch, sizes.model.heads, sizes.model.head_size),
-                sizes.dtype,
-            )
-            for sizes in options.combinations(chosen, device)
-        }
-        return [contest(name, shape, dtype, device) for name, (shape, dtype) in shapes.items()]
-    tuned = chosen.preset == "tuned_flex"
-    shapes = {"target": target()} if tuned else targets()
-    return [contest(label, shape, dtype, device, tuned) for dtype in chosen.dtype for label, shape in shapes.items()]
-
-
-def target(tokens: int = PAPER_TOKENS, cut: int | None = None, heads: int = HEADS) -> TwoStreamShape:
-    """The target's shape, or one beside it with equally many tokens in all, so that as many rows are at work."""
-    batch = max(1, round(PAIRS * PAPER_TOKENS / (tokens * heads)))
-    return TwoStreamShape(tokens, round(tokens * PAPER_CUT / PAPER_TOKENS) if cut is None else cut, batch, heads, SIZE)
+    if chosen.preset != "step":
+        tuned = chosen.preset == "tuned_flex"
+        shapes = {"target": target()} if tuned else targets()
+        return [
+            contest(label, shape, dtype, device, tuned) for dtype in chosen.dtype for label, shape in shapes.items()
+        ]
+    found = []
+    for sizes in options.combinations(chosen, device):
+        model = sizes.model
+        shape = TwoStreamShape(model.tokens, sizes.cut, sizes.batch, model.heads, model.head_size)
+        found.append(contest(f"step {sizes.model_name}", shape, sizes.dtype, device))
+    return found
 
 
 def targets() -> dict[str, TwoStreamShape]:
@@ -58,6 +52,12 @@ def targets() -> dict[str, TwoStreamShape]:
         **{f"cut {share:.0%}": target(cut=round(share * PAPER_TOKENS)) for share in CUT_SHARES},
         **{f"heads {heads}": target(heads=heads) for heads in OTHER_HEADS},
     }
+
+
+def target(tokens: int = PAPER_TOKENS, cut: int | None = None, heads: int = HEADS) -> TwoStreamShape:
+    """The target's shape, or one beside it with equally many tokens in all, so that as many rows are at work."""
+    batch = max(1, round(PAIRS * PAPER_TOKENS / (tokens * heads)))
+    return TwoStreamShape(tokens, cut or round(tokens * PAPER_CUT / PAPER_TOKENS), batch, heads, SIZE)
 
 
 def contest(label: str, shape: TwoStreamShape, dtype: str, device: torch.device, tuned: bool = False) -> Contest:
@@ -87,9 +87,8 @@ def arena(shape: TwoStreamShape, dtype: torch.dtype, device: torch.device) -> It
             facts=partial(saved, way, device),
         )  # fmt: skip
 
-    yield Arena({name: partial(entrant, name) for name in builders()}, yardstick(operands).errors, roofline.costs(
-        shape, dtype
-    ))  # fmt: skip
+    ways = {name: partial(entrant, name) for name in builders()}
+    yield Arena(ways, yardstick(operands).errors, roofline.costs(shape, dtype))
 
 
 def saved(way: Way, device: torch.device) -> dict[str, int]:

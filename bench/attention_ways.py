@@ -193,9 +193,8 @@ def xformers_bias(operands: Operands) -> Way:
 
 @dataclass(frozen=True)
 class FlexSetting:
-    """How FlexAttention is called: sparse block size, both streams in one call or not, and how it is compiled."""
+    """How FlexAttention is called: both streams in one call or not, tiles tuned or torch's own, compiled or not."""
 
-    block: int = 128
     one_call: bool = True
     autotune: bool = False
     compiled: bool = True
@@ -204,26 +203,13 @@ class FlexSetting:
     def name(self) -> str:
         """Of the way with this setting."""
         calls = "one_call" if self.one_call else "two_calls"
-        return f"flex_{calls}_{self.block}" + ("_autotuned" if self.autotune else "")
-
-    @property
-    def kernel_options(self) -> dict[str, int] | None:
-        """Tiles that divide the block; torch's own choice for blocks of 128 or when it tunes them."""
-        if self.autotune or self.block >= 128:
-            return None
-        small, large = self.block // 2, self.block
-        return {
-            "BLOCK_M": large, "BLOCK_N": large,
-            "BLOCK_M1": small, "BLOCK_N1": large, "BLOCK_M2": large, "BLOCK_N2": small,
-        }  # fmt: skip
+        return f"flex_{calls}_128" + ("_autotuned" if self.autotune else "")
 
 
 FLEX_SETTINGS = {
     setting.name: setting
-    for setting in (
-        *(FlexSetting(block, one_call) for block in (128, 64) for one_call in (True, False)),
-        *(FlexSetting(128, one_call, autotune=True) for one_call in (True, False)),
-    )
+    for autotune in (False, True)
+    for setting in (FlexSetting(one_call, autotune) for one_call in (True, False))
 }
 
 
@@ -239,8 +225,7 @@ def flex(setting: FlexSetting, operands: Operands) -> Way:
     shifts = two_stream_shifts(shape.tokens, shape.cuts, device=device)
     masks = [
         create_block_mask(
-            flex_mask_mod(shift, shape.cuts, shape.tokens), None, None, shift.numel(), keys, device=device,
-            BLOCK_SIZE=setting.block,
+            flex_mask_mod(shift, shape.cuts, shape.tokens), None, None, shift.numel(), keys, device=device
         )
         for shift in ([torch.cat(shifts)] if setting.one_call else shifts)
     ]  # fmt: skip
@@ -252,7 +237,7 @@ def flex(setting: FlexSetting, operands: Operands) -> Way:
     def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
         *queries, k, v = inputs
         pairs = zip(queries, masks, strict=True)
-        return tuple(call(q, k, v, block_mask=mask, kernel_options=setting.kernel_options) for q, mask in pairs)
+        return tuple(call(q, k, v, block_mask=mask) for q, mask in pairs)
 
     def restore(*outputs: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat(heads_first(*outputs), dim=1).split([keys, shape.targets], dim=1)

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from bench.conftest import Field
-from bench.contest import Contest
+from bench.conftest import Enter
+from bench.contest import Contest, Rules
 from bench.records import device_state
 
 WARM_UP = 2
@@ -25,20 +25,18 @@ def device_time() -> float:
 
 
 @pytest.mark.benchmark(timer=device_time)
-def test_way(benchmark, field: Field, contest: Contest, way: str, phase: str) -> None:
-    field.enter(contest)
-    row, device = field.rows[way], field.rules.device
+def test_way(benchmark, enter: Enter, rules: Rules, contest: Contest, way: str, phase: str) -> None:
+    entrants, rows = enter(contest)
+    row = rows[way]
     if row.get("status") in ("unavailable", "not run"):
         pytest.skip(f"{row['status']}: {row['reason']}")
-    if way not in field.entrants:
+    if way not in entrants:
         pytest.fail(f"{row['status']}: {row['reason']}; {row.get('error_share', '')}", pytrace=False)
-    timed = field.entrants[way].phases[phase]
+    timed = entrants[way].phases[phase]
     benchmark.group = f"{contest.suite}: {contest.name}: {phase}"
     benchmark.extra_info |= {
-        "measured_on": device.type, "machine": device_state(device)["name"], "suite": contest.suite,
+        "measured_on": rules.device.type, "machine": device_state(rules.device)["name"], "suite": contest.suite,
         "contest": contest.name, "way": way, "phase": phase, "base": contest.base, **contest.sizes,
         "dtype": contest.dtype, "of_a_round": timed.count, **row,
     }  # fmt: skip
-    benchmark.pedantic(
-        timed.call, setup=lambda: (timed.prepare(), {}), rounds=field.rules.repeats, warmup_rounds=WARM_UP
-    )
+    benchmark.pedantic(timed.call, setup=lambda: (timed.prepare(), {}), rounds=rules.repeats, warmup_rounds=WARM_UP)

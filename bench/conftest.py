@@ -7,7 +7,7 @@ there; pytest-benchmark times each way by itself, in rounds of its own, by a tim
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import tyro
 
 from bench import suites
-from bench.contest import Contest, Entrant, Rules, opened
+from bench.contest import Contest, Entrant, Rows, Rules, opened
 from bench.options import Options, check, chosen_device
 
 
@@ -54,30 +54,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("contest", "way", "phase"), cases)
 
 
-class Field:
-    """The contest that is open: its ways, checked, stay until the next one is asked for."""
-
-    def __init__(self, rules: Rules) -> None:
-        self.rules, self.stack, self.contest = rules, ExitStack(), None
-        self.entrants: dict[str, Entrant] = {}
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    def enter(self, contest: Contest) -> None:
-        """Open a contest, unless it is open already."""
-        if contest is not self.contest:
-            self.close()
-            _, self.entrants, self.rows = self.stack.enter_context(opened(contest, self.rules))
-            self.contest = contest
-
-    def close(self) -> None:
-        """Close what is open."""
-        self.contest, self.entrants, self.rows = None, {}, {}
-        self.stack.close()
+Enter = Callable[[Contest], tuple[dict[str, Entrant], Rows]]
 
 
 @pytest.fixture(scope="session")
-def field(request: pytest.FixtureRequest) -> Iterator[Field]:
+def rules(request: pytest.FixtureRequest) -> Rules:
     options = chosen_options(request.config)
-    made = Field(suites.rules_for(options, chosen_device(options.device)))
-    yield made
-    made.close()
+    return suites.rules_for(options, chosen_device(options.device))
+
+
+@pytest.fixture(scope="session")
+def enter(rules: Rules) -> Iterator[Enter]:
+    """Contest -> its checked ways and their rows; it stays open until the next one is asked for."""
+    with ExitStack() as stack:
+        last: dict[str, Any] = {}
+
+        def entered(contest: Contest) -> tuple[dict[str, Entrant], Rows]:
+            if last.get("contest") is not contest:
+                last.clear()
+                stack.close()
+                _, *last["ways"] = stack.enter_context(opened(contest, rules))
+                last["contest"] = contest
+            return last["ways"]
+
+        yield entered

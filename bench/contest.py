@@ -126,6 +126,12 @@ class Rules:
     rates: roofline.Rates | None = None
 
 
+SHOWN = {
+    "times_as_long": "x{:.2f}",
+    "images_per_second": "{:.1f} images/s",
+    "roofline_fraction": "{:.1%} of roofline",
+}
+"""What `lines` tells of a phase besides its time."""
 Rows = dict[str, dict[str, Any]]
 """For each way what the record says: its status, then figures or the reason why there are none."""
 
@@ -167,37 +173,24 @@ def checked(entrant: Entrant, arena: Arena, row: dict[str, Any]) -> Failure | No
     return None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A measured contest: a row of the record for each way, and what its phases cost."""
+def measure(contest: Contest, rules: Rules) -> dict[str, Any]:
+    """Make the inputs, check every way, and time those that are right: the contest as it stands in a record.
 
-    contest: Contest
-    rows: Rows
-    costs: Mapping[str, roofline.Cost] = field(default_factory=dict)
-
-    def entry(self) -> dict[str, Any]:
-        """As it stands in a record."""
-        contest = self.contest
-        return {
-            "name": contest.name, **contest.sizes, "dtype": contest.dtype, "phases": list(contest.phases),
-            "base": contest.base, "costs": {phase: asdict(cost) for phase, cost in self.costs.items()},
-            "ways": self.rows,
-        }  # fmt: skip
+    None of this raises for a way that breaks.
+    """
+    found, failure = guarded(partial(_measure, contest, rules))
+    rows, costs = found or ({name: failure._asdict() for name in contest.ways}, {})
+    return {
+        "name": contest.name, **contest.sizes, "dtype": contest.dtype, "phases": list(contest.phases),
+        "base": contest.base, "costs": {phase: asdict(cost) for phase, cost in costs.items()}, "ways": rows,
+    }  # fmt: skip
 
 
-def measure(contest: Contest, rules: Rules) -> Outcome:
-    """Make the inputs, check every way, and time those that are right; none of this raises for a way that breaks."""
-    outcome, failure = guarded(partial(_measure, contest, rules))
-    if failure is not None:
-        return Outcome(contest, {name: failure._asdict() for name in contest.ways})
-    return outcome
-
-
-def _measure(contest: Contest, rules: Rules) -> Outcome:
+def _measure(contest: Contest, rules: Rules) -> tuple[Rows, Mapping[str, roofline.Cost]]:
     with opened(contest, rules) as (arena, entrants, rows):
         seconds, dropped = timing.interleaved(
             entrants, rules.clock, repeats=rules.repeats, budget=rules.budget, deadline=rules.deadline, guard=guarded
-        )  # fmt: skip
+        )
         for name, entrant in entrants.items():
             if name in seconds:
                 rows[name] |= {"status": "timed", **figures(seconds[name], arena, contest.dtype, rules.rates)}
@@ -205,26 +198,24 @@ def _measure(contest: Contest, rules: Rules) -> Outcome:
             else:
                 rows[name] |= (dropped.get(name) or Failure("not run", "time limit"))._asdict()
         add_ratios(rows, contest.base)
-        return Outcome(contest, rows, arena.costs)
+        return rows, arena.costs
 
 
 def figures(
     seconds: Mapping[str, list[float]], arena: Arena, dtype: str, rates: roofline.Rates | None
 ) -> dict[str, Any]:
     """Quantiles and noise of each phase, and what follows from the medians."""
-    timings = {phase: quantiles(values) for phase, values in seconds.items()}
-    median = {phase: max(timing["p50_ms"], 1e-6) / 1e3 for phase, timing in timings.items()}
-    row: dict[str, Any] = {"timings": timings}
-    if arena.images:
-        row["images_per_second"] = {phase: round(arena.images / value, 2) for phase, value in median.items()}
-    known = {phase: (arena.costs[phase], value) for phase, value in median.items() if phase in arena.costs}
-    if known:
-        row["tflop_per_s"] = {phase: round(cost.flop / value / 1e12, 6) for phase, (cost, value) in known.items()}
-        row["gbyte_per_s"] = {phase: round(cost.bytes / value / 1e9, 3) for phase, (cost, value) in known.items()}
-    if known and rates is not None and dtype in rates.flop_per_second:
-        row["roofline_fraction"] = {
-            phase: round(cost.seconds(rates, dtype) / value, 4) for phase, (cost, value) in known.items()
-        }
+    row: dict[str, Any] = {"timings": {phase: quantiles(values) for phase, values in seconds.items()}}
+    for phase, timing_ in row["timings"].items():
+        median = max(timing_["p50_ms"], 1e-6) / 1e3
+        if arena.images:
+            row.setdefault("images_per_second", {})[phase] = round(arena.images / median, 2)
+        if (cost := arena.costs.get(phase)) is not None:
+            row.setdefault("tflop_per_s", {})[phase] = round(cost.flop / median / 1e12, 6)
+            row.setdefault("gbyte_per_s", {})[phase] = round(cost.bytes / median / 1e9, 3)
+            if rates is not None and dtype in rates.flop_per_second:
+                share = round(cost.seconds(rates, dtype) / median, 4)
+                row.setdefault("roofline_fraction", {})[phase] = share
     return row
 
 
@@ -232,31 +223,26 @@ def add_ratios(rows: Rows, base: str) -> None:
     """How many times as long as the base each other way takes, where both are right and were timed on one task."""
     if rows.get(base, {}).get("status") != "timed":
         return
+    shortest = {phase: max(timing_["p50_ms"], 1e-6) for phase, timing_ in rows[base]["timings"].items()}
     for name, row in rows.items():
         if name != base and row["status"] == "timed" and "another_task" not in row:
             row["times_as_long"] = {
-                phase: round(timing["p50_ms"] / max(rows[base]["timings"][phase]["p50_ms"], 1e-6), 4)
-                for phase, timing in row["timings"].items()
-                if phase in rows[base]["timings"]
+                phase: round(timing_["p50_ms"] / shortest[phase], 4) for phase, timing_ in row["timings"].items()
             }
 
 
-def lines(outcome: Outcome) -> list[str]:
-    """A contest for the person watching, a line for each way."""
-    said = [f"{outcome.contest.suite}: {outcome.contest.name}"]
-    for name, row in outcome.rows.items():
+def lines(entry: Mapping[str, Any]) -> list[str]:
+    """A measured contest for the person watching, a line for each way."""
+    said = [entry["name"]]
+    for name, row in entry["ways"].items():
         if row["status"] != "timed":
             said.append(f"  {name:26} {row['status']}: {row['reason']}")
             continue
-        parts = []
+        parts = [f"({row['another_task']})"] if "another_task" in row else []
         for phase, timing_ in row["timings"].items():
             parts.append(f"  {phase} {timing_['p50_ms']:10.3f} ms +-{50 * timing_['noise']:.0f} %")
-            for key, shown in (
-                ("times_as_long", "x{:.2f}"), ("images_per_second", "{:.1f} images/s"),
-                ("roofline_fraction", "{:.1%} of roofline"),
-            ):  # fmt: skip
+            for key, words in SHOWN.items():
                 if phase in row.get(key, {}):
-                    parts.append(shown.format(row[key][phase]))
-        note = f"   ({row['another_task']})" if "another_task" in row else ""
-        said.append(f"  {name:26} {' '.join(parts)}{note}")
+                    parts.append(words.format(row[key][phase]))
+        said.append(f"  {name:26} {' '.join(parts)}")
     return said

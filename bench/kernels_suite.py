@@ -1,7 +1,7 @@
 """Every op of the registry, forward and backward, by every backend that runs here, beside its plain torch form.
 
 Shapes follow the model: those that a step of the chosen sizes meets. Each backend is checked against plain torch in
-float64, outputs and gradients, with the table of tolerances, on as many images or rows as float64 has room for.
+float64, outputs and gradients, with the table of tolerances, on the first images or rows, as float64 has room for.
 """
 
 from __future__ import annotations
@@ -39,17 +39,15 @@ from mapet_kernels.registry import (
 from mapet_kernels.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, used_budget
 
 PLAIN = "plain_torch"
-SLICED = {
-    "two_stream_attention": ("q_content", "q_query", "k", "v"),
-    "prefix_suffix_attention": ("q", "k", "v"),
-    "kmeans_assign": ("x",),
+CHECKED = {
+    "two_stream_attention": (8, ("q_content", "q_query", "k", "v")),
+    "prefix_suffix_attention": (8, ("q", "k", "v")),
+    "kmeans_assign": (1024, ("x",)),
 }
-"""Inputs whose first dimension is the results' own, so that the check may look at a part."""
+"""How many images or rows the float64 check looks at, where not at all, and the inputs that have them first."""
 BACKWARD = {"prefix_suffix_attention": (2.5, 2.0), "permuted_embed": (1.0, 1.0)}
 """FLOP and bytes of the backward pass to those of the forward pass; twice for an op that is not here. Attention: five
 products to two, and Q, K, V, O, dO in, dQ, dK, dV out. Embedding: images need no gradient, so one product to one."""
-CHECK_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
-"""What the intermediate results of the float64 check may take."""
 
 
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
@@ -117,8 +115,8 @@ def arena(spec: OpSpec, shape: Any, dtype: torch.dtype, device: torch.device) ->
         if o.requires_grad
     ]
     call = replace(call, upstream=upstream)
-    rows = checked_rows(spec, shape, case, device)
-    plain = replace(call, case=sliced(spec, case, rows), upstream=[u[:rows] for u in upstream])
+    rows, _ = CHECKED.get(spec.name, (None, ()))
+    plain = replace(call, case=sliced(spec, case), upstream=[u[:rows] for u in upstream])
     wide = {name: x.double() for name, x in plain.case.inputs.items()}
     exact = replace(plain, case=replace(plain.case, inputs=wide), upstream=[u.double() for u in plain.upstream])
     names = dict.fromkeys((PLAIN, *spec.backends, *spec.gpu_backends))
@@ -180,22 +178,10 @@ def reason_against(call: OpCall, device: torch.device, dtype: torch.dtype) -> st
     return reason_against_listed(call.backend, device, dtype)
 
 
-def checked_rows(spec: OpSpec, shape: Any, case: Case, device: torch.device) -> int | None:
-    """How many images or rows the float64 check looks at, or None for all."""
-    if spec.name not in SLICED:
-        return None
-    if isinstance(shape, KMeansShape):
-        each = 2 * 8 * shape.clusters * shape.features
-    else:
-        queries = sum(x.shape[1] for name, x in case.inputs.items() if name.startswith("q"))
-        each = 6 * 8 * queries * case.inputs["k"].shape[1] * shape.heads  # autograd holds about six copies of scores
-    first = next(x.shape[0] for name, x in case.inputs.items() if name in SLICED[spec.name])
-    return min(first, max(1, CHECK_BYTES[device.type] // each))
-
-
-def sliced(spec: OpSpec, case: Case, rows: int | None) -> Case:
-    """The case of the first `rows` images or rows."""
-    inputs = {name: x[:rows] if name in SLICED.get(spec.name, ()) else x for name, x in case.inputs.items()}
+def sliced(spec: OpSpec, case: Case) -> Case:
+    """The part of the case that the check looks at."""
+    rows, names = CHECKED.get(spec.name, (None, ()))
+    inputs = {name: x[:rows] if name in names else x for name, x in case.inputs.items()}
     changes = {"perm": case.options["perm"][:rows]} if "perm" in case.options else {}
     return Case(inputs, case.options | changes, case.fixed)
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from bench.contest import Arena, Contest, Entrant, Timed
@@ -54,7 +56,9 @@ def arena(name: str, rows: int, features: int, clusters: int, redos: int, device
     best: list[float] = []
 
     def entrant(way: str) -> Entrant:
-        fit, seeds = fits(clusters, redos, device)[way], itertools.cycle(range(SEEDS))
+        if way in PEERS and device.type != "cpu":
+            raise Unavailable("works on the CPU")
+        fit, seeds = fits(clusters, redos)[way], itertools.cycle(range(SEEDS))
         found: list[float] = []
 
         def results() -> tuple[str, list[float]]:
@@ -62,7 +66,7 @@ def arena(name: str, rows: int, features: int, clusters: int, redos: int, device
             return way, found
 
         timed = Timed(lambda seed: fit(x, seed), lambda: (next(seeds),))
-        checked = results if way in PEERS or device.type == "cpu" else None
+        checked = results if device.type == "cpu" else None
         return Entrant({"fit": timed}, checked, facts=lambda: {"objectives": found})
 
     def judge(results: tuple[str, list[float]]) -> dict[str, float]:
@@ -80,8 +84,6 @@ def arena(name: str, rows: int, features: int, clusters: int, redos: int, device
 
 def digits() -> Tensor:
     """scikit-learn's digits, 8 x 8."""
-    from sklearn.datasets import load_digits
-
     return torch.from_numpy(load_digits().data).float()
 
 
@@ -93,23 +95,20 @@ def mixture(rows: int, features: int, device: torch.device) -> Tensor:
     return draw(CLOUDS, features)[chosen] + draw(rows, features)
 
 
-def fits(clusters: int, redos: int, device: torch.device) -> dict[str, Callable[[Tensor, int], Tensor]]:
+def fits(clusters: int, redos: int) -> dict[str, Callable[[Tensor, int], Tensor]]:
     """Fits by name, each (rows, seed) -> centroids."""
 
     def ours(init: str, x: Tensor, seed: int) -> Tensor:
-        return kmeans.fit(
-            x, clusters, init=init, seed=seed, iterations=ITERATIONS, redos=redos, max_points_per_centroid=None
-        ).centroids
+        same = {"seed": seed, "iterations": ITERATIONS, "redos": redos}
+        return kmeans.fit(x, clusters, init=init, max_points_per_centroid=None, **same).centroids
 
     def scikit_learn(x: Tensor, seed: int) -> Tensor:
-        require("sklearn", device)
-        from sklearn.cluster import KMeans
-
         peer = KMeans(clusters, n_init=redos, max_iter=ITERATIONS, tol=0, random_state=seed)
         return torch.from_numpy(peer.fit(x.numpy()).cluster_centers_)
 
     def faiss_cpu(x: Tensor, seed: int) -> Tensor:
-        require("faiss", device)
+        if importlib.util.find_spec("faiss") is None:
+            raise Unavailable("not installed")
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
@@ -118,16 +117,7 @@ def fits(clusters: int, redos: int, device: torch.device) -> dict[str, Callable[
         peer.train(x.numpy())
         return torch.from_numpy(peer.centroids)
 
-    both = (scikit_learn, faiss_cpu, partial(ours, "k-means++"), partial(ours, "random"))
-    return dict(zip(WAYS, both, strict=True))
-
-
-def require(package: str, device: torch.device) -> None:
-    """Unavailable where a peer is not installed or would work on another device than ours."""
-    if importlib.util.find_spec(package) is None:
-        raise Unavailable("not installed")
-    if device.type != "cpu":
-        raise Unavailable("works on the CPU")
+    return dict(zip(WAYS, (scikit_learn, faiss_cpu, partial(ours, "k-means++"), partial(ours, "random")), strict=True))
 
 
 def objective(x: Tensor, centroids: Tensor) -> float:

@@ -45,37 +45,23 @@ WANTED = 20_000
 
 
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
-    """For each combination of sizes, pre-training; for each image size, the loaders alone."""
-    found = {}
+    """For each combination of sizes, pre-training; for each image size, the loaders alone, into memory of the CPU."""
+    found, workers = {}, chosen.workers
     for setting in step.settings(replace(chosen, gpu_memory=""), device):
+        model = setting.sizes.model
         images = max(chosen.images or (4096 if device.type == "cuda" else 1024), 2 * setting.sizes.batch)
-        for made in (training(setting, chosen.workers, images), loading(setting, chosen.workers, images)):
-            found[made.name] = made
+        name, facts = f"{setting.sizes.name} {workers} workers", {"workers": workers, "cached_images": images}
+        found[name] = Contest(
+            "pretrain", name, setting.record() | facts, ("step",), ("ours", "official"), "ours", setting.sizes.dtype,
+            partial(training_arena, setting, workers, images),
+        )  # fmt: skip
+        alone = replace(setting, jitter=0.0, sizes=replace(setting.sizes, batch=min(LOADER_BATCH, images)))
+        name = f"loader alone {model.image_size} px {model.heads} heads batch {alone.sizes.batch} {workers} workers"
+        facts |= {"image_size": model.image_size, "batch": alone.sizes.batch, "wanted_images_per_second": WANTED}
+        ways = ("ours", *(("ours_workers",) if workers else ()), "official")
+        opened = partial(loading_arena, alone, workers, images)
+        found[name] = Contest("pretrain", name, facts, ("batch",), ways, "ours", "fp32", opened)
     return list(found.values())
-
-
-def training(setting: step.Setting, workers: int, images: int) -> Contest:
-    """Steps fed from the cache, both ways."""
-    sizes = setting.record() | {"workers": workers, "cached_images": images}
-    return Contest(
-        "pretrain", f"{setting.sizes.name} {workers} workers", sizes, ("step",), ("ours", "official"), "ours",
-        setting.sizes.dtype, partial(training_arena, setting, workers, images),
-    )  # fmt: skip
-
-
-def loading(setting: step.Setting, workers: int, images: int) -> Contest:
-    """The loaders of both ways without a step: batches in memory of the CPU."""
-    model = setting.sizes.model
-    setting = replace(setting, jitter=0.0, sizes=replace(setting.sizes, batch=min(LOADER_BATCH, images)))
-    ways = ("ours", *(("ours_workers",) if workers else ()), "official")
-    sizes = {
-        "image_size": model.image_size, "tokens": model.tokens, "batch": setting.sizes.batch, "workers": workers,
-        "cached_images": images, "wanted_images_per_second": WANTED, "labelled": "CPU alone",
-    }  # fmt: skip
-    name = f"loader alone {model.image_size} px {model.heads} heads batch {setting.sizes.batch} {workers} workers"
-    return Contest(
-        "pretrain", name, sizes, ("batch",), ways, "ours", "fp32", partial(loading_arena, setting, workers, images)
-    )
 
 
 @contextmanager

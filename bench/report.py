@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -74,33 +75,19 @@ def page(collected: Collected, folder: Path) -> list[str]:
     """The lines of the page; draws its pictures into the folder."""
     lines = [HEAD]
     for suite, title in SECTIONS.items():
-        groups = by_device(entry for entry in collected.entries if entry.suite == suite)
-        lines += ["", f"## {title}", ""]
-        if not groups:
-            lines.append(f"No record yet: `python -m bench {suite}`.")
-        for device, entries in groups.items():
-            lines += [f"### {device}", "", *pictures(entries, folder, suite, device), *tables(entries)]
+        found = [entry for entry in collected.entries if entry.suite == suite]
+        lines += ["", f"## {title}", ""] + ([] if found else [f"No record yet: `python -m bench {suite}`."])
+        for device, group in groupby(found, key=lambda entry: entry.device):
+            entries = list(group)
+            lines += [f"### {device}", ""]
+            for name, draw in report_plots.plots(entries):
+                path = folder / re.sub(r"[^a-z0-9.]+", "_", f"{suite} {name} {device}.png".lower())
+                draw(path, f"{title}, {device}")
+                lines += [f"![{suite}, {name}, on {device}]({path.name})", ""]
+            lines += tables(entries)
     if collected.left_out:
         lines += ["", "## Records not shown", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in collected.left_out.items()]
-    return lines
-
-
-def by_device(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """Entries by device, in their order."""
-    groups: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        groups[entry.device].append(entry)
-    return groups
-
-
-def pictures(entries: Sequence[Entry], folder: Path, suite: str, device: str) -> list[str]:
-    """What the entries of a device have to show, drawn."""
-    lines = []
-    for name, draw in report_plots.plots(entries):
-        path = folder / re.sub(r"[^a-z0-9.]+", "_", f"{suite} {name} {device}.png".lower())
-        draw(path, f"{SECTIONS[suite]}, {device}")
-        lines += [f"![{suite}, {name}, on {device}]({path.name})", ""]
     return lines
 
 
@@ -125,16 +112,18 @@ def tables(entries: Sequence[Entry]) -> list[str]:
 
 
 def cells(row: Mapping[str, Any], phase: str) -> list[str]:
-    """Milliseconds, noise, images per second, share of the roofline, peak memory, ratio."""
-    timing = row["timings"].get(phase)
-    noise = f"{100 * timing['noise']:.0f} %{' (!)' if timing['noise'] > NOISY else ''}" if timing else ""
-    peak = (row.get("memory") or {}).get("peak_bytes")
-    found = [f"{timing['p50_ms']:.4g}" if timing else "", noise]
-    for key, factor, words in (
-        ("images_per_second", 1, report_plots.number), ("roofline_fraction", 100, "{:.1f}".format),
-    ):  # fmt: skip
-        value = row.get(key, {}).get(phase)
-        found.append("" if value is None else words(factor * value))
-    ratio = row.get("times_as_long", {}).get(phase)
-    found += ["" if peak is None else f"{peak / 2**20:.0f}", "" if ratio is None else f"{ratio:.2f}"]
-    return found
+    """Milliseconds, noise, images per second, share of the roofline, peak memory, ratio; empty what is not known."""
+    timing = row["timings"].get(phase, {})
+    noise = timing.get("noise", 0.0)
+
+    def cell(value: float | None, words: Callable[[float], str]) -> str:
+        return "" if value is None else words(value)
+
+    return [
+        cell(timing.get("p50_ms"), "{:.4g}".format),
+        cell(timing.get("noise"), lambda value: f"{100 * value:.0f} %{' (!)' if noise > NOISY else ''}"),
+        cell(row.get("images_per_second", {}).get(phase), report_plots.number),
+        cell(row.get("roofline_fraction", {}).get(phase), lambda share: f"{100 * share:.1f}"),
+        cell((row.get("memory") or {}).get("peak_bytes"), lambda size: f"{size / 2**20:.0f}"),
+        cell(row.get("times_as_long", {}).get(phase), "{:.2f}".format),
+    ]

@@ -69,23 +69,17 @@ def collect(folder: Path) -> Collected:
     for path in sorted(folder.glob("*.json")):
         try:
             entries = list(read(path))
-        except EarlierFormat:
-            left_out[path.name] = "of an earlier format than this page's, or cut short before a contest was measured"
-            continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             left_out[path.name] = f"not understood: {type(error).__name__}: {error}"
             continue
         if not entries:
-            left_out[path.name] = "no contest of ways"
+            early = json.loads(path.read_text())["suite"] in SUITES
+            left_out[path.name] = "of an earlier format" if early else "no contest of ways"
         for entry in entries:
             key = entry.suite, entry.device, entry.name
             if key not in newest or newest[key].time <= entry.time:
                 newest[key] = entry
     return Collected(sorted(newest.values(), key=order), left_out)
-
-
-class EarlierFormat(ValueError):
-    """A record of a suite that holds no contests."""
 
 
 def order(entry: Entry) -> tuple[Any, ...]:
@@ -96,26 +90,19 @@ def order(entry: Entry) -> tuple[Any, ...]:
 
 
 def read(path: Path) -> Iterator[Entry]:
-    """The contests of a record; none of a command that measures no contests.
+    """The contests of a record; none where a suite had none yet, or of a command that measures none.
 
     Raises:
-        EarlierFormat: the suite had no contests yet.
         KeyError, TypeError: what tables and plots read is not there.
     """
     record = json.loads(path.read_text())
     suite = record["suite"]
-    if suite not in (*SUITES, "peers"):
-        return
-    if "contests" not in record:
-        raise EarlierFormat
-    threads = record["threads"]
-    device = f"CPU, {record['device']}, {threads} thread{'' if threads == 1 else 's'}"
-    if record["measured_on"] == "cuda":
-        device = record["device"]
-    for contest in record["contests"]:
+    for contest in record.get("contests", ()) if suite in (*SUITES, "peers") else ():
         for row in contest["ways"].values():
-            if row["status"] != "timed":
-                _ = row["reason"]
+            _ = row["status"] == "timed" or row["reason"]
             for timing in row.get("timings", {}).values():
                 _ = timing["p20_ms"] + timing["p50_ms"] + timing["p80_ms"] + timing["noise"]
+        threads = record["threads"]
+        cpu = f"CPU, {record['device']}, {threads} thread{'' if threads == 1 else 's'}"
+        device = record["device"] if record["measured_on"] == "cuda" else cpu
         yield Entry(suite, contest["name"], device, path.name, record["time"], contest)

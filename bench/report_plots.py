@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import tyro
 from matplotlib.axes import Axes
@@ -23,43 +21,6 @@ MEASURES = {
     "tflop_per_s": "TFLOP/s",
 }
 """What bars show of a phase: the first of these that the record has."""
-Series = Mapping[str, Sequence[tuple[float, float]]]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A size that varies along a line while the others stay; value: (contest, row) -> y, or None."""
-
-    suites: tuple[str, ...]
-    x: str
-    fixed: tuple[str, ...]
-    y: str
-    value: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
-
-
-def peak_mib(contest: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
-    """Peak memory."""
-    return row["memory"]["peak_bytes"] / 2**20 if row.get("memory") else None
-
-
-def per_image(contest: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
-    """Milliseconds of a step per image."""
-    return row["timings"]["step"]["p50_ms"] / contest["batch"]
-
-
-def per_pair(contest: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
-    """Nanoseconds of both passes per visible pair, each of which is two products of `size` terms, forward."""
-    if not contest["label"].startswith(("target", "tokens")):
-        return None
-    return row["timings"]["both"]["p50_ms"] * 1e6 / (contest["costs"]["forward"]["flop"] / (4 * contest["size"]))
-
-
-SWEEPS = (
-    Sweep(("step",), "batch", ("model", "dtype", "image_size", "patch_size"), "peak, MiB", peak_mib),
-    Sweep(("step",), "tokens", ("model", "dtype", "image_size", "batch"), "ms per image", per_image),
-    Sweep(("step",), "image_size", ("model", "dtype", "patch_size", "batch"), "ms per image", per_image),
-    Sweep(("attention",), "tokens", ("dtype", "heads"), "ns per visible pair", per_pair),
-)
 
 
 @dataclass(frozen=True)
@@ -96,30 +57,16 @@ def plots(entries: Sequence[Entry]) -> Iterator[tuple[str, Callable[[Path, str],
             if groups := {name: values for name, values in groups.items() if values}:
                 yield phase, partial(bars, groups, words, WANTED if phase == "batch" else None)
                 break
-    for sweep in SWEEPS:
-        if series := swept(sweep, entries):
-            yield f"by {sweep.x}", partial(lines, series, sweep.x.replace("_", " "), sweep.y)
     for entry in entries:
-        curves = {way: list(enumerate(row["losses"], 1)) for way, row in entry.timed.items() if "losses" in row}
+        curves = {way: row["losses"] for way, row in entry.timed.items() if "losses" in row}
         if curves:
-            yield "losses", partial(lines, curves, "optimizer step", "loss, nats a token", marker="")
+            yield "losses", partial(lines, curves, "optimizer step", "loss, nats a token")
 
 
 def measured(entry: Entry, measure: str) -> dict[str, float]:
     """Values of the ways of a contest."""
     values = {way: row.get(measure, {}).get(entry.phase) for way, row in entry.timed.items()}
     return {way: value for way, value in values.items() if value is not None}
-
-
-def swept(sweep: Sweep, entries: Sequence[Entry]) -> Series:
-    """Lines of a sweep by way and what stays; a single point is no sweep."""
-    found: dict[str, dict[float, float]] = defaultdict(dict)
-    for entry in sorted((e for e in entries if e.suite in sweep.suites), key=lambda entry: entry.time):
-        for way, row in entry.timed.items():
-            if (value := sweep.value(entry.contest, row)) is not None:
-                line = ", ".join([way, *(f"{field} {entry.contest[field]}" for field in sweep.fixed)])
-                found[line][entry.contest[sweep.x]] = value
-    return {line: sorted(points.items()) for line, points in sorted(found.items()) if len(points) > 1}
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], words: str, wanted: float | None, path: Path, title: str) -> Path:
@@ -144,13 +91,12 @@ def bars(groups: Mapping[str, Mapping[str, float]], words: str, wanted: float | 
     return finished(figure, axes, path)
 
 
-def lines(series: Series, x: str, y: str, path: Path, title: str, *, marker: str = "o") -> Path:
-    """A line for each name."""
+def lines(series: Mapping[str, Sequence[float]], x: str, y: str, path: Path, title: str) -> Path:
+    """A line for each name, from 1 on."""
     figure, axes = new_figure(5.4, title, x)
-    for i, (name, points) in enumerate(series.items()):
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4.5, color=CYCLE[i % len(CYCLE)], label=name)
+    for i, (name, values) in enumerate(series.items()):
+        axes.plot(range(1, 1 + len(values)), values, color=CYCLE[i % len(CYCLE)], label=name)
     axes.set_ylabel(y, color=INK)
-    axes.set_ylim(bottom=0)
     return finished(figure, axes, path)
 
 

@@ -3,8 +3,7 @@
 Ways: `ours`, `ours_compiled`, `official` (its masks built beforehand) and `official_with_masks` (masks built on the
 step's own cores, where the official code builds them in data workers). All draw the same permutations and drop-path,
 jitter the same images or none, clip, and update by the same fused AdamW. They are checked for one loss, one gradient
-norm and equal clipped gradients in the first step. As context, a supervised step of timm's plain ViT of the same size:
-half the tokens and another task.
+norm and equal clipped gradients in the first step.
 
 All that bench knows of mapet's objectives and learner is in this file.
 """
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,6 @@ FINITE_WITHIN = 12
 """Steps within which fp16's loss scale must have come down from 65536 to one without overflow."""
 BACKWARD = {"products": 2.0, "attention": 2.5, "embedding": 1.0}
 """FLOP of the backward pass to those of the forward pass; images need no gradient."""
-CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,7 @@ class Setting:
         return {"step": Cost(self.sizes.batch * flop_per_image(self.sizes.model, self.sizes.cut), 0)}
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """What is random in a step: permutations (B, N), factors of the residual branches (depth, 2, B), and colours."""
 
     permutation: Tensor
@@ -158,7 +156,7 @@ def settings(chosen: options.Options, device: torch.device) -> list[Setting]:
 
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
     """Ours against the official way, for each combination of sizes."""
-    ways = ("ours", *(("ours_compiled",) if chosen.compile else ()), "official", "official_with_masks", "timm_vit")
+    ways = ("ours", *(("ours_compiled",) if chosen.compile else ()), "official", "official_with_masks")
     return [
         Contest(
             "step",
@@ -179,11 +177,10 @@ def arena(setting: Setting) -> Iterator[Arena]:
     """The shared batch, and the builders of the ways."""
     compiled = replace(setting.config, speed=replace(setting.config.speed, compile=True))
     ways = {
-        "ours": lambda: ours(setting, setting.config),
-        "ours_compiled": lambda: ours(setting, compiled),
-        "official": lambda: official(setting, masks_built=False),
-        "official_with_masks": lambda: official(setting, masks_built=True),
-        "timm_vit": lambda: timm_vit(setting),
+        "ours": partial(ours, setting, setting.config),
+        "ours_compiled": partial(ours, setting, compiled),
+        "official": partial(official, setting, masks_built=False),
+        "official_with_masks": partial(official, setting, masks_built=True),
     }
     yield Arena(ways, Judge(setting.sizes.dtype), setting.cost, setting.sizes.batch)
     if setting.memory:
@@ -225,7 +222,7 @@ class OurStep:
         self.objective, self.optimizer = self.learner.objective, self.learner.optimizer
 
     def step(self, number: int, batch: Batch) -> None:
-        """One optimizer step."""
+        """One optimizer step, at the learner's own rate and draws."""
         self.learner.step(number, batch, with_accuracy=False)
 
     def loss_and_norm(self) -> tuple[float, float]:
@@ -252,8 +249,8 @@ def ours(setting: Setting, config: RunConfig) -> Entrant:
 def official(setting: Setting, *, masks_built: bool) -> Entrant:
     """The official way; `masks_built`: within the timed step."""
     way = OfficialStep(setting)
+    masks = {} if masks_built else {number: way.masks(number) for number in range(CYCLE)}
     steps = itertools.cycle(range(CYCLE))
-    masks = [] if masks_built else [way.masks(number) for number in range(CYCLE)]
 
     def step(number: int, made: Sequence[Tensor] | None) -> None:
         with capped(setting, way):
@@ -261,12 +258,12 @@ def official(setting: Setting, *, masks_built: bool) -> Entrant:
 
     def prepared() -> tuple[int, Sequence[Tensor] | None]:
         number = next(steps)
-        arguments = number, None if masks_built else [mask.to(setting.device) for mask in masks[number]]
-        settled(setting, partial(step, *arguments))
-        return arguments
+        made = None if masks_built else [mask.to(setting.device) for mask in masks[number]]
+        settled(setting, lambda: step(number, made))
+        return number, made
 
     return Entrant(
-        {"step": Timed(step, prepared)}, lambda: results(way, lambda: step(0, None if masks_built else masks[0])),
+        {"step": Timed(step, prepared)}, lambda: results(way, lambda: step(0, masks.get(0))),
         lambda: step(*prepared()), lambda: resident(way.objective, way.optimizer), lambda: {"micro_batch": way.micro},
     )  # fmt: skip
 
@@ -313,7 +310,10 @@ class OfficialStep:
             self.micro = halved(self.micro, len(images))
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        self.norm = clip_and_update(self.objective, self.optimizer, self.scaler, self.config)
+        self.scaler.unscale_(self.optimizer)
+        self.norm = clip_gradients(self.objective.parameters(), self.config.optim.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def gradients(self, images: Tensor, tokens: Tensor, masks: Sequence[Tensor], keep: Tensor | None) -> bool:
         """Gradients of a step, from nothing, and its loss; False if memory ran out and micro-batches can be smaller."""
@@ -333,45 +333,6 @@ class OfficialStep:
             return False
         self.loss = torch.stack(losses).mean()
         return True
-
-
-def clip_and_update(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, config: RunConfig
-) -> Tensor:
-    """The end of a step; the gradient norm before clipping."""
-    scaler.unscale_(optimizer)
-    norm = clip_gradients(module.parameters(), config.optim.clip)
-    scaler.step(optimizer)
-    scaler.update()
-    return norm
-
-
-def timm_vit(setting: Setting) -> Entrant:
-    """Cross-entropy over 1000 classes, with our optimizer and clipping; images are normalised, not jittered."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    config, model = setting.config, setting.sizes.model
-    torch.manual_seed(0)
-    network = VisionTransformer(
-        img_size=model.image_size, patch_size=model.patch_size, embed_dim=model.width, depth=model.depth,
-        num_heads=model.heads, mlp_ratio=model.mlp_ratio, num_classes=CLASSES, drop_path_rate=model.drop_path,
-    ).to(setting.device)  # fmt: skip
-    optimizer = make_optimizer(network, config.optim)
-    scaler = torch.amp.GradScaler(setting.device.type, enabled=config.train.precision == "fp16")
-    labels = torch.randint(0, CLASSES, (setting.sizes.batch,), device=setting.device)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        images = (setting.batch.images - 0.45 * 255) / (0.225 * 255)
-        with setting.autocast:
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
-        scaler.scale(loss).backward()
-        clip_and_update(network, optimizer, scaler, config)
-
-    return Entrant(
-        {"step": Timed(step)}, once=step, resident=lambda: resident(network, optimizer),
-        another_task="another task: supervised classification by timm's plain ViT",
-    )  # fmt: skip
 
 
 @contextmanager

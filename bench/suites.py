@@ -24,7 +24,7 @@ from bench import (
     timing,
     tokenizing,
 )
-from bench.contest import Contest, Outcome, Rules, lines, measure
+from bench.contest import Contest, Rules, lines, measure
 from bench.guard import sigterm_interrupts
 from bench.options import DTYPES, Options, check, chosen_device
 
@@ -61,14 +61,10 @@ def run(options: Options) -> list[Path]:
         if rules.deadline.passed():
             print(f"{suite}: not run, the time limit of {options.time_limit:g} s has passed")
             continue
-        path, outcomes = run_contests(suite, name, contests, rules, options.output)
+        path, entries = run_contests(suite, name, contests, rules, options.output)
         paths.append(path)
-        wrong += [
-            f"{way} of {outcome.contest.name}"
-            for outcome in outcomes
-            for way, row in outcome.rows.items()
-            if outcome.contest.verdict and row["status"] == "wrong"
-        ]
+        for entry in entries if any(contest.verdict for contest in contests) else ():
+            wrong += [f"{way} of {entry['name']}" for way, row in entry["ways"].items() if row["status"] == "wrong"]
     if wrong:
         sys.exit(f"python -m bench: wrong results: {', '.join(wrong)}")
     return paths
@@ -81,17 +77,11 @@ def chosen(suite: str, options: Options, device: torch.device) -> list[Contest]:
         ValueError: there is no such way in the suite.
     """
     contests = CONTESTS[suite](options, device)
-    known = {way for contest in contests for way in contest.ways}
-    if unknown := set(options.ways) - known:
-        raise ValueError(
-            f"--ways: {suite} has no {', '.join(sorted(unknown))}; its ways are {', '.join(sorted(known))}"
-        )
-    if not options.ways:
-        return contests
-    return [
-        replace(contest, ways=tuple(way for way in contest.ways if way in {*options.ways, contest.base}))
-        for contest in contests
-    ]
+    known = sorted({way for contest in contests for way in contest.ways})
+    if unknown := sorted(set(options.ways) - set(known)):
+        raise ValueError(f"--ways: {suite} has no {', '.join(unknown)}; its ways are {', '.join(known)}")
+    wanted = options.ways or known
+    return [replace(c, ways=tuple(way for way in c.ways if way in {*wanted, c.base})) for c in contests]
 
 
 def rules_for(options: Options, device: torch.device) -> Rules:
@@ -111,38 +101,32 @@ def rules_for(options: Options, device: torch.device) -> Rules:
 
 def run_contests(
     suite: str, name: str, contests: Sequence[Contest], rules: Rules, output: Path
-) -> tuple[Path, list[Outcome]]:
+) -> tuple[Path, list[dict[str, Any]]]:
     """Measure contests in turn, print them, and keep a record; what there is survives an interruption."""
     device = rules.device
     draft = records.Draft(suite, name, output)
-    before, outcomes, stopped = records.device_state(device), [], None
-    print(f"{suite} on {'a CPU' if device.type == 'cpu' else 'a GPU'}: {before['name']}", flush=True)
+    entries: list[dict[str, Any]] = []
+    stopped = None
+    # A CPU is named as one, also on a machine with a GPU.
+    results = {"device": records.cpu_name()} if device.type == "cpu" else {}
+    results |= {
+        "measured_on": device.type, "repeats": rules.repeats, "stopped": None,
+        "state_before": records.device_state(device), "rates": asdict(rules.rates) if rules.rates else None,
+        "contests": entries,
+    }  # fmt: skip
+    print(f"{suite} on {'a CPU' if device.type == 'cpu' else 'a GPU'}: {results['state_before']['name']}", flush=True)
     with sigterm_interrupts():
         try:
             for contest in contests:
                 if rules.deadline.passed():
-                    stopped = f"time limit after {len(outcomes)} of {len(contests)} contests"
+                    stopped = f"time limit after {len(entries)} of {len(contests)} contests"
                     break
-                outcomes.append(measure(contest, rules))
-                print("\n".join(lines(outcomes[-1])), flush=True)
-                draft.write(results(outcomes, rules, before, None))
+                entries.append(measure(contest, rules))
+                print("\n".join(lines(entries[-1])), flush=True)
+                draft.write(results)
         except KeyboardInterrupt:
-            stopped = f"interrupted after {len(outcomes)} of {len(contests)} contests"
-        draft.write(results(outcomes, rules, before, stopped))
+            stopped = f"interrupted after {len(entries)} of {len(contests)} contests"
+        draft.write(results | {"stopped": stopped, "state_after": records.device_state(device)})
         path = draft.finish()
     print(f"stopped: {stopped}\nrecord: {path}" if stopped else f"record: {path}", flush=True)
-    return path, outcomes
-
-
-def results(outcomes: Sequence[Outcome], rules: Rules, before: dict[str, Any], stopped: str | None) -> dict[str, Any]:
-    """What a record holds besides its environment; a CPU is named as one, also on a machine with a GPU."""
-    named = {"device": records.cpu_name()} if rules.device.type == "cpu" else {}
-    return named | {
-        "measured_on": rules.device.type,
-        "repeats": rules.repeats,
-        "stopped": stopped,
-        "state_before": before,
-        "state_after": records.device_state(rules.device),
-        "rates": asdict(rules.rates) if rules.rates else None,
-        "contests": [outcome.entry() for outcome in outcomes],
-    }
+    return path, entries

@@ -74,16 +74,6 @@ def repeats_for(seconds: float, most: int, budget: float) -> int:
     return max(min(FEWEST_REPEATS, most), min(most, int(budget / max(seconds, 1e-9))))
 
 
-Sample = Callable[[Any, Clock], dict[str, float]]
-"""Times a way once: (way, clock) -> seconds by phase. Work before and after a call of the clock is not timed."""
-
-
-def warmed_up(way: Any, clock: Clock, budget: float, sample: Sample) -> dict[str, float]:
-    """A sample of a way that is warm: the second one, unless the first took longer than the budget."""
-    taken = sample(way, clock)
-    return taken if sum(taken.values()) > budget else sample(way, clock)
-
-
 def interleaved(
     ways: Mapping[str, Any],
     clock: Clock,
@@ -92,7 +82,7 @@ def interleaved(
     budget: float,
     deadline: Deadline,
     guard: Callable[[Callable[[], Any]], tuple[Any, Any | None]],
-    sample: Sample = lambda way, clock: way.sample(clock),
+    sample: Callable[[Any, Clock], dict[str, float]] = lambda way, clock: way.sample(clock),
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time the ways in turn: one sample of each, then the next repeat. Every way is warmed up first.
 
@@ -103,7 +93,7 @@ def interleaved(
         repeats: samples of each way; a slow one gets fewer, so that it takes about `budget` seconds.
         deadline: when it has passed, no further way is warmed up and no further repeat starts.
         guard: call -> (result, reason); the reason is why the call did not work, or None.
-        sample: how a way is timed, where not by its own method.
+        sample: times a way once, (way, clock) -> seconds by phase; its own method where not given.
 
     Returns:
         (seconds, reasons): by way and phase, a list of seconds; and by way, why it dropped out.
@@ -115,7 +105,9 @@ def interleaved(
     for name, way in ways.items():
         if deadline.passed():
             break
-        taken, reason = guard(partial(warmed_up, way, clock, budget, sample))
+        taken, reason = guard(partial(sample, way, clock))
+        if reason is None and sum(taken.values()) <= budget:  # a way that is so slow needs no more warming up
+            taken, reason = guard(partial(sample, way, clock))
         if reason is not None:
             reasons[name] = reason
             continue

@@ -65,7 +65,7 @@ def test_curves_agree_within_a_tenth_of_what_a_seed_makes(
     monkeypatch.setattr(curves, "pretrain", lambda config: train(config.output))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (contest,) = curves.contests(Options(), CPU)
-    rows = measure(contest, RULES).rows
+    rows = measure(contest, RULES)["ways"]
     assert rows["bf16"]["status"] == ("timed" if agrees else "wrong") and rows["fp16"]["status"] == "timed"
     assert rows["fp16"]["from_fp32"] == pytest.approx(0.001) and rows["fp8"]["status"] == "unavailable"
     if not agrees:

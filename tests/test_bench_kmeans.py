@@ -30,7 +30,7 @@ def test_wrong_ids_are_not_timed(monkeypatch) -> None:
     monkeypatch.setitem(kmeans.SIZES, "cpu", ((8, 16, 200),))
     monkeypatch.setattr(kmeans, "chunked_argmin", lambda x, centroids: torch.full((200,), 3))
     (contest,) = kmeans.contests(Options(dtype=("fp32",)), CPU)
-    rows = measure(contest, RULES).rows
+    rows = measure(contest, RULES)["ways"]
     assert rows["torch_chunked"]["status"] == "wrong" and rows["exact"]["status"] == "timed"
 
 
@@ -43,7 +43,7 @@ def test_fits_are_held_against_the_best_peer(worse: bool, monkeypatch) -> None:
         bad = {kmeans_fit.OURS: lambda x, seed: x[:5] + 1}
         monkeypatch.setattr(kmeans_fit, "fits", lambda *arguments: fits(*arguments) | bad)
     (contest,) = kmeans_fit.contests(Options(), CPU)
-    rows = measure(contest, RULES).rows
+    rows = measure(contest, RULES)["ways"]
     assert rows["scikit-learn_k-means++"]["status"] == "timed"
     assert rows["scikit-learn_k-means++"]["error_share"] == {"finite": 0.0}
     assert rows[kmeans_fit.OURS]["status"] == ("wrong" if worse else "timed")
