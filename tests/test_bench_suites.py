@@ -88,7 +88,8 @@ def missing() -> Entrant:
 def test_only_checked_ways_are_timed_and_compared() -> None:
     other = way(5.0, another_task="another task: sorting")
     ways = {"ours": way(1.0), "peer": way(1.05), "wrong": way(1.2), "nan": way(math.nan), "broken": broken}
-    entry = measure(fake(ways | {"missing": missing, "context": other}, images=8), RULES)
+    costs = {"run": roofline.Cost(1e9, 10)}
+    entry = measure(fake(ways | {"missing": missing, "context": other}, images=8, costs=costs), RULES)
     rows = entry["ways"]
     assert {name: row["status"] for name, row in rows.items()} == {
         "ours": "timed", "peer": "timed", "wrong": "wrong", "nan": "wrong", "broken": "failed",
@@ -101,15 +102,14 @@ def test_only_checked_ways_are_timed_and_compared() -> None:
     timing_ = rows["peer"]["timings"]["run"]
     assert timing_["noise"] == pytest.approx((timing_["p80_ms"] - timing_["p20_ms"]) / timing_["p50_ms"], abs=0.1)
     assert timing_["repeats"] == 2 and rows["peer"]["times_as_long"]["run"] > 0 and "times_as_long" not in rows["ours"]
-    assert rows["ours"]["images_per_second"]["run"] > 0
+    seconds = timing_["p50_ms"] / 1e3
+    assert rows["peer"]["images_per_second"]["run"] == pytest.approx(8 / seconds, rel=1e-2)
+    assert rows["peer"]["tflop_per_s"]["run"] == pytest.approx(1e9 / seconds / 1e12, rel=1e-2)
+    assert rows["peer"]["roofline_fraction"]["run"] == pytest.approx(1e9 / 1e11 / seconds, rel=1e-2)
     assert "times_as_long" not in rows["context"] and rows["context"]["another_task"].startswith("another task")
     assert "wrong: value errs 2 times" in "\n".join(contest.lines(entry))
-
-
-def test_no_ratio_where_ours_is_wrong() -> None:
     rows = measure(fake({"ours": way(2.0), "peer": way(1.0)}), RULES)["ways"]
-    assert rows["ours"]["status"] == "wrong" and rows["peer"]["status"] == "timed"
-    assert "times_as_long" not in rows["peer"]
+    assert rows["peer"]["status"] == "timed" and "times_as_long" not in rows["peer"], "no ratio where ours is wrong"
 
 
 def test_a_time_limit_and_inputs_that_cannot_be_made() -> None:
@@ -123,14 +123,6 @@ def test_a_time_limit_and_inputs_that_cannot_be_made() -> None:
 
     rows = measure(replace(fake({"ours": way(1.0)}), open=opened), RULES)["ways"]
     assert rows["ours"] == {"status": "failed", "reason": "MemoryError: too large"}
-
-
-def test_costs_give_rates_and_a_share_of_the_roofline() -> None:
-    cost = roofline.Cost(1e9, 10)
-    row = measure(fake({"ours": way(1.0)}, costs={"run": cost}), RULES)["ways"]["ours"]
-    seconds = row["timings"]["run"]["p50_ms"] / 1e3
-    assert row["tflop_per_s"]["run"] == pytest.approx(1e9 / seconds / 1e12, rel=1e-2)
-    assert row["roofline_fraction"]["run"] == pytest.approx(1e9 / 1e11 / seconds, rel=1e-2)
 
 
 def test_options_that_cannot_work_are_refused(tmp_path: Path, monkeypatch) -> None:
@@ -151,10 +143,10 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, monkeypatch) -> No
 
 
 def test_ways_can_be_chosen_by_name(tmp_path: Path) -> None:
-    ways = small("step", tmp_path, ways=("official",))["contests"][0]["ways"]
-    assert list(ways) == ["ours", "official"], "with what they are compared with"
+    (made,) = suites.chosen("step", Options(**SMALL, ways=("official",)), CPU)
+    assert made.ways == ("ours", "official"), "with what they are compared with"
     with pytest.raises(ValueError, match="--ways: step has no warp; its ways are official, official_with_masks, ours"):
-        small("step", tmp_path, ways=("warp",))
+        suites.chosen("step", Options(**SMALL, ways=("warp",)), CPU)
 
 
 def test_a_suite_is_a_command_for_short(monkeypatch, capsys) -> None:
@@ -279,23 +271,52 @@ def test_the_attention_of_our_step_can_be_chosen() -> None:
         step.contests(Options(**SMALL | {"backend": "cuda"}), CPU)
 
 
-def test_the_step_is_measured_against_the_official_way(tmp_path: Path) -> None:
-    record = small("step", tmp_path, jitter=0.4)
-    assert record["suite"] == "step" and record["measured_on"] == "cpu" and record["device"] == records.cpu_name()
+TIMED = {
+    "step": [{"ours", "official", "official_with_masks"}],
+    "ablation": [{"base", "skip_dropped_off", "recompute_cheap", "recompute_blocks"}],
+    "pretrain": [{"ours", "official"}, {"ours", "ours_workers", "official"}],
+    "attention": [{"ours_reference", "ours_sdpa", "ours_matmul", "sdpa_mask", "official", "official_with_masks"}],
+    "tokenize": [{"workers_1", "workers_0"}],
+}
+"""Suite -> the ways that are timed on a CPU, of each contest."""
+
+
+@pytest.mark.parametrize("suite", [*TIMED, "kernels"])
+def test_suites_check_and_time_their_ways(suite: str, tmp_path: Path) -> None:
+    record = small(suite, tmp_path, workers=int(suite == "pretrain"), jitter=0.4 if suite == "step" else 0.0)
+    assert record["suite"] == suite and record["measured_on"] == "cpu" and record["device"] == records.cpu_name()
     assert record["state_before"]["name"].startswith("CPU") and len(record["state_after"]["load"]) == 3
     assert record["commit"] and record["versions"]["torch"] == torch.__version__ and record["stopped"] is None
-    (entry,) = record["contests"]
-    assert entry["name"] == "tiny fp32 batch 2 32/8 px" and entry["tokens"] == 17 and entry["jitter"] == 0.4
-    ways = entry["ways"]
-    assert list(ways) == ["ours", "official", "official_with_masks"]
-    assert {row["status"] for row in ways.values()} == {"timed"}
-    for row in ways.values():
-        assert row["micro_batch"] == 2 and row["images_per_second"]["step"] > 0
-        assert row["memory"]["peak_bytes"] > row["memory"]["resident_bytes"] > 0
-        assert "counted on a CPU" in row["memory"]["how"]
-    for name in ("official", "official_with_masks"):
-        assert set(ways[name]["error_share"]) == {"loss", "gradient_norm", "gradients"}
-        assert max(ways[name]["error_share"].values()) <= 1 and ways[name]["times_as_long"]["step"] > 0
+    for entry in record["contests"]:
+        ways = {name: row for name, row in entry["ways"].items() if row["status"] != "unavailable"}
+        assert {row["status"] for row in ways.values()} == {"timed"} and entry["base"] in ways
+        for name, row in ways.items():
+            assert set(row["timings"]) == set(entry["phases"]) and max(row["error_share"].values()) <= 1
+            assert (name == entry["base"]) is ("times_as_long" not in row)
+            assert set(entry["costs"]) in (set(), set(row.get("roofline_fraction", entry["costs"])))
+    entries = record["contests"]
+    if suite != "kernels":
+        assert [{n for n, row in e["ways"].items() if row["status"] == "timed"} for e in entries] == TIMED[suite]
+    first = entries[0]["ways"]
+    if suite == "step":
+        assert entries[0]["name"] == "tiny fp32 batch 2 32/8 px" and entries[0]["tokens"] == 17
+        assert set(first["official"]["error_share"]) == {"loss", "gradient_norm", "gradients"}
+        assert first["official"]["micro_batch"] == 2 and first["official"]["images_per_second"]["step"] > 0
+        assert first["official"]["memory"]["peak_bytes"] > first["official"]["memory"]["resident_bytes"] > 0
+    elif suite == "pretrain":
+        assert entries[0]["name"] == "tiny fp32 batch 2 32/8 px 1 workers" and entries[0]["cached_images"] == 24
+        assert entries[1]["ways"]["official"]["error_share"] == {"images": 0.0, "tokens": 0.0}
+    elif suite == "ablation" and not torch.cuda.is_available():
+        assert first["cuda_graphs_on"] == {"status": "unavailable", "reason": "needs a CUDA device"}
+        assert set(ablation.CHANGES) - set(first) == {"compile_on"} and entries[0]["speed"]["skip_dropped"] is True
+    elif suite == "tokenize":
+        assert sum(first["workers_0"]["shares"].values()) == pytest.approx(1, abs=1e-3)
+    elif suite == "kernels":
+        assert {entry["op"] for entry in entries} == set(REGISTRY)
+        for entry in entries:
+            spec = REGISTRY[entry["op"]]
+            assert set(entry["ways"]) == {*spec.backends, *spec.gpu_backends, "plain_torch"}
+            assert entry["phases"] == (["forward", "backward", "both"] if spec.differentiable else ["forward"])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -328,21 +349,6 @@ def test_flop_of_a_step_are_those_of_the_targets() -> None:
         assert step.flop_per_image(ModelConfig.preset(name), cut) / 1e9 == pytest.approx(wanted, rel=0.03)
 
 
-def test_pretraining_with_data_end_to_end(tmp_path: Path) -> None:
-    record = small("pretrain", tmp_path, workers=1)
-    training, loading = record["contests"]
-    assert training["name"] == "tiny fp32 batch 2 32/8 px 1 workers" and training["cached_images"] == 24
-    assert {name: row["status"] for name, row in training["ways"].items()} == {"ours": "timed", "official": "timed"}
-    errors = training["ways"]["official"]["error_share"]
-    assert set(errors) == {"loss", "gradient_norm", "gradients"} and max(errors.values()) <= 1
-    assert loading["wanted_images_per_second"] == 20_000 and loading["batch"] == 24
-    assert {name: row["status"] for name, row in loading["ways"].items()} == {
-        "ours": "timed", "ours_workers": "timed", "official": "timed",
-    }  # fmt: skip
-    assert loading["ways"]["official"]["error_share"] == {"images": 0.0, "tokens": 0.0}
-    assert loading["ways"]["ours"]["images_per_second"]["batch"] > 0
-
-
 def test_a_block_leaves_out_what_workers_had_ready() -> None:
     used, asked = [], []
 
@@ -355,22 +361,6 @@ def test_a_block_leaves_out_what_workers_had_ready() -> None:
     assert asked == [1 + 2 * 2 + 3] and used == list(range(5)) and block.count == 3
     block.call(*rest)
     assert used == list(range(8))
-
-
-def test_every_op_is_measured_in_both_directions(tmp_path: Path) -> None:
-    record = small("kernels", tmp_path)
-    entries = record["contests"]
-    assert {entry["op"] for entry in entries} == set(REGISTRY)
-    for entry in entries:
-        statuses = {name: row["status"] for name, row in entry["ways"].items()}
-        assert set(statuses) == {*REGISTRY[entry["op"]].backends, *REGISTRY[entry["op"]].gpu_backends, "plain_torch"}
-        assert set(statuses.values()) <= {"timed", "unavailable"}, entry["ways"]
-        assert statuses[entry["base"]] == "timed"
-        phases = {"forward", "backward", "both"} if REGISTRY[entry["op"]].differentiable else {"forward"}
-        for row in entry["ways"].values():
-            if row["status"] == "timed":
-                assert set(row["timings"]) == set(row["roofline_fraction"]) == phases
-                assert max(row["error_share"].values()) <= 1
 
 
 def test_an_op_unknown_to_the_suite_is_timed_at_its_costliest_shape() -> None:
@@ -390,21 +380,6 @@ def test_a_backend_that_errs_is_not_timed() -> None:
     rows = measure(made, RULES)["ways"]
     assert rows["reference"]["status"] == "wrong" and rows["plain_torch"]["status"] == "timed"
     assert "times_as_long" not in rows["plain_torch"]
-
-
-@pytest.mark.parametrize("suite", ["attention", "tokenize"])
-def test_the_other_suites(suite: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(contest.memory, "peak", lambda *_: None)
-    (entry,) = small(suite, tmp_path)["contests"]
-    ways = {name: row for name, row in entry["ways"].items() if row["status"] != "unavailable"}
-    assert {row["status"] for row in ways.values()} == {"timed"} and entry["base"] in ways
-    assert all(max(row["error_share"].values()) <= 1 for row in ways.values())
-    if suite == "attention":
-        assert {"ours_reference", "ours_sdpa", "sdpa_mask", "official", "official_with_masks"} <= set(ways)
-        assert entry["ways"]["flex_one_call_128"]["status"] == "unavailable"
-    else:
-        assert ways["workers_1"]["images_per_second"]["files_to_cache"] > 0
-        assert sum(ways["workers_0"]["shares"].values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_too_few_images_for_the_codebook(monkeypatch) -> None:
@@ -427,21 +402,6 @@ def test_peak_memory_on_a_cpu_counts_live_tensors() -> None:
     assert found["peak_bytes"] == 4000 + 2 * 8000
 
 
-def test_ablation_times_each_change_against_the_base(tmp_path: Path) -> None:
-    (entry,) = small("ablation", tmp_path, jitter=0.0)["contests"]
-    ways = entry["ways"]
-    assert list(ways) == [
-        "base", "skip_dropped_off", "cuda_graphs_on", "fp8_on", "recompute_cheap", "recompute_blocks",
-    ]  # fmt: skip
-    assert entry["speed"]["skip_dropped"] is True and "compile_on" in ablation.CHANGES
-    if not torch.cuda.is_available():
-        assert ways["cuda_graphs_on"] == {"status": "unavailable", "reason": "needs a CUDA device"}
-    for name in ("skip_dropped_off", "recompute_cheap", "recompute_blocks"):
-        row = ways[name]
-        assert row["status"] == "timed" and row["memory"]["peak_bytes"] > 0
-        assert max(row["error_share"].values()) <= 1 and row["times_as_long"]["step"] > 0
-
-
 def test_a_change_of_the_loss_is_not_timed(monkeypatch) -> None:
     monkeypatch.setitem(ablation.CHANGES, "other_cut", ("objective", "cut", 5))
     (made,) = ablation.contests(Options(**SMALL, jitter=0.0), CPU)
@@ -452,12 +412,8 @@ def test_a_change_of_the_loss_is_not_timed(monkeypatch) -> None:
 @pytest.mark.long
 def test_pytest_benchmark_times_the_same_contests(tmp_path: Path) -> None:
     """By rounds of its own; what was prepared is not in them."""
-    done = bench_pytest(
-        tmp_path,
-        "--suite kernels --batch 1 --image-size 32 --repeats 3 --dtype fp32 --device cpu",
-        "-k",
-        "permuted_embed",
-    )
+    sizes = "--suite kernels --batch 1 --image-size 32 --repeats 3 --dtype fp32 --device cpu"
+    done = bench_pytest(tmp_path, sizes, "-k", "permuted_embed")
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert {(b["extra_info"]["way"], b["extra_info"]["phase"]) for b in found} == {
@@ -481,15 +437,10 @@ def test_pytest_refuses_unknown_suites(tmp_path: Path) -> None:
 def bench_pytest(folder: Path, options: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
-        "-m",
-        "pytest",
-        "bench",
-        "-q",
-        "-p",
-        "no:cacheprovider",
+        *["-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"],
         f"--bench={options}",
         *arguments,
     ]
-    command += [f"--benchmark-json={folder / 'out.json'}"]
+    command.append(f"--benchmark-json={folder / 'out.json'}")
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it is no worker
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
