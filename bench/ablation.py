@@ -39,12 +39,9 @@ def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
     """The base and its changes, for each combination of sizes."""
     ways = (BASE, *(name for name in CHANGES if chosen.compile or name != "compile_on"))
     return [
-        Contest(
-            "ablation", setting.name, setting.record() | {"speed": dataclasses.asdict(setting.config.speed)},
-            ("step",), ways, BASE, setting.sizes.dtype, partial(arena, setting),
-        )
+        setting.contest("ablation", ways, arena, speed=dataclasses.asdict(setting.config.speed))
         for setting in step.settings(chosen, device)
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager

@@ -50,11 +50,10 @@ def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
     for setting in step.settings(replace(chosen, gpu_memory=""), device):
         model = setting.sizes.model
         images = max(chosen.images or (4096 if device.type == "cuda" else 1024), 2 * setting.sizes.batch)
-        name, facts = f"{setting.sizes.name} {workers} workers", {"workers": workers, "cached_images": images}
-        found[name] = Contest(
-            "pretrain", name, setting.record() | facts, ("step",), ("ours", "official"), "ours", setting.sizes.dtype,
-            partial(training_arena, setting, workers, images),
-        )  # fmt: skip
+        facts = {"workers": workers, "cached_images": images}
+        opened = partial(training_arena, workers=workers, images=images)
+        made = setting.contest("pretrain", ("ours", "official"), opened, **facts)
+        found[made.name] = replace(made, name=f"{made.name} {workers} workers")
         alone = replace(setting, jitter=0.0, sizes=replace(setting.sizes, batch=min(LOADER_BATCH, images)))
         name = f"loader alone {model.image_size} px {model.heads} heads batch {alone.sizes.batch} {workers} workers"
         facts |= {"image_size": model.image_size, "batch": alone.sizes.batch, "wanted_images_per_second": WANTED}

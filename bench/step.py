@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,17 +101,17 @@ class Setting:
         tokens = torch.randint(0, model.vocabulary, (count, model.patches), generator=generator)
         return Batch(images, tokens, torch.arange(count)).to(self.device)
 
-    @property
-    def name(self) -> str:
-        """Tells the step from others in a record."""
-        cap = f" {self.memory} cap" if self.memory else ""
-        return self.sizes.name + (f" {self.backend} attention" if self.backend != "auto" else "") + cap
+    def contest(self, suite: str, ways: tuple[str, ...], arena: Callable[[Setting], Any], **more: Any) -> Contest:
+        """Ways of the step, the first of which is the base; more: what else the record says of the inputs.
 
-    def record(self) -> dict[str, object]:
-        """As a record tells it; ValueError where the backend cannot run here."""
-        size, dtype = self.sizes.model.head_size, options.DTYPES[self.sizes.dtype]
-        taken = choose_backend(self.backend, self.device, dtype, TWO_STREAM_BACKENDS, size)
-        return self.sizes.record() | {"jitter": self.jitter, "gpu_memory": self.memory, "backend": taken}
+        ValueError where the backend cannot run here.
+        """
+        size, dtype = self.sizes.model.head_size, self.sizes.dtype
+        taken = choose_backend(self.backend, self.device, options.DTYPES[dtype], TWO_STREAM_BACKENDS, size)
+        sizes = self.sizes.record() | {"jitter": self.jitter, "gpu_memory": self.memory, "backend": taken} | more
+        backend = f" {self.backend} attention" if self.backend != "auto" else ""
+        name = self.sizes.name + backend + (f" {self.memory} cap" if self.memory else "")
+        return Contest(suite, name, sizes, ("step",), ways, ways[0], dtype, partial(arena, self))
 
     @property
     def autocast(self) -> torch.autocast:
@@ -157,19 +157,7 @@ def settings(chosen: options.Options, device: torch.device) -> list[Setting]:
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
     """Ours against the official way, for each combination of sizes."""
     ways = ("ours", *(("ours_compiled",) if chosen.compile else ()), "official", "official_with_masks")
-    return [
-        Contest(
-            "step",
-            setting.name,
-            setting.record(),
-            ("step",),
-            ways,
-            "ours",
-            setting.sizes.dtype,
-            partial(arena, setting),
-        )
-        for setting in settings(chosen, device)
-    ]
+    return [setting.contest("step", ways, arena) for setting in settings(chosen, device)]
 
 
 @contextmanager

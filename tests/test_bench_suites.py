@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 from bench import __main__ as command_line
 from bench import (
     ablation,
+    conftest,
     contest,
     gpu,
     kernels_suite,
@@ -412,8 +414,12 @@ def test_a_change_of_the_loss_is_not_timed(monkeypatch) -> None:
 @pytest.mark.long
 def test_pytest_benchmark_times_the_same_contests(tmp_path: Path) -> None:
     """By rounds of its own; what was prepared is not in them."""
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "-k", "permuted_embed"]
+    command += [f"--benchmark-json={tmp_path / 'out.json'}"]
     sizes = "--suite kernels --batch 1 --image-size 32 --repeats 3 --dtype fp32 --device cpu"
-    done = bench_pytest(tmp_path, sizes, "-k", "permuted_embed")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it is no worker
+    command.append(f"--bench={sizes}")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert {(b["extra_info"]["way"], b["extra_info"]["phase"]) for b in found} == {
@@ -427,20 +433,8 @@ def test_pytest_benchmark_times_the_same_contests(tmp_path: Path) -> None:
     assert "skipped" in done.stdout, "a backend that is not there"
 
 
-@pytest.mark.long
-def test_pytest_refuses_unknown_suites(tmp_path: Path) -> None:
-    done = bench_pytest(tmp_path, "--suite steps --device cpu")
-    assert done.returncode != 0 and "steps" in done.stdout + done.stderr
-    assert "--bench takes the options of python -m bench run" in done.stdout + done.stderr
-
-
-def bench_pytest(folder: Path, options: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        *["-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"],
-        f"--bench={options}",
-        *arguments,
-    ]
-    command.append(f"--benchmark-json={folder / 'out.json'}")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it is no worker
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+def test_pytest_refuses_what_run_refuses(capsys) -> None:
+    for given, message in (("--suite steps", "takes the options of"), ("--batch 0", "--batch must be at least 1")):
+        with pytest.raises(pytest.UsageError, match=message):
+            conftest.chosen_options(SimpleNamespace(getoption=lambda name, given=given: given))
+    assert "steps" in capsys.readouterr().err
