@@ -80,7 +80,7 @@ harvest-dry: $(VENV)/.installed
 BENCH_GPU = --device cuda --output $(RESULTS)
 bench-gpu:
 	mkdir -p $(RESULTS); status=0; \
-	timeout -k 5 150 $(GPU_PYTHON) -m bench attention $(BENCH_GPU) --preset quick --time-limit 125 || status=1; \
+	timeout -k 5 150 $(GPU_PYTHON) -m bench attention $(BENCH_GPU) --preset targets --time-limit 125 || status=1; \
 	timeout -k 5 210 $(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --model base small tiny --dtype bf16 fp16 \
 		--batch 128 --gpu-memory 16GiB --no-compile --time-limit 185 || status=1; \
 	timeout -k 5 145 $(GPU_PYTHON) -m bench ablation $(BENCH_GPU) --model tiny --dtype bf16 --batch 128 \
@@ -92,7 +92,7 @@ bench-gpu:
 # Every suite on a GPU, sizes swept: throughput, pre-training with its data, memory, scaling. About 25 minutes.
 bench-gpu-sweep:
 	status=0; \
-	$(GPU_PYTHON) -m bench run --suite kernels peers pretrain $(BENCH_GPU) --workers 12 || status=1; \
+	$(GPU_PYTHON) -m bench run --suite kernels attention pretrain $(BENCH_GPU) --workers 12 || status=1; \
 	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --model base --batch 16 32 64 96 128 --no-compile || status=1; \
 	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --batch 32 --patch-size 32 16 14 8 --no-compile || status=1; \
 	$(GPU_PYTHON) -m bench run --suite step $(BENCH_GPU) --batch 32 --image-size 112 224 320 448 --no-compile || status=1; \
@@ -110,8 +110,8 @@ bench-gpu-volta:
 # The tokens' side: k-means beside its peers, then tokenizing with the network of k-CLIP.
 bench-gpu-tokens:
 	status=0; \
-	$(GPU_PYTHON) -m bench kmeans --output $(RESULTS) || status=1; \
-	$(GPU_PYTHON) -m bench tokenize --device cuda --workers 12 --output $(RESULTS) || status=1; exit $$status
+	$(GPU_PYTHON) -m bench kmeans $(BENCH_GPU) --dtype fp16 || status=1; \
+	$(GPU_PYTHON) -m bench tokenize $(BENCH_GPU) --dtype fp16 --workers 12 || status=1; exit $$status
 
 lint:
 	ruff check . && ruff format --check .

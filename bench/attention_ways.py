@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from bench.guard import Unavailable
 from bench.official_way import batch_masks
-from mapet_kernels import two_stream_attention, two_stream_attention_packed
+from mapet_kernels import two_stream_attention_packed
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, available_backends
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
 from mapet_kernels.two_stream_attention.problem import Problem, split_flat
 from mapet_kernels.visibility import flex_mask_mod, two_stream_shifts, two_stream_visibility
 
 OURS = "ours_"
-IMAGE_ORDER = "_image_order"
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,16 @@ class Operands:
     d_content: Tensor
     d_query: Tensor
     permutation: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """q_content, q_query, k, v."""
+        return self.q_content, self.q_query, self.k, self.v
+
+    @property
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Of both outputs."""
+        return self.d_content, self.d_query
 
     @property
     def content_rows(self) -> int:
@@ -71,24 +80,25 @@ def random_operands(shape: TwoStreamShape, dtype: torch.dtype, device: torch.dev
     return Operands(shape, *map(tensor, lengths), permutation)
 
 
-Results = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Way:
-    """One way with its inputs.
+    """One way to attend over the operands.
 
-    leaves: inputs that get gradients, in the way's layout.
-    attend: leaves -> outputs.
-    upstream: gradients of the outputs, in the outputs' layout.
-    collect: (outputs, gradients) -> results in the order and layout of the operands: out_content, out_query,
-        dq_content, dq_query, dk, dv.
+    arrange: q_content, q_query, k, v as the operands have them -> the way's inputs, in its own layout.
+    attend: those inputs -> outputs. This is what is timed.
+    restore: outputs -> out_content, out_query as the operands are laid out. It and `arrange` can be differentiated.
     """
 
-    leaves: tuple[Tensor, ...]
+    operands: Operands
+    arrange: Callable[..., tuple[Tensor, ...]]
     attend: Callable[..., tuple[Tensor, ...]]
-    upstream: tuple[Tensor, ...]
-    collect: Callable[[Results, Results], Results]
+    restore: Callable[..., tuple[Tensor, Tensor]]
+    upstream: tuple[Tensor, ...] = field(default=(), init=False)
+
+    @cached_property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The way's inputs, which get gradients."""
+        return tuple(x.detach().requires_grad_() for x in self.arrange(*self.operands.inputs))
 
     def forward(self) -> tuple[Tensor, ...]:
         """The outputs, with what the backward pass needs."""
@@ -96,17 +106,17 @@ class Way:
 
     def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Gradients of the leaves."""
+        if not self.upstream:  # the operands' gradients, brought into the outputs' layout once
+            laid_out = [o.detach().requires_grad_() for o in outputs]
+            self.upstream = torch.autograd.grad(self.restore(*laid_out), laid_out, self.operands.gradients)
         return torch.autograd.grad(outputs, self.leaves, self.upstream)
 
-    def results(self) -> Results:
-        """Outputs and gradients as the operands are laid out."""
-        outputs = self.forward()
-        gradients = self.backward(outputs)
-        return self.collect(tuple(o.detach() for o in outputs), gradients)
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
+    def results(self) -> tuple[Tensor, ...]:
+        """Outputs and gradients as the operands are laid out: content, query; dq of both, dk, dv."""
+        leaves = [x.detach().requires_grad_() for x in self.operands.inputs]
+        outputs = self.restore(*self.attend(*self.arrange(*leaves)))
+        gradients = torch.autograd.grad(outputs, leaves, self.operands.gradients)
+        return (*(o.detach() for o in outputs), *gradients)
 
 
 def own_backends() -> tuple[str, ...]:
@@ -115,87 +125,47 @@ def own_backends() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*spec.backends, *spec.gpu_backends, *TWO_STREAM_BACKENDS)))
 
 
-def _require(backend: str, operands: Operands) -> None:
+def ours(backend: str, operands: Operands) -> Way:
+    """This project's op on the flat token buffer, as the model calls it."""
     reason = available_backends(operands.k.device, operands.k.dtype).get(backend)
     if reason is not None:
         raise Unavailable(reason)
-
-
-def ours(backend: str, operands: Operands) -> Way:
-    """This project's op on the flat token buffer, as the model calls it."""
-    _require(backend, operands)
     shape = operands.shape
-    q, upstream = (
-        torch.cat([content.flatten(0, 1), query.flatten(0, 1)])
-        for content, query in ((operands.q_content, operands.q_query), (operands.d_content, operands.d_query))
-    )
     problem = Problem(shape.tokens, shape.targets, shape.cuts, True, 1.0)
+
+    def arrange(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([q_content.flatten(0, 1), q_query.flatten(0, 1)]), torch.stack([k, v], dim=2)
 
     def attend(q: Tensor, kv: Tensor) -> tuple[Tensor]:
         return (two_stream_attention_packed(q, kv, shape.cuts, shape.targets, backend=backend),)
 
-    def collect(outputs: Results, gradients: Results) -> Results:
-        out, dq = (split_flat(x, shape.batch, problem, True) for x in (outputs[0], gradients[0]))
-        return out.content, out.query, dq.content, dq.query, *gradients[1].unbind(2)
+    def restore(out: Tensor) -> tuple[Tensor, Tensor]:
+        streams = split_flat(out, shape.batch, problem, True)
+        return streams.content, streams.query
 
-    leaves = _leaf(q), _leaf(torch.stack([operands.k, operands.v], dim=2))
-    return Way(leaves, attend, (upstream,), collect)
-
-
-def ours_unpacked(backend: str, operands: Operands, *, image_order: bool) -> Way:
-    """This project's op on separate streams, content rows in permuted or (gathered by the op) in image order."""
-    _require(backend, operands)
-    shape = operands.shape
-    perm = operands.permutation if image_order else None
-    ranks = torch.arange(operands.content_rows, device=operands.k.device)
-    mask_rows = ranks[shape.tokens :].expand(shape.batch, -1)
-    # M rows stay in target order: only tokens move.
-    order = torch.cat([operands.permutation.argsort(dim=1), mask_rows], dim=1)
-
-    def moved(x: Tensor) -> Tensor:
-        return _rows(x, order) if image_order else x
-
-    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return two_stream_attention(q_content, q_query, k, v, shape.cuts, perm=perm, backend=backend)
-
-    def collect(outputs: Results, gradients: Results) -> Results:
-        out_content, dq_content, dk, dv = (outputs[0], gradients[0], *gradients[2:])
-        if image_order:
-            back = order.argsort(dim=1)
-            out_content, dq_content, dk, dv = (_rows(x, back) for x in (out_content, dq_content, dk, dv))
-        return out_content, outputs[1], dq_content, gradients[1], dk, dv
-
-    leaves = moved(operands.q_content), operands.q_query, moved(operands.k), moved(operands.v)
-    return Way(tuple(map(_leaf, leaves)), attend, (moved(operands.d_content), operands.d_query), collect)
+    return Way(operands, arrange, attend, restore)
 
 
-def _rows(x: Tensor, order: Tensor) -> Tensor:
+def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, rows, H, D) as views (B, H, rows, D), and back."""
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+def rows_at(x: Tensor, order: Tensor) -> Tensor:
     """x (B, rows, H, D) with row order[b, i] at place i."""
     return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), order]
-
-
-def _heads_first(operands: Operands) -> tuple[Tensor, ...]:
-    """Leaves q_content, q_query, k, v as views (B, H, rows, D)."""
-    return tuple(_leaf(x.transpose(1, 2)) for x in (operands.q_content, operands.q_query, operands.k, operands.v))
-
-
-def _collect_heads_first(outputs: Results, gradients: Results) -> Results:
-    return tuple(x.transpose(1, 2) for x in (*outputs, *gradients))
 
 
 def sdpa_mask(operands: Operands) -> Way:
     """torch's scaled_dot_product_attention, a call for each stream, one boolean mask for all images and heads."""
     shape = operands.shape
-    content_mask, query_mask = two_stream_visibility(shape.tokens, shape.cuts, device=operands.k.device)
+    masks = two_stream_visibility(shape.tokens, shape.cuts, device=operands.k.device)
 
-    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            F.scaled_dot_product_attention(q_content, k, v, attn_mask=content_mask),
-            F.scaled_dot_product_attention(q_query, k, v, attn_mask=query_mask),
-        )
+    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        streams = zip((q_content, q_query), masks, strict=True)
+        return tuple(F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for q, mask in streams)
 
-    upstream = operands.d_content.transpose(1, 2), operands.d_query.transpose(1, 2)
-    return Way(_heads_first(operands), attend, upstream, _collect_heads_first)
+    return Way(operands, heads_first, attend, heads_first)
 
 
 def xformers_bias(operands: Operands) -> Way:
@@ -206,36 +176,25 @@ def xformers_bias(operands: Operands) -> Way:
         raise Unavailable("xformers needs a CUDA device")
     from xformers.ops import memory_efficient_attention
 
-    shape, dtype = operands.shape, operands.k.dtype
-    masks = two_stream_visibility(shape.tokens, shape.cuts, device=operands.k.device)
-    biases = [_padded_bias(mask, dtype).expand(shape.batch, shape.heads, -1, -1) for mask in masks]
+    shape, keys = operands.shape, operands.content_rows
+    biases = []
+    for visible in two_stream_visibility(shape.tokens, shape.cuts, device=operands.k.device):
+        # Rows are padded to a multiple of 8 elements, since xformers asks for aligned ones.
+        bias = operands.k.new_full((len(visible), -(-keys // 8) * 8), float("-inf"))
+        bias[:, :keys].masked_fill_(visible, 0.0)
+        biases.append(bias.expand(shape.batch, shape.heads, -1, -1)[..., :keys])
 
-    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        content, query = (bias[..., : k.shape[1]] for bias in biases)
-        return (
-            memory_efficient_attention(q_content, k, v, attn_bias=content),
-            memory_efficient_attention(q_query, k, v, attn_bias=query),
-        )
+    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        streams = zip((q_content, q_query), biases, strict=True)
+        return tuple(memory_efficient_attention(q, k, v, attn_bias=bias) for q, bias in streams)
 
-    leaves = tuple(map(_leaf, (operands.q_content, operands.q_query, operands.k, operands.v)))
-    return Way(
-        leaves, attend, (operands.d_content, operands.d_query), lambda outputs, gradients: (*outputs, *gradients)
-    )
-
-
-def _padded_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible and -inf elsewhere, rows padded to a multiple of 8 elements: xformers asks for aligned rows."""
-    rows, keys = visible.shape
-    bias = torch.full((rows, -(-keys // 8) * 8), float("-inf"), dtype=dtype, device=visible.device)
-    bias[:, :keys].masked_fill_(visible, 0.0)
-    return bias
+    return Way(operands, lambda *inputs: inputs, attend, lambda *outputs: outputs)
 
 
 @dataclass(frozen=True)
 class FlexSetting:
-    """How FlexAttention is called: sparse block size, both streams in one call or not, and how it is compiled."""
+    """How FlexAttention is called: both streams in one call or not, tiles tuned or torch's own, compiled or not."""
 
-    block: int = 128
     one_call: bool = True
     autotune: bool = False
     compiled: bool = True
@@ -244,75 +203,46 @@ class FlexSetting:
     def name(self) -> str:
         """Of the way with this setting."""
         calls = "one_call" if self.one_call else "two_calls"
-        return f"flex_{calls}_{self.block}" + ("_autotuned" if self.autotune else "")
-
-    @property
-    def kernel_options(self) -> dict[str, int] | None:
-        """Tiles that divide the block; torch's own choice for blocks of 128 or when it tunes them."""
-        if self.autotune or self.block >= 128:
-            return None
-        small, large = self.block // 2, self.block
-        return {
-            "BLOCK_M": large, "BLOCK_N": large,
-            "BLOCK_M1": small, "BLOCK_N1": large, "BLOCK_M2": large, "BLOCK_N2": small,
-        }  # fmt: skip
+        return f"flex_{calls}_128" + ("_autotuned" if self.autotune else "")
 
 
 FLEX_SETTINGS = {
     setting.name: setting
-    for setting in (
-        *(FlexSetting(block, one_call) for block in (128, 64) for one_call in (True, False)),
-        *(FlexSetting(128, one_call, autotune=True) for one_call in (True, False)),
-    )
+    for autotune in (False, True)
+    for setting in (FlexSetting(one_call, autotune) for one_call in (True, False))
 }
 
 
 def flex(setting: FlexSetting, operands: Operands) -> Way:
     """FlexAttention with a block mask of the same rule, one for all images and heads."""
-    from torch.nn.attention.flex_attention import flex_attention  # here, as it takes most of a second
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # here: it takes most of a second
 
-    shape, device = operands.shape, operands.k.device
+    shape, device, keys = operands.shape, operands.k.device, operands.content_rows
     if device.type == "cpu" and setting.compiled:
         raise Unavailable("compiled FlexAttention has no backward pass on a CPU")
     mode = "max-autotune-no-cudagraphs" if setting.autotune else None
     call = torch.compile(flex_attention, dynamic=False, mode=mode) if setting.compiled else flex_attention
     shifts = two_stream_shifts(shape.tokens, shape.cuts, device=device)
-    leaves = _heads_first(operands)
-    upstream = operands.d_content.transpose(1, 2), operands.d_query.transpose(1, 2)
-    masks = [_block_mask(s, operands, setting.block) for s in ((torch.cat(shifts),) if setting.one_call else shifts)]
-    attend_one = partial(_flex_call, call, setting.kernel_options)
-    if not setting.one_call:
+    masks = [
+        create_block_mask(
+            flex_mask_mod(shift, shape.cuts, shape.tokens), None, None, shift.numel(), keys, device=device
+        )
+        for shift in ([torch.cat(shifts)] if setting.one_call else shifts)
+    ]  # fmt: skip
 
-        def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return attend_one(q_content, k, v, masks[0]), attend_one(q_query, k, v, masks[1])
+    def arrange(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q = [torch.cat([q_content, q_query], dim=1)] if setting.one_call else [q_content, q_query]
+        return heads_first(*q, k, v)
 
-        return Way(leaves, attend, upstream, _collect_heads_first)
+    def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *queries, k, v = inputs
+        pairs = zip(queries, masks, strict=True)
+        return tuple(call(q, k, v, block_mask=mask) for q, mask in pairs)
 
-    q = _leaf(torch.cat([operands.q_content, operands.q_query], dim=1).transpose(1, 2))
-    both = torch.cat([operands.d_content, operands.d_query], dim=1).transpose(1, 2)
+    def restore(*outputs: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat(heads_first(*outputs), dim=1).split([keys, shape.targets], dim=1)
 
-    def attend_both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (attend_one(q, k, v, masks[0]),)
-
-    def collect(outputs: Results, gradients: Results) -> Results:
-        split = [
-            x.transpose(1, 2).split([operands.content_rows, shape.targets], dim=1) for x in (*outputs, gradients[0])
-        ]
-        return (*split[0], *split[1], *(x.transpose(1, 2) for x in gradients[1:]))
-
-    return Way((q, *leaves[2:]), attend_both, (both,), collect)
-
-
-def _flex_call(call, kernel_options, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    return call(q, k, v, block_mask=mask, kernel_options=kernel_options)
-
-
-def _block_mask(shift: Tensor, operands: Operands, block: int):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    mask_mod = flex_mask_mod(shift, operands.shape.cuts, operands.shape.tokens)
-    rows, keys = shift.numel(), operands.content_rows
-    return create_block_mask(mask_mod, None, None, rows, keys, device=shift.device, BLOCK_SIZE=block)
+    return Way(operands, arrange, attend, restore)
 
 
 def official(operands: Operands, *, with_masks: bool) -> Way:
@@ -323,30 +253,24 @@ def official(operands: Operands, *, with_masks: bool) -> Way:
     shape, device = operands.shape, operands.k.device
     permutations = operands.permutation.cpu()
 
-    def build() -> tuple[Tensor, Tensor]:
-        content, query, _ = batch_masks(permutations, shape.cuts, shape.heads)
-        return content.to(device), query.to(device)
+    def build() -> list[Tensor]:
+        return [mask.to(device) for mask in batch_masks(permutations, shape.cuts, shape.heads)[:2]]
 
     one_head = () if with_masks else batch_masks(permutations, shape.cuts, 1)[:2]
     masks = [m.to(device).expand(-1, shape.heads, -1, -1).contiguous() for m in one_head]
+    content, query = operands.order, operands.target_order
 
-    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        content_mask, query_mask = build() if with_masks else masks
-        return _dense(q_content, k, v, content_mask), _dense(q_query, k, v, query_mask)
+    def arrange(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return heads_first(*map(rows_at, inputs, (content, query, content, content)))
 
-    def arranged(content: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        return (_rows(content, operands.order).transpose(1, 2), _rows(query, operands.target_order).transpose(1, 2))
+    def attend(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        streams = zip((q_content, q_query), build() if with_masks else masks, strict=True)
+        return tuple(_dense(q, k, v, mask) for q, mask in streams)
 
-    def collect(outputs: Results, gradients: Results) -> Results:
-        content, query = operands.order.argsort(dim=1), operands.target_order.argsort(dim=1)
-        back = (content, query, content, query, content, content)
-        return tuple(_rows(x.transpose(1, 2), order) for x, order in zip((*outputs, *gradients), back, strict=True))
+    def restore(*outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(rows_at, heads_first(*outputs), (content.argsort(dim=1), query.argsort(dim=1))))
 
-    leaves = (
-        *arranged(operands.q_content, operands.q_query),
-        *(_rows(x, operands.order).transpose(1, 2) for x in (operands.k, operands.v)),
-    )
-    return Way(tuple(map(_leaf, leaves)), attend, arranged(operands.d_content, operands.d_query), collect)
+    return Way(operands, arrange, attend, restore)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -356,11 +280,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def builders() -> dict[str, Callable[[Operands], Way]]:
     """Every way by name; a builder raises Unavailable where the way does not run."""
-    own = own_backends()
     return {
-        **{OURS + name: partial(ours, name) for name in own},
-        **{f"{OURS}{name}_unpacked": partial(ours_unpacked, name, image_order=False) for name in own},
-        **{f"{OURS}{name}{IMAGE_ORDER}": partial(ours_unpacked, name, image_order=True) for name in own},
+        **{OURS + name: partial(ours, name) for name in own_backends()},
         "sdpa_mask": sdpa_mask,
         "xformers_bias": xformers_bias,
         **{name: partial(flex, setting) for name, setting in FLEX_SETTINGS.items()},

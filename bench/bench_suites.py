@@ -1,33 +1,42 @@
 """Every way of every contest as a benchmark: pytest bench/ --benchmark-json out.json (bench/conftest.py).
 
-The group of a benchmark is its contest and phase. Quantiles, noise, errors, rates and ratio are in extra_info.
+The group of a benchmark is its contest and phase; errors and peak memory are in extra_info.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import time
 
 import pytest
+import torch
 
-from bench.conftest import PLAYBACK, Measured
+from bench.conftest import Enter
+from bench.contest import Contest, Rules
+from bench.records import device_state
+
+WARM_UP = 2
 
 
-@pytest.mark.benchmark(timer=PLAYBACK)
-def test_way(benchmark, measured: Measured, machine: dict[str, Any], contest: str, way: str, phase: str) -> None:
-    outcome = measured(contest)
-    row = outcome.rows[way]
-    if row["status"] in ("unavailable", "not run"):
+def device_time() -> float:
+    """Seconds, read when the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@pytest.mark.benchmark(timer=device_time)
+def test_way(benchmark, enter: Enter, rules: Rules, contest: Contest, way: str, phase: str) -> None:
+    entrants, rows = enter(contest)
+    row = rows[way]
+    if row.get("status") in ("unavailable", "not run"):
         pytest.skip(f"{row['status']}: {row['reason']}")
-    if row["status"] != "timed":
+    if way not in entrants:
         pytest.fail(f"{row['status']}: {row['reason']}; {row.get('error_share', '')}", pytrace=False)
-    benchmark.group = f"{contest}: {phase}"
-    made, device = outcome.contest, measured.rules.device
+    timed = entrants[way].phases[phase]
+    benchmark.group = f"{contest.suite}: {contest.name}: {phase}"
     benchmark.extra_info |= {
-        "measured_on": device.type, "machine": machine["name"], "suite": made.suite, "contest": made.name,
-        "way": way, "phase": phase, "base": made.base, **made.sizes, "dtype": made.dtype,
-        **{name: value for name, value in row.items() if name not in ("timings", "status")},
-        **row["timings"][phase],
+        "measured_on": rules.device.type, "machine": device_state(rules.device)["name"], "suite": contest.suite,
+        "contest": contest.name, "way": way, "phase": phase, "base": contest.base, **contest.sizes,
+        "dtype": contest.dtype, "of_a_round": timed.count, **row,
     }  # fmt: skip
-    seconds = outcome.seconds[way][phase]
-    PLAYBACK.load(seconds)
-    benchmark.pedantic(lambda: None, rounds=len(seconds))
+    benchmark.pedantic(timed.call, setup=lambda: (timed.prepare(), {}), rounds=rules.repeats, warmup_rounds=WARM_UP)

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
-QUANTILES = ("p20_ms", "p50_ms", "p80_ms")
 NAMING = ("name", "label", "tokens", "cuts", "heads", "dtype", "features", "clusters")
 """Fields that tell one entry of a list from another."""
 SAME_MACHINE = ("suite", "device", "threads")
@@ -30,8 +29,7 @@ class Compare:
     least: float = 0.03
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One timing in both records; `ratio` is new over old at the median."""
 
     name: str
@@ -51,14 +49,13 @@ def run(options: Compare) -> None:
     for field in SAME_MACHINE:
         if old.get(field) != new.get(field):
             print(f"note: {field} was {old.get(field)}, is {new.get(field)}")
-    changes = compare(old, new, options.least)
+    after = dict(timings(new))
+    changes = [judge(name, before, after[name], options.least) for name, before in timings(old) if name in after]
     if not changes:
         raise ValueError(f"{options.old} and {options.new} have no timing in common")
     width = max(len(change.name) for change in changes)
-    for change in changes:
-        print(
-            f"{change.name:{width}} {change.old:10.3f} -> {change.new:10.3f} ms  x{change.ratio:.3f}  {change.verdict}"
-        )
+    for name, before, now, ratio, verdict in changes:
+        print(f"{name:{width}} {before:10.3f} -> {now:10.3f} ms  x{ratio:.3f}  {verdict}")
     if any(change.verdict == "slower" for change in changes):
         sys.exit(1)
 
@@ -78,22 +75,15 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], least: float = 0.03) -> list[Change]:
-    """Every timing in both, in the order of the old record."""
-    after = dict(timings(new))
-    return [judge(name, before, after[name], least) for name, before in timings(old) if name in after]
-
-
 def judge(name: str, old: dict[str, float], new: dict[str, float], least: float) -> Change:
     """slower or faster where the ranges from p20 to p80 are apart and the medians differ by `least`; else same."""
-    (low, median, high), (new_low, new_median, new_high) = ([t[q] for q in QUANTILES] for t in (old, new))
-    ratio = new_median / median if median else float("inf")
+    ratio = new["p50_ms"] / old["p50_ms"] if old["p50_ms"] else float("inf")
     verdict = "same"
-    if new_low > high and ratio > 1 + least:
+    if new["p20_ms"] > old["p80_ms"] and ratio > 1 + least:
         verdict = "slower"
-    elif new_high < low and ratio < 1 / (1 + least):
+    elif new["p80_ms"] < old["p20_ms"] and ratio < 1 / (1 + least):
         verdict = "faster"
-    return Change(name, median, new_median, ratio, verdict)
+    return Change(name, old["p50_ms"], new["p50_ms"], ratio, verdict)
 
 
 def timings(node: Any, name: str = "") -> Iterator[tuple[str, dict[str, float]]]:
@@ -104,7 +94,7 @@ def timings(node: Any, name: str = "") -> Iterator[tuple[str, dict[str, float]]]
                 said = " ".join(f"{key} {item[key]}" for key in NAMING if key in item)
                 yield from timings(item, f"{name} [{said}]".strip())
     elif isinstance(node, dict):
-        if all(quantile in node for quantile in QUANTILES):
+        if {"p20_ms", "p50_ms", "p80_ms"} <= node.keys():
             yield name, node
             return
         for key, value in node.items():

@@ -1,12 +1,12 @@
-"""A contest: ways to one result on the same inputs, checked for it, then timed in turn. Both front ends measure by it.
+"""A contest: ways to one result on the same inputs, checked for it, then timed in turn.
 
-`python -m bench run` records what `measure` returns; `pytest bench/` hands its seconds to pytest-benchmark.
+`python -m bench run` times them by `measure`; `pytest bench/` opens the same contests and times by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -21,11 +21,28 @@ from bench.timing import Clock, Deadline
 
 
 @dataclass(frozen=True)
+class Timed:
+    """What is timed of a phase: `call(*prepare())`, of which `prepare` is not timed.
+
+    count: of what the seconds are told, such as steps, in one call.
+    """
+
+    call: Callable[..., Any]
+    prepare: Callable[[], tuple[Any, ...]] = tuple
+    count: int = 1
+
+    def seconds(self, clock: Clock) -> float:
+        """Of one."""
+        arguments = self.prepare()
+        return clock.time(lambda: self.call(*arguments))[1] / self.count
+
+
+@dataclass(frozen=True)
 class Entrant:
     """A way that is ready to be timed.
 
     Attributes:
-        sample: clock -> seconds by phase, once through.
+        phases: what is timed, by phase.
         results: what is checked against the other ways, before anything is timed; None where there is nothing to check.
         once: a call whose peak memory is told; None where it is not.
         resident: tensors that belong to the way alone and count towards its peak, such as weights.
@@ -33,12 +50,25 @@ class Entrant:
         another_task: what the way does instead of the contest's task; timed for context, unchecked, without ratio.
     """
 
-    sample: Callable[[Clock], dict[str, float]]
+    phases: Mapping[str, Timed]
     results: Callable[[], Any] | None = None
     once: Callable[[], object] | None = None
     resident: Callable[[], Iterable[Tensor]] = tuple
     facts: Callable[[], dict[str, Any]] = dict
     another_task: str = ""
+
+    def sample(self, clock: Clock) -> dict[str, float]:
+        """Seconds by phase, once through."""
+        return {phase: timed.seconds(clock) for phase, timed in self.phases.items()}
+
+
+def two_passes(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> dict[str, Timed]:
+    """A forward pass, the backward pass of what it returned, and both in one go."""
+    return {
+        "forward": Timed(forward),
+        "backward": Timed(backward, lambda: (forward(),)),
+        "both": Timed(lambda: backward(forward())),
+    }
 
 
 @dataclass(frozen=True)
@@ -69,6 +99,7 @@ class Contest:
         ways: names, in the order of a table.
         base: the way whose time the others' is divided by, ours as a rule, so that a ratio is our speed-up.
         dtype: of matrix products, as the roofline knows it.
+        verdict: wrong results of a way end the command with status 1.
     """
 
     suite: str
@@ -79,6 +110,7 @@ class Contest:
     base: str
     dtype: str
     open: Callable[[], AbstractContextManager[Arena]]
+    verdict: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,87 +126,42 @@ class Rules:
     rates: roofline.Rates | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A measured contest: a row of the record for each way, and the seconds behind it, by way and phase."""
-
-    contest: Contest
-    rows: dict[str, dict[str, Any]]
-    seconds: dict[str, dict[str, list[float]]]
-    costs: Mapping[str, roofline.Cost] = field(default_factory=dict)
-
-    def entry(self) -> dict[str, Any]:
-        """As it stands in a record."""
-        contest = self.contest
-        return {
-            "name": contest.name, **contest.sizes, "dtype": contest.dtype, "phases": list(contest.phases),
-            "base": contest.base, "costs": {phase: asdict(cost) for phase, cost in self.costs.items()},
-            "ways": self.rows,
-        }  # fmt: skip
+SHOWN = {
+    "times_as_long": "x{:.2f}",
+    "images_per_second": "{:.1f} images/s",
+    "roofline_fraction": "{:.1%} of roofline",
+}
+"""What `lines` tells of a phase besides its time."""
+Rows = dict[str, dict[str, Any]]
+"""For each way what the record says: its status, then figures or the reason why there are none."""
 
 
-def measure(contest: Contest, rules: Rules) -> Outcome:
-    """Make the inputs, check every way, and time those that are right; none of this raises for a way that breaks."""
+@contextmanager
+def opened(contest: Contest, rules: Rules) -> Iterator[tuple[Arena, dict[str, Entrant], Rows]]:
+    """The inputs, the ways that give right results, and for every way a row that says what was found."""
     torch._dynamo.reset()  # shapes of earlier contests do not count towards its limit of recompilations
-    outcome, failure = guarded(partial(_measure, contest, rules))
-    if failure is not None:
-        return Outcome(contest, {name: failure._asdict() for name in contest.ways}, {})
-    return outcome
-
-
-def _measure(contest: Contest, rules: Rules) -> Outcome:
     with contest.open() as arena:
-        entrants, rows = prepare(contest, arena, rules)
-        seconds, dropped = timing.interleaved(
-            entrants,
-            rules.clock,
-            repeats=rules.repeats,
-            budget=rules.budget,
-            deadline=rules.deadline,
-            guard=guarded,
-            sample=lambda entrant, clock: entrant.sample(clock),
-        )
-        for name, entrant in entrants.items():
-            if name in seconds:
-                rows[name] |= {"status": "timed", **figures(seconds[name], arena, contest.dtype, rules.rates)}
-                rows[name] |= entrant.facts()
-            else:
-                rows[name] |= (dropped.get(name) or Failure("not run", "time limit"))._asdict()
-        add_ratios(rows, contest)
-        return Outcome(contest, rows, seconds, arena.costs)
-
-
-def prepare(contest: Contest, arena: Arena, rules: Rules) -> tuple[dict[str, Entrant], dict[str, dict[str, Any]]]:
-    """The ways that give right results, and for every way a row that says what was found."""
-    entrants: dict[str, Entrant] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for name in contest.ways:
-        rows[name] = {}
-        if rules.deadline.passed():
-            rows[name] |= Failure("not run", "time limit")._asdict()
-            continue
-        entrant, failure = guarded(arena.ways[name])
-        if failure is None and entrant.another_task:
-            rows[name]["another_task"] = entrant.another_task
-        elif failure is None:
-            failure = checked(entrant, arena, rows[name])
-        if failure is not None:
-            rows[name] |= failure._asdict()
-            continue
-        entrants[name] = entrant
-        if entrant.once is not None:
-            rows[name]["memory"], why = guarded(
-                lambda entrant=entrant: memory.peak(entrant.once, rules.device, entrant.resident)
-            )
-            if why is not None:
-                rows[name]["memory_unknown"] = why.reason
-    return entrants, rows
+        entrants: dict[str, Entrant] = {}
+        rows: Rows = {}
+        for name in contest.ways:
+            rows[name], failure = {}, Failure("not run", "time limit")
+            if not rules.deadline.passed():
+                entrant, failure = guarded(arena.ways[name])
+                failure = failure or checked(entrant, arena, rows[name])
+            if failure is not None:
+                rows[name] |= failure._asdict()
+                continue
+            entrants[name] = entrant
+            if entrant.once is not None:
+                measured, why = guarded(partial(memory.peak, entrant.once, rules.device, entrant.resident))
+                rows[name] |= {"memory": measured} if why is None else {"memory_unknown": why.reason}
+        yield arena, entrants, rows
 
 
 def checked(entrant: Entrant, arena: Arena, row: dict[str, Any]) -> Failure | None:
     """Why the way may not be timed, or None; the row gets its errors."""
-    if entrant.results is None:
-        row["unchecked"] = "nothing to compare with"
+    if entrant.another_task or entrant.results is None:
+        row |= {"another_task": entrant.another_task} if entrant.another_task else {"unchecked": "nothing to compare"}
         return None
     errors, failure = guarded(lambda: arena.judge(entrant.results()))
     if failure is not None:
@@ -186,68 +173,76 @@ def checked(entrant: Entrant, arena: Arena, row: dict[str, Any]) -> Failure | No
     return None
 
 
+def measure(contest: Contest, rules: Rules) -> dict[str, Any]:
+    """Make the inputs, check every way, and time those that are right: the contest as it stands in a record.
+
+    None of this raises for a way that breaks.
+    """
+    found, failure = guarded(partial(_measure, contest, rules))
+    rows, costs = found or ({name: failure._asdict() for name in contest.ways}, {})
+    return {
+        "name": contest.name, **contest.sizes, "dtype": contest.dtype, "phases": list(contest.phases),
+        "base": contest.base, "costs": {phase: asdict(cost) for phase, cost in costs.items()}, "ways": rows,
+    }  # fmt: skip
+
+
+def _measure(contest: Contest, rules: Rules) -> tuple[Rows, Mapping[str, roofline.Cost]]:
+    with opened(contest, rules) as (arena, entrants, rows):
+        seconds, dropped = timing.interleaved(
+            entrants, rules.clock, repeats=rules.repeats, budget=rules.budget, deadline=rules.deadline, guard=guarded
+        )
+        for name, entrant in entrants.items():
+            if name in seconds:
+                rows[name] |= {"status": "timed", **figures(seconds[name], arena, contest.dtype, rules.rates)}
+                rows[name] |= entrant.facts()
+            else:
+                rows[name] |= (dropped.get(name) or Failure("not run", "time limit"))._asdict()
+        add_ratios(rows, contest.base)
+        return rows, arena.costs
+
+
 def figures(
     seconds: Mapping[str, list[float]], arena: Arena, dtype: str, rates: roofline.Rates | None
 ) -> dict[str, Any]:
     """Quantiles and noise of each phase, and what follows from the medians."""
-    timings = {phase: quantiles(values) for phase, values in seconds.items()}
-    median = {phase: max(timing["p50_ms"], 1e-6) / 1e3 for phase, timing in timings.items()}
-    row: dict[str, Any] = {"timings": timings}
-    if arena.images:
-        row["images_per_second"] = {phase: round(arena.images / value, 2) for phase, value in median.items()}
-    known = [phase for phase in median if phase in arena.costs]
-    if known:
-        row["tflop_per_s"] = {phase: round(arena.costs[phase].flop / median[phase] / 1e12, 6) for phase in known}
-        row["gbyte_per_s"] = {phase: round(arena.costs[phase].bytes / median[phase] / 1e9, 3) for phase in known}
-    if known and rates is not None and dtype in rates.flop_per_second:
-        row["roofline_fraction"] = {
-            phase: round(arena.costs[phase].seconds(rates, dtype) / median[phase], 4) for phase in known
-        }
+    row: dict[str, Any] = {"timings": {phase: quantiles(values) for phase, values in seconds.items()}}
+    for phase, timing_ in row["timings"].items():
+        median = max(timing_["p50_ms"], 1e-6) / 1e3
+        if arena.images:
+            row.setdefault("images_per_second", {})[phase] = round(arena.images / median, 2)
+        if (cost := arena.costs.get(phase)) is not None:
+            row.setdefault("tflop_per_s", {})[phase] = round(cost.flop / median / 1e12, 6)
+            row.setdefault("gbyte_per_s", {})[phase] = round(cost.bytes / median / 1e9, 3)
+            if rates is not None and dtype in rates.flop_per_second:
+                share = round(cost.seconds(rates, dtype) / median, 4)
+                row.setdefault("roofline_fraction", {})[phase] = share
     return row
 
 
-def add_ratios(rows: Mapping[str, dict[str, Any]], contest: Contest) -> None:
+def add_ratios(rows: Rows, base: str) -> None:
     """How many times as long as the base each other way takes, where both are right and were timed on one task."""
-    base = rows.get(contest.base, {})
-    if base.get("status") != "timed":
+    if rows.get(base, {}).get("status") != "timed":
         return
+    shortest = {phase: max(timing_["p50_ms"], 1e-6) for phase, timing_ in rows[base]["timings"].items()}
     for name, row in rows.items():
-        if name != contest.base and row.get("status") == "timed" and "another_task" not in row:
+        if name != base and row["status"] == "timed" and "another_task" not in row:
             row["times_as_long"] = {
-                phase: round(timing["p50_ms"] / max(base["timings"][phase]["p50_ms"], 1e-6), 4)
-                for phase, timing in row["timings"].items()
-                if phase in base["timings"]
+                phase: round(timing_["p50_ms"] / shortest[phase], 4) for phase, timing_ in row["timings"].items()
             }
 
 
-def timed_call(phase: str, call: Callable[[], Any], settle: int = 0) -> Callable[[Clock], dict[str, float]]:
-    """A sample of one phase: `settle` untimed calls, which bring back a way's own memory blocks, then a timed one."""
-
-    def sample(clock: Clock) -> dict[str, float]:
-        for _ in range(settle):
-            call()
-        return {phase: clock.time(call)[1]}
-
-    return sample
-
-
-def lines(outcome: Outcome) -> list[str]:
-    """A contest for the person watching, a line for each way."""
-    said = [f"{outcome.contest.suite}: {outcome.contest.name}"]
-    for name, row in outcome.rows.items():
+def lines(entry: Mapping[str, Any]) -> list[str]:
+    """A measured contest for the person watching, a line for each way."""
+    said = [entry["name"]]
+    for name, row in entry["ways"].items():
         if row["status"] != "timed":
             said.append(f"  {name:26} {row['status']}: {row['reason']}")
             continue
-        parts = []
+        parts = [f"({row['another_task']})"] if "another_task" in row else []
         for phase, timing_ in row["timings"].items():
-            part = f"{phase} {timing_['p50_ms']:10.3f} ms +-{50 * timing_['noise']:.0f} %"
-            if phase in row.get("times_as_long", {}):
-                part += f" x{row['times_as_long'][phase]:.2f}"
-            if phase in row.get("images_per_second", {}):
-                part += f" {row['images_per_second'][phase]:.1f} images/s"
-            if phase in row.get("roofline_fraction", {}):
-                part += f" {100 * row['roofline_fraction'][phase]:.1f} % of roofline"
-            parts.append(part)
-        note = f"   ({row['another_task']})" if "another_task" in row else ""
-        said.append(f"  {name:26} {'   '.join(parts)}{note}")
+            parts.append(f"  {phase} {timing_['p50_ms']:10.3f} ms +-{50 * timing_['noise']:.0f} %")
+            for key, words in SHOWN.items():
+                if phase in row.get(key, {}):
+                    parts.append(words.format(row[key][phase]))
+        said.append(f"  {name:26} {' '.join(parts)}")
     return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,10 +38,9 @@ def sensors(device: torch.device) -> dict[str, float | str] | None:
     command = ["nvidia-smi", f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"]
     command.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return parse_sensors(subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout)
     except (OSError, subprocess.SubprocessError):
         return None
-    return parse_sensors(answer)
 
 
 def parse_sensors(answer: str) -> dict[str, float | str] | None:
@@ -48,14 +48,9 @@ def parse_sensors(answer: str) -> dict[str, float | str] | None:
     fields = [field.strip() for field in answer.strip().split(",")]
     if len(fields) != len(SENSORS):
         return None
-    return {
-        name: field if name == "driver" else _number(field)
-        for name, field in zip(SENSORS.values(), fields, strict=True)
-    }
-
-
-def _number(field: str) -> float | str:
-    try:
-        return float(field)
-    except ValueError:
-        return field
+    found: dict[str, float | str] = dict(zip(SENSORS.values(), fields, strict=True))
+    for name, field in found.items():
+        if name != "driver":
+            with suppress(ValueError):
+                found[name] = float(field)
+    return found

@@ -1,12 +1,12 @@
 """Every op of the registry, forward and backward, by every backend that runs here, beside its plain torch form.
 
 Shapes follow the model: those that a step of the chosen sizes meets. Each backend is checked against plain torch in
-float64, outputs and gradients, with the table of tolerances, on as many images or rows as float64 has room for.
+float64, outputs and gradients, with the table of tolerances, on the first images or rows, as float64 has room for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from bench import options
-from bench.contest import Arena, Contest, Entrant
+from bench.contest import Arena, Contest, Entrant, Timed, two_passes
 from bench.guard import Unavailable
 from bench.options import DTYPES
-from bench.roofline import Cost, costs
-from bench.timing import Clock, sample
+from bench.roofline import Cost, by_phase, costs
 from mapet_kernels.backends import (
     ATTENTION_BACKENDS,
     available_backends,
@@ -40,17 +39,15 @@ from mapet_kernels.registry import (
 from mapet_kernels.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, used_budget
 
 PLAIN = "plain_torch"
-SLICED = {
-    "two_stream_attention": ("q_content", "q_query", "k", "v"),
-    "prefix_suffix_attention": ("q", "k", "v"),
-    "kmeans_assign": ("x",),
+CHECKED = {
+    "two_stream_attention": (8, ("q_content", "q_query", "k", "v")),
+    "prefix_suffix_attention": (8, ("q", "k", "v")),
+    "kmeans_assign": (1024, ("x",)),
 }
-"""Inputs whose first dimension is the results' own, so that the check may look at a part."""
+"""How many images or rows the float64 check looks at, where not at all, and the inputs that have them first."""
 BACKWARD = {"prefix_suffix_attention": (2.5, 2.0), "permuted_embed": (1.0, 1.0)}
-"""FLOP and bytes of the backward pass to those of the forward pass. Attention: five products to two, and Q, K, V, O, dO
-in, dQ, dK, dV out. Embedding: images need no gradient, so one product to one. Two-stream attention has its own rule."""
-CHECK_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
-"""What the intermediate results of the float64 check may take."""
+"""FLOP and bytes of the backward pass to those of the forward pass; twice for an op that is not here. Attention: five
+products to two, and Q, K, V, O, dO in, dQ, dK, dV out. Embedding: images need no gradient, so one product to one."""
 
 
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
@@ -66,53 +63,44 @@ def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
 
 def sized_shapes(spec: OpSpec, sizes: options.Sizes, device: torch.device) -> dict[str, Any]:
     """Shapes of an op that a step or a fit of these sizes meets; of an op unknown here, its costliest test shape."""
-    model, batch = sizes.model, sizes.batch
-    heads, size = model.heads, model.head_size
-    small = device.type == "cpu"
-    mim_cut = options.scaled_cut(122, model.tokens)
-    if spec.name == "two_stream_attention":
-        base = TwoStreamShape(model.tokens, sizes.cut, batch, heads, size)
-        return {
+    model, small = sizes.model, device.type == "cpu"
+    n, mim_cut = model.tokens, options.scaled_cut(122, model.tokens)
+    base = TwoStreamShape(n, sizes.cut, sizes.batch, model.heads, model.head_size)
+    same = {"batch": sizes.batch, "heads": model.heads, "size": model.head_size}
+    known: dict[str, dict[str, Any]] = {
+        "two_stream_attention": {
             "block": base,
             "last_block": replace(base, with_content=False),
             "pim": replace(base, mask_tokens=False),
             "image_order": replace(base, image_order=True),
-        }
-    if spec.name == "prefix_suffix_attention":
-        n = model.tokens
-        same = {"batch": batch, "heads": heads, "size": size}
-        return {
+        },
+        "prefix_suffix_attention": {
             "causal": PrefixSuffixShape(n, n, **same),
             "mim": PrefixSuffixShape(n, mim_cut, n - mim_cut, cut=mim_cut, shift="bidirectional", **same),
-        }
-    if spec.name == "permuted_embed":
-        return {"step": PermutedEmbedShape(model.image_size, model.patch_size, model.width, sizes.cut, batch)}
-    if spec.name == "kmeans_assign":
-        return {"fit": KMeansShape(1024, 256, 64) if small else KMeansShape(16384, 1024, 64)}
-    if spec.name == "kmeans_update":
-        return {"fit": KMeansShape(8192, 256, 64) if small else KMeansShape(262144, 8192, 512)}
+        },
+        "permuted_embed": {
+            "step": PermutedEmbedShape(model.image_size, model.patch_size, model.width, sizes.cut, sizes.batch)
+        },
+        "kmeans_assign": {"fit": KMeansShape(1024, 256, 64) if small else KMeansShape(16384, 1024, 64)},
+        "kmeans_update": {"fit": KMeansShape(8192, 256, 64) if small else KMeansShape(262144, 8192, 512)},
+    }
     costliest = max(spec.shapes, key=lambda name: spec.cost(spec.shapes[name], torch.float32)[0])
-    return {costliest: spec.shapes[costliest]}
+    return known.get(spec.name, {costliest: spec.shapes[costliest]})
 
 
 def contest(spec: OpSpec, label: str, shape: Any, dtype: str, device: torch.device) -> Contest:
-    """An op's backends against plain torch; `shape` is the op's own."""
+    """An op's backends against plain torch; `shape` is the op's own. The base is the backend that `auto` takes."""
     backends = tuple(dict.fromkeys((*spec.backends, *spec.gpu_backends)))
-    base = own_choice(backends, device, DTYPES[dtype])
-    phases = ("forward", "backward", "both") if spec.differentiable else ("forward",)
-    said = " ".join(f"{value}" for key, value in asdict(shape).items() if not isinstance(value, bool | str))
-    sizes = {"op": spec.name, "label": label, "shape": {key: value for key, value in asdict(shape).items()}}
-    return Contest(
-        "kernels", f"{spec.name} {label} {dtype} ({said})", sizes, phases, (*backends, PLAIN), base, dtype,
-        partial(arena, spec, shape, DTYPES[dtype], device),
-    )  # fmt: skip
-
-
-def own_choice(backends: Sequence[str], device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that `auto` takes, whose time the others' is divided by."""
     if set(ATTENTION_BACKENDS) <= set(backends):
-        return choose_backend("auto", device, dtype, backends)
-    return choose_listed_backend("auto", backends, device, dtype)
+        base = choose_backend("auto", device, DTYPES[dtype], backends)
+    else:
+        base = choose_listed_backend("auto", backends, device, DTYPES[dtype])
+    said = " ".join(f"{value}" for value in asdict(shape).values() if not isinstance(value, bool | str))
+    sizes = {"op": spec.name, "label": label, "shape": asdict(shape)}
+    return Contest(
+        "kernels", f"{spec.name} {label} {dtype} ({said})", sizes, tuple(op_costs(spec, shape, DTYPES[dtype])),
+        (*backends, PLAIN), base, dtype, partial(arena, spec, shape, DTYPES[dtype], device),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -120,18 +108,20 @@ def arena(spec: OpSpec, shape: Any, dtype: torch.dtype, device: torch.device) ->
     """One case for all backends, random gradients of its outputs, and the float64 yardstick."""
     case = spec.make_case(shape, dtype, str(device))
     call = OpCall(spec, case, PLAIN)
-    outputs = call.forward()
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs if o.requires_grad]
+    upstream = [
+        torch.randn(o.shape, generator=generator).to(o.device, o.dtype)
+        for o in call.outputs(call.leaves())
+        if o.requires_grad
+    ]
     call = replace(call, upstream=upstream)
-    rows = checked_rows(spec, shape, case, device)
-    exact = replace(call, case=widened(sliced(spec, case, rows)), upstream=[u[:rows].double() for u in upstream])
-    plain = replace(call, case=sliced(spec, case, rows), upstream=[u[:rows] for u in upstream])
-    judge = partial(errors, exact.results(), plain.results(), rows)
+    rows, _ = CHECKED.get(spec.name, (None, ()))
+    plain = replace(call, case=sliced(spec, case), upstream=[u[:rows] for u in upstream])
+    wide = {name: x.double() for name, x in plain.case.inputs.items()}
+    exact = replace(plain, case=replace(plain.case, inputs=wide), upstream=[u.double() for u in plain.upstream])
     names = dict.fromkeys((PLAIN, *spec.backends, *spec.gpu_backends))
-    yield Arena({name: partial(entrant, replace(call, backend=name), device, dtype) for name in names}, judge, {
-        phase: cost for phase, cost in op_costs(spec, shape, dtype).items() if spec.differentiable or phase == "forward"
-    })  # fmt: skip
+    ways = {name: partial(entrant, replace(call, backend=name), device, dtype) for name in names}
+    yield Arena(ways, partial(errors, exact.results(), plain.results(), rows), op_costs(spec, shape, dtype))
 
 
 @dataclass(frozen=True)
@@ -151,61 +141,32 @@ class OpCall:
             for name, x in self.case.inputs.items()
         }
 
-    def forward(self) -> list[Tensor]:
-        """The outputs, those that are None left out."""
-        return self._outputs(self.leaves())
-
-    def results(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and gradients of the inputs."""
-        leaves = self.leaves()
-        outputs = self._outputs(leaves)
-        return [o.detach() for o in outputs], list(self._gradients(outputs, leaves))
-
-    def passes(self) -> Passes:
-        """What is timed."""
-        return Passes(self, self.leaves())
-
-    def _outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
-        spec = self.spec
-        if self.backend == PLAIN:
-            made = spec.plain(**leaves, **self.case.options)
-        else:
-            made = spec.function(**leaves, **self.case.options, backend=self.backend)
+    def outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
+        """What the op makes of the leaves, outputs that are None left out."""
+        call = self.spec.plain if self.backend == PLAIN else partial(self.spec.function, backend=self.backend)
+        made = call(**leaves, **self.case.options)
         return [part for part in (made if isinstance(made, tuple) else (made,)) if part is not None]
 
-    def _gradients(self, outputs: list[Tensor], leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def gradients(self, leaves: dict[str, Tensor], outputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """Of the leaves."""
         wanted = [x for x in leaves.values() if x.requires_grad]
-        if not wanted:
-            return ()
-        return torch.autograd.grad([o for o in outputs if o.requires_grad], wanted, self.upstream)
+        return torch.autograd.grad([o for o in outputs if o.requires_grad], wanted, self.upstream) if wanted else ()
 
-
-@dataclass(frozen=True)
-class Passes:
-    """The two passes of an op for bench.timing.sample."""
-
-    call: OpCall
-    leaves: dict[str, Tensor]
-
-    def forward(self) -> list[Tensor]:
-        return self.call._outputs(self.leaves)
-
-    def backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-        return self.call._gradients(outputs, self.leaves)
-
-    def sample(self, clock: Clock) -> dict[str, float]:
-        """Seconds of each pass; of an op without gradients, of its one pass."""
-        if self.call.spec.differentiable:
-            return sample(self, clock)
-        return {"forward": clock.time(self.forward)[1]}
+    def results(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and gradients."""
+        leaves = self.leaves()
+        outputs = self.outputs(leaves)
+        return [o.detach() for o in outputs], list(self.gradients(leaves, outputs))
 
 
 def entrant(call: OpCall, device: torch.device, dtype: torch.dtype) -> Entrant:
     """A backend that is ready; Unavailable where it does not run here."""
     if (reason := reason_against(call, device, dtype)) is not None:
         raise Unavailable(reason)
-    passes = call.passes()
-    return Entrant(passes.sample, call.results, call.results)
+    leaves = call.leaves()
+    forward = partial(call.outputs, leaves)
+    phases = two_passes(forward, partial(call.gradients, leaves))
+    return Entrant(phases if call.spec.differentiable else {"forward": Timed(forward)}, call.results, call.results)
 
 
 def reason_against(call: OpCall, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -217,31 +178,12 @@ def reason_against(call: OpCall, device: torch.device, dtype: torch.dtype) -> st
     return reason_against_listed(call.backend, device, dtype)
 
 
-def checked_rows(spec: OpSpec, shape: Any, case: Case, device: torch.device) -> int | None:
-    """How many images or rows the float64 check looks at, or None for all."""
-    if spec.name not in SLICED:
-        return None
-    if isinstance(shape, KMeansShape):
-        each = 2 * 8 * shape.clusters * shape.features
-    else:
-        queries = sum(x.shape[1] for name, x in case.inputs.items() if name.startswith("q"))
-        each = 6 * 8 * queries * case.inputs["k"].shape[1] * shape.heads  # autograd holds about six copies of scores
-    first = next(x.shape[0] for name, x in case.inputs.items() if name in SLICED[spec.name])
-    return min(first, max(1, CHECK_BYTES[device.type] // each))
-
-
-def sliced(spec: OpSpec, case: Case, rows: int | None) -> Case:
-    """The case of the first `rows` images or rows."""
-    if rows is None:
-        return case
-    inputs = {name: x[:rows] if name in SLICED[spec.name] else x for name, x in case.inputs.items()}
+def sliced(spec: OpSpec, case: Case) -> Case:
+    """The part of the case that the check looks at."""
+    rows, names = CHECKED.get(spec.name, (None, ()))
+    inputs = {name: x[:rows] if name in names else x for name, x in case.inputs.items()}
     changes = {"perm": case.options["perm"][:rows]} if "perm" in case.options else {}
     return Case(inputs, case.options | changes, case.fixed)
-
-
-def widened(case: Case) -> Case:
-    """The case in float64."""
-    return Case({name: x.double() for name, x in case.inputs.items()}, case.options, case.fixed)
 
 
 def errors(exact, plain, rows: int | None, results) -> dict[str, float]:
@@ -249,24 +191,19 @@ def errors(exact, plain, rows: int | None, results) -> dict[str, float]:
     shares = {}
     for part, factor, place in (("output", FORWARD_FACTOR, 0), ("gradient", GRADIENT_FACTOR, 1)):
         for i, (e, p, actual) in enumerate(zip(exact[place], plain[place], results[place], strict=True)):
-            actual = actual[:rows] if rows is not None else actual
             if actual.dtype.is_floating_point:
-                p = p if p.dtype == actual.dtype else p.to(actual.dtype)
-                shares[f"{part}_{i}"] = used_budget(actual, p, e, factor)
+                shares[f"{part}_{i}"] = used_budget(actual[:rows], p.to(actual.dtype), e, factor)
             else:
-                shares[f"{part}_{i}"] = 0.0 if torch.equal(actual, e) else float("inf")
+                shares[f"{part}_{i}"] = 0.0 if torch.equal(actual[:rows], e) else float("inf")
     return shares
 
 
 def op_costs(spec: OpSpec, shape: Any, dtype: torch.dtype) -> dict[str, Cost]:
-    """Cost of each pass from the registry; the backward pass of an op not in BACKWARD as twice the forward pass."""
+    """Cost of each pass, from the registry."""
     if isinstance(shape, TwoStreamShape) and isinstance(shape.cuts, int):
         return costs(shape, dtype)
     flop, moved = spec.cost(shape, dtype)
+    if not spec.differentiable:
+        return {"forward": Cost(flop, moved)}
     more_flop, more_bytes = BACKWARD.get(spec.name, (2.0, 2.0))
-    backward = Cost(more_flop * flop, int(more_bytes * moved))
-    return {
-        "forward": Cost(flop, moved),
-        "backward": backward,
-        "both": Cost(flop + backward.flop, moved + backward.bytes),
-    }
+    return by_phase(Cost(flop, moved), Cost(more_flop * flop, int(more_bytes * moved)))

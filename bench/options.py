@@ -14,22 +14,24 @@ from bench import records
 from mapet.config import ModelConfig
 from mapet.units import parse_bytes
 
-SuiteName = Literal["kernels", "step", "pretrain", "tokenize", "kmeans", "peers"]
-ModelName = Literal["tiny", "small", "base"]
-Dtype = Literal["fp32", "bf16", "fp16"]
+SuiteName = Literal[
+    "kernels", "attention", "step", "ablation", "pretrain", "tokenize", "kmeans", "kmeans_fit", "curves"
+]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
+QUICK: tuple[SuiteName, ...] = ("kernels", "attention", "step", "pretrain", "tokenize", "kmeans")
+"""Suites that take minutes on a CPU; they run where none is named."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAPER_TOKENS, PAPER_CUT = 197, 50
 
 
 @dataclass(frozen=True)
 class Options:
-    """The suites kernels, step, pretrain, tokenize, kmeans and peers, with common options.
+    """Suites of contests, with common options.
 
     Several values of an option make a contest each: --image-size 112 224 448 is a sweep.
 
     Attributes:
-        suite: one or more of the six; all when not given.
+        suite: one or more; when not given all but ablation, kmeans_fit and curves.
         model: ViT-T, ViT-S, ViT-B.
         batch: images of a step; when not given 8 on a CPU and 128 on a GPU.
         dtype: of the forward pass; weights are fp32.
@@ -37,8 +39,12 @@ class Options:
         image_size: side of the images in pixels.
         patch_size: side of a patch in pixels.
         cut: tokens that are not predicted, of 197; other lengths get the same share.
+        preset: of the suite attention. "step": the sizes of the steps asked for; "targets": 3072 images x heads at N =
+            197, other lengths, cuts and numbers of heads; "tuned_flex": the same shape beside FlexAttention with tuned
+            tiles, which takes minutes to compile.
+        ways: only these ways, by their names in a record, and what their times are divided by; all when not given.
         compile: measure the compiled step as well, which takes a minute or more to compile.
-        backend: attention backend of our ways of the step and of pre-training, such as cuda.
+        backend: of attention in our ways of the step and of pre-training, and of k-means, such as cuda.
         gpu_memory: cap on the memory of each way of the step, such as 16GiB; a way whose batch does not fit takes it in
             micro-batches.
         jitter: colour jitter of the step and of pre-training, for all ways alike.
@@ -50,14 +56,16 @@ class Options:
         output: folder for the records.
     """
 
-    suite: tuple[SuiteName, ...] = SUITES
-    model: tuple[ModelName, ...] = ("tiny",)
+    suite: tuple[SuiteName, ...] = QUICK
+    model: tuple[Literal["tiny", "small", "base"], ...] = ("tiny",)
     batch: tuple[int, ...] = ()
-    dtype: tuple[Dtype, ...] = ("bf16",)
+    dtype: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("bf16",)
     device: str | None = None
     image_size: tuple[int, ...] = (224,)
     patch_size: tuple[int, ...] = (16,)
     cut: int = PAPER_CUT
+    preset: Literal["step", "targets", "tuned_flex"] = "step"
+    ways: tuple[str, ...] = ()
     compile: bool = True
     backend: str = "auto"
     gpu_memory: str = ""

@@ -11,7 +11,6 @@ that empty what the workers had ready before the first one was asked for are lef
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,19 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench import options, step
-from bench.contest import Arena, Contest, Entrant
+from bench.contest import Arena, Contest, Entrant, Timed
 from bench.official_way import image_masks
-from bench.timing import Clock
-from mapet.config import ModelConfig, RunConfig
-from mapet.data.augment import JitterDraws, color_jitter
+from mapet.config import ModelConfig
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
 from mapet.data.loader import Batch, make_loader, step_ids
 from mapet.data.manifest import CacheDescription
-from mapet.distributed import World
 from mapet.model.vit import IMAGENET_MEAN, IMAGENET_STD
-from mapet.objectives import Plan, build_objective
-from mapet.training.learner import AUTOCAST, Learner, draw_step
 
 PREFETCHED = 2
 """Batches that a DataLoader's worker has ready: torch's default."""
@@ -45,223 +39,127 @@ STEPS = {"cpu": 4, "cuda": 20}
 """Timed steps of a block."""
 LOADER_BATCH = 256
 LOADER_STEPS = 12
-FP16_SCALE = 1024.0
 WANTED = 20_000
 """Images per second that the cache is to give on a CPU alone."""
 
 
-class Plans:
-    """The random draws of every step, on the CPU, for workers and for the check alike."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.objective = build_objective(config.objective, config.model)  # on the CPU: workers must not touch a GPU
-
-    def step(self, number: int) -> tuple[Plan, JitterDraws | None]:
-        """Permutations, drop-path and colours of a step."""
-        return draw_step(self.config, self.objective, number, torch.device("cpu"))
-
-
 def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
-    """For each combination of sizes, pre-training; for each image size, the loaders alone."""
-    found = {}
-    for sizes in options.combinations(chosen, device):
-        setting = step.Setting(sizes, device, chosen.jitter, compile=False, backend=chosen.backend)
-        images = max(chosen.images or (4096 if device.type == "cuda" else 1024), 2 * sizes.batch)
-        for made in (training(setting, chosen.workers, images), loading(setting, chosen.workers, images)):
-            found[made.name] = made
+    """For each combination of sizes, pre-training; for each image size, the loaders alone, into memory of the CPU."""
+    found, workers = {}, chosen.workers
+    for setting in step.settings(replace(chosen, gpu_memory=""), device):
+        model = setting.sizes.model
+        images = max(chosen.images or (4096 if device.type == "cuda" else 1024), 2 * setting.sizes.batch)
+        facts = {"workers": workers, "cached_images": images}
+        opened = partial(training_arena, workers=workers, images=images)
+        made = setting.contest("pretrain", ("ours", "official"), opened, **facts)
+        found[made.name] = replace(made, name=f"{made.name} {workers} workers")
+        alone = replace(setting, jitter=0.0, sizes=replace(setting.sizes, batch=min(LOADER_BATCH, images)))
+        name = f"loader alone {model.image_size} px {model.heads} heads batch {alone.sizes.batch} {workers} workers"
+        facts |= {"image_size": model.image_size, "batch": alone.sizes.batch, "wanted_images_per_second": WANTED}
+        ways = ("ours", *(("ours_workers",) if workers else ()), "official")
+        opened = partial(loading_arena, alone, workers, images)
+        found[name] = Contest("pretrain", name, facts, ("batch",), ways, "ours", "fp32", opened)
     return list(found.values())
-
-
-def training(setting: step.Setting, workers: int, images: int) -> Contest:
-    """Steps fed from the cache, both ways."""
-    sizes = setting.sizes.record() | {"jitter": setting.jitter, "workers": workers, "cached_images": images}
-    return Contest(
-        "pretrain", f"{setting.sizes.name} {workers} workers", sizes, ("step",), ("ours", "official"), "ours",
-        setting.sizes.dtype, partial(training_arena, setting, workers, images),
-    )  # fmt: skip
-
-
-def loading(setting: step.Setting, workers: int, images: int) -> Contest:
-    """The loaders of both ways without a step: batches in memory of the CPU."""
-    model = setting.sizes.model
-    batch = min(LOADER_BATCH, images)
-    ways = ("ours", *(("ours_workers",) if workers else ()), "official")
-    sizes = {
-        "image_size": model.image_size, "tokens": model.tokens, "batch": batch, "workers": workers,
-        "cached_images": images, "wanted_images_per_second": WANTED, "labelled": "CPU alone",
-    }  # fmt: skip
-    name = f"loader alone {model.image_size} px {model.heads} heads batch {batch} {workers} workers"
-    return Contest("pretrain", name, sizes, ("batch",), ways, "ours", "fp32", partial(
-        loading_arena, replace(setting, sizes=replace(setting.sizes, batch=batch)), workers, images
-    ))  # fmt: skip
 
 
 @contextmanager
 def training_arena(setting: step.Setting, workers: int, images: int) -> Iterator[Arena]:
     """The cache, and both ways over it."""
-    with generated_cache(setting.sizes.model, images) as path:
-        cache = TokenCache.open(path)
-        count = STEPS[setting.device.type]
-        yield Arena(
-            {
-                "ours": lambda: our_training(setting, setting.config, cache, workers, count),
-                "official": lambda: official_training(setting, cache, workers, count),
-            },
-            step.Judge(setting.sizes.dtype),
-            images=setting.sizes.batch,
-        )
+    with generated_cache(setting.sizes.model, images) as cache:
+        ways = {
+            "ours": lambda: our_training(setting, cache, workers),
+            "official": lambda: official_training(setting, cache, workers),
+        }
+        yield Arena(ways, step.Judge(setting.sizes.dtype), images=setting.sizes.batch)
 
 
-def our_training(setting: step.Setting, config: RunConfig, cache: TokenCache, workers: int, count: int) -> Entrant:
+def our_training(setting: step.Setting, cache: TokenCache, workers: int) -> Entrant:
     """The loader and the learner of `mapet pretrain`."""
-    learner = Learner(config, World(setting.device), setting.plan)
-    feed = partial(our_loader, cache, setting.sizes.batch, workers, color_jitter=config.worker_jitter)
-
-    def use(number: int, batch: Batch) -> None:
-        learner.step(number, batch, with_accuracy=False)
-
-    def results() -> step.StepResults:
-        batch: Batch = next(iter(our_loader(cache, setting.sizes.batch, 0, 1))).to(setting.device)
-        plan, draws = Plans(setting.config).step(0)
-        images = batch.images / 255 if draws is None else color_jitter(batch.images.cpu(), draws)
-        keep = plan.keep.to(setting.device) if setting.config.model.drop_path else None
-        permutation = plan.permutation.to(setting.device)
-
-        def loss() -> Tensor:
-            return learner.objective(images.to(setting.device), batch.tokens, permutation, keep, False)[0]
-
-        return gradients_of(loss, learner.objective, setting)
-
-    return Entrant(block_sample("step", feed, use, workers, count, setting.device), results)
+    way = step.OurStep(setting, setting.config)
+    (first,) = our_loader(setting, cache, 0, 1)
+    block = timed_block(partial(our_loader, setting, cache, workers), way.step, workers, STEPS[setting.device.type])
+    return Entrant({"step": block}, lambda: step.results(way, lambda: way.step(0, first)))
 
 
-def official_training(setting: step.Setting, cache: TokenCache, workers: int, count: int) -> Entrant:
+def official_training(setting: step.Setting, cache: TokenCache, workers: int) -> Entrant:
     """The official way's workers and step, with the learner's optimizer, clipping and drop-path draws."""
-    peer = step.OfficialStep(setting)
-    plans = Plans(setting.config)
-    feed = partial(official_loader, cache, plans, workers)
+    way = step.OfficialStep(setting)
 
     def use(number: int, batch: tuple[Tensor, ...]) -> None:
         images, tokens, *masks = (x.to(setting.device, non_blocking=True) for x in batch)
-        peer.update(images, tokens, masks, peer.keep(plans.step(number)[0]))
+        way.update(images, tokens, masks, way.draws(number, setting.device).get("keep"))
 
-    def results() -> step.StepResults:
-        images, tokens, *masks = (x.to(setting.device) for x in next(iter(official_loader(cache, plans, 0, 1))))
-        keep = peer.keep(plans.step(0)[0])
-        return gradients_of(lambda: peer.network(images, tokens, *masks, keep), peer.objective, setting)
-
-    return Entrant(block_sample("step", feed, use, workers, count, setting.device), results)
-
-
-def gradients_of(loss_of: Callable[[], Tensor], module: torch.nn.Module, setting: step.Setting) -> step.StepResults:
-    """Loss, gradient norm and gradients of one forward and backward pass; the weights stay."""
-    dtype = AUTOCAST.get(setting.config.train.precision)
-    with torch.autocast(setting.device.type, dtype, enabled=dtype is not None):
-        loss = loss_of()
-    scale = FP16_SCALE if dtype == torch.float16 else 1.0
-    (loss * scale).backward()
-    gradients = {name: p.grad / scale for name, p in module.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values()).item()
-    module.zero_grad(set_to_none=True)
-    return step.StepResults(loss.item(), norm, gradients)
+    (first,) = official_loader(setting, cache, 0, 1)
+    first = (*first[:2], *way.masks(0))  # a GPU draws other permutations for the learner than the workers' CPU does
+    feed = partial(official_loader, setting, cache, workers)
+    block = timed_block(feed, use, workers, STEPS[setting.device.type])
+    return Entrant({"step": block}, lambda: step.results(way, lambda: use(0, first)))
 
 
 @contextmanager
 def loading_arena(setting: step.Setting, workers: int, images: int) -> Iterator[Arena]:
     """The cache and the loaders; results are the images and tokens of the first step, as ours has them."""
-    with generated_cache(setting.sizes.model, images) as path:
-        cache, batch = TokenCache.open(path), setting.sizes.batch
-        plans = Plans(replace(setting.config, data=replace(setting.config.data, color_jitter=0.0)))
-        ids = step_ids(len(cache), seed=0, step=0, global_batch=batch)
-        expected = cache.images(ids), cache.tokens(ids)
+    with generated_cache(setting.sizes.model, images) as cache:
+        ids = step_ids(len(cache), seed=0, step=0, global_batch=setting.sizes.batch)
+        expected = {"images": cache.images(ids), "tokens": cache.tokens(ids)}
 
-        def ours(count: int) -> Entrant:
-            feed = partial(our_loader, cache, batch, count)
+        def entrant(loader: Callable, workers: int, first: Callable[[Any], tuple[Tensor, Tensor]]) -> Entrant:
+            feed = partial(loader, setting, cache, workers)
+            block = timed_block(feed, lambda number, batch: None, workers, LOADER_STEPS)
+            return Entrant({"batch": block}, lambda: first(next(iter(feed(1)))))
 
-            def first() -> tuple[Tensor, Tensor]:
-                got: Batch = next(iter(feed(1)))
-                return got.images, got.tokens
+        def judge(results: tuple[Tensor, Tensor]) -> dict[str, float]:
+            same = zip(expected.items(), results, strict=True)
+            return {part: 0.0 if torch.equal(exact, found) else float("inf") for (part, exact), found in same}
 
-            return loader_entrant(feed, count, first)
-
-        def official() -> Entrant:
-            feed = partial(official_loader, cache, plans, workers)
-            return loader_entrant(feed, workers, lambda: unnormalised(*next(iter(feed(1)))[:2]))
-
-        ways = {"ours": lambda: ours(0), "ours_workers": lambda: ours(workers), "official": official}
-        yield Arena(ways, partial(equal_batches, expected), images=batch)
+        ways = {
+            "ours": lambda: entrant(our_loader, 0, lambda batch: (batch.images, batch.tokens)),
+            "ours_workers": lambda: entrant(our_loader, workers, lambda batch: (batch.images, batch.tokens)),
+            "official": lambda: entrant(official_loader, workers, lambda batch: (unnormalised(batch[0]), batch[1])),
+        }
+        yield Arena(ways, judge, images=setting.sizes.batch)
 
 
-def loader_entrant(feed: Callable[[int], Iterable[Any]], workers: int, first: Callable[[], Any]) -> Entrant:
-    """A loader alone."""
-    return Entrant(
-        block_sample("batch", feed, lambda number, batch: None, workers, LOADER_STEPS, torch.device("cpu")), first
-    )
-
-
-def equal_batches(expected: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """0 where images and tokens are equal, else infinite."""
-    same = (torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    return {part: 0.0 if equal else float("inf") for part, equal in zip(("images", "tokens"), same, strict=True)}
-
-
-def unnormalised(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def unnormalised(images: Tensor) -> Tensor:
     """The uint8 images that the official worker normalised."""
     mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((images * deviation + mean) * 255).round().to(torch.uint8), tokens
+    return ((images * deviation + mean) * 255).round().to(torch.uint8)
 
 
-def block_sample(
-    phase: str,
-    feed: Callable[[int], Iterable[Any]],
-    use: Callable[[int, Any], None],
-    workers: int,
-    count: int,
-    device: torch.device,
-) -> Callable[[Clock], dict[str, float]]:
-    """Seconds of a step, as the mean over `count` steps of a block; wall-clock time, since the host's work counts."""
+def timed_block(
+    feed: Callable[[int], Iterable[Any]], use: Callable[[int, Any], object], workers: int, count: int
+) -> Timed:
+    """`count` steps, after those whose batches the workers had ready."""
     left_out = 1 + PREFETCHED * workers
 
-    def sample(clock: Clock) -> dict[str, float]:
+    def prepared() -> tuple[Iterator[Any]]:
         batches = iter(feed(left_out + count))
         for number, batch in enumerate(islice(batches, left_out)):
             use(number, batch)
-        synchronize(device)
-        start = time.perf_counter()
+        return (batches,)
+
+    def block(batches: Iterator[Any]) -> None:
         for number, batch in enumerate(batches, start=left_out):
             use(number, batch)
-        synchronize(device)
-        return {phase: (time.perf_counter() - start) / count}
 
-    return sample
+    return Timed(block, prepared, count)
 
 
-def our_loader(
-    cache: TokenCache, batch: int, workers: int, steps: int, *, color_jitter: float = 0.0
-) -> Iterable[Batch]:
-    """Batches of steps 0 to `steps`; with `color_jitter` the workers change the colours."""
-    return make_loader(
-        cache,
-        seed=0,
-        global_batch=batch,
-        start_step=0,
-        stop_step=steps,
-        workers=workers,
-        color_jitter=color_jitter,
-    )
+def our_loader(setting: step.Setting, cache: TokenCache, workers: int, steps: int) -> Iterable[Batch]:
+    """Batches of steps 0 to `steps`."""
+    batch = setting.sizes.batch
+    return make_loader(cache, seed=0, global_batch=batch, start_step=0, stop_step=steps, workers=workers)
 
 
-def official_loader(cache: TokenCache, plans: Plans, workers: int, steps: int) -> Iterable[tuple[Tensor, ...]]:
+def official_loader(setting: step.Setting, cache: TokenCache, workers: int, steps: int) -> Iterable[tuple[Tensor, ...]]:
     """Normalised images, tokens, content and query masks, and which tokens are targets, of steps 0 to `steps`."""
-    batch = plans.config.optim.global_batch
     places = [
         [(number, place, identity) for place, identity in enumerate(ids.tolist())]
         for number in range(steps)
-        for ids in [step_ids(len(cache), seed=0, step=number, global_batch=batch)]
+        for ids in [step_ids(len(cache), seed=0, step=number, global_batch=setting.sizes.batch)]
     ]
     return DataLoader(
-        OfficialImages(cache, plans),
+        OfficialImages(setting, cache),
         batch_sampler=places,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -272,25 +170,24 @@ def official_loader(cache: TokenCache, plans: Plans, workers: int, steps: int) -
 class OfficialImages(Dataset):
     """What an official data worker does for one image, asked for by (step, place in the batch, image in the cache)."""
 
-    def __init__(self, cache: TokenCache, plans: Plans) -> None:
-        self.cache, self.cut, self.heads = cache, plans.config.objective.cut, plans.config.model.heads
-        self.plans, self.drawn = plans, (-1, None, None)
+    def __init__(self, setting: step.Setting, cache: TokenCache) -> None:
+        self.cache, self.cut, self.heads = cache, setting.sizes.cut, setting.sizes.model.heads
+        self.draws, self.drawn = step.StepDraws(setting.config), (-1, None)
         self.mean, self.deviation = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, ...]:
         number, place, identity = key
-        ids, here = torch.tensor([identity]), slice(place, place + 1)
         if self.drawn[0] != number:  # a worker gets whole batches, so that drawing costs it next to nothing
-            self.drawn = number, *self.plans.step(number)
-        _, plan, draws = self.drawn
-        pixels = self.cache.images(ids)
-        image = (pixels / 255 if draws is None else color_jitter(pixels, draws[here]))[0]
-        masks = image_masks(plan.permutation[place], self.cut, self.heads)
-        return (image - self.mean) / self.deviation, self.cache.tokens(ids)[0], *masks
+            self.drawn = number, self.draws(number, torch.device("cpu"))
+        ids = torch.tensor([identity])
+        draws = {name: value[place : place + 1] for name, value in self.drawn[1].items()}
+        images = step.colored(self.cache.images(ids), draws)
+        masks = image_masks(draws["permutation"][0], self.cut, self.heads)
+        return (images[0] - self.mean) / self.deviation, self.cache.tokens(ids)[0], *masks
 
 
 @contextmanager
-def generated_cache(model: ModelConfig, images: int) -> Iterator[Path]:
+def generated_cache(model: ModelConfig, images: int) -> Iterator[TokenCache]:
     """A token cache of random crops and tokens in a temporary folder."""
     description = CacheDescription(model.image_size, model.grid, model.vocabulary, "generated", "0" * 64, "0" * 64)
     generator = torch.Generator().manual_seed(0)
@@ -306,10 +203,4 @@ def generated_cache(model: ModelConfig, images: int) -> Iterator[Path]:
                         shard.append(crops, tokens)
                     shard.finish()
             writer.finish([f"{i}.png" for i in range(images)])
-        yield path
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        yield TokenCache.open(path)

@@ -34,41 +34,24 @@ class Rates:
     flop_per_second: dict[str, float]
 
 
-def visible_pairs(shape: TwoStreamShape) -> int:
-    """Pairs of a row and a key it sees, over all images and heads."""
-    flop, _ = REGISTRY["two_stream_attention"].cost(shape, torch.float16)
-    return flop // (4 * shape.size)
-
-
-def rows_and_keys(shape: TwoStreamShape) -> tuple[int, int]:
-    """Rows of both streams, and keys, over all images; one cut for all images."""
-    content_rows = shape.tokens + (shape.targets if shape.mask_tokens else 0)
-    rows = shape.targets + (content_rows if shape.with_content else 0)
-    return shape.batch * rows, shape.batch * content_rows
+def by_phase(forward: Cost, backward: Cost) -> dict[str, Cost]:
+    """Both passes, and one after the other."""
+    both = Cost(forward.flop + backward.flop, forward.bytes + backward.bytes)
+    return {"forward": forward, "backward": backward, "both": both}
 
 
 def costs(shape: TwoStreamShape, dtype: torch.dtype) -> dict[str, Cost]:
-    """Cost of the forward pass, of the backward pass, and of both.
+    """Cost of two-stream attention with one cut for all images, by pass.
 
     Forward, from the registry: Q, K and V read once, O written once. Backward: Q, K, V, O, dO and the fp32 log-sum-exp
     read once, dQ, dK and dV written once, that is twice the forward bytes and the log-sum-exp.
     """
     flop, moved = REGISTRY["two_stream_attention"].cost(shape, dtype)
-    rows, keys = rows_and_keys(shape)
-    row = shape.heads * shape.size * dtype.itemsize
-    forward = Cost(flop, moved)
-    backward = Cost(BACKWARD_PRODUCTS * flop, 4 * (rows + keys) * row + 4 * rows * shape.heads)
-    return {
-        "forward": forward,
-        "backward": backward,
-        "both": Cost(forward.flop + backward.flop, forward.bytes + backward.bytes),
-    }
-
-
-def bounds(cost: dict[str, Cost], rates: Rates, dtype: str) -> dict[str, float]:
-    """Least seconds of each phase; of both, the sum, as one pass follows the other."""
-    seconds = {phase: cost[phase].seconds(rates, dtype) for phase in ("forward", "backward")}
-    return {**seconds, "both": sum(seconds.values())}
+    keys = shape.tokens + (shape.targets if shape.mask_tokens else 0)
+    rows = shape.targets + (keys if shape.with_content else 0)
+    heads = shape.batch * shape.heads
+    more = 4 * heads * (rows + keys) * shape.size * dtype.itemsize + 4 * heads * rows
+    return by_phase(Cost(flop, moved), Cost(BACKWARD_PRODUCTS * flop, more))
 
 
 def measure(device: torch.device, dtypes: dict[str, torch.dtype], clock: Clock, repeats: int = 10) -> Rates:

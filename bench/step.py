@@ -4,6 +4,8 @@ Ways: `ours`, `ours_compiled`, `official` (its masks built beforehand) and `offi
 step's own cores, where the official code builds them in data workers). All draw the same permutations and drop-path,
 jitter the same images or none, clip, and update by the same fused AdamW. They are checked for one loss, one gradient
 norm and equal clipped gradients in the first step.
+
+All that bench knows of mapet's objectives and learner is in this file.
 """
 
 from __future__ import annotations
@@ -14,25 +16,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench import options
-from bench.contest import Arena, Contest, Entrant, timed_call
+from bench import memory, options
+from bench.contest import Arena, Contest, Entrant, Timed
 from bench.official_way import OfficialWay, batch_masks
 from bench.roofline import Cost
-from bench.timing import Clock
-from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mapet.data.augment import JitterDraws, color_jitter
-from mapet.data.loader import Batch
 from mapet.distributed import World
-from mapet.objectives import Plan, build_objective
-from mapet.rng import seed_global_generators
-from mapet.training.learner import AUTOCAST, Learner, draw_step
+from mapet.objectives import build_task
+from mapet.objectives import options as method_options
+from mapet.rng import StepRng, seed_global_generators
+from mapet.task import Batch, Draws
+from mapet.training.learner import Learner
 from mapet.training.limits import halved
 from mapet.training.optim import clip_gradients, make_optimizer
+from mapet.training.precision import AUTOCAST
 from mapet.training.schedule import StepPlan
 from mapet.units import parse_bytes
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
@@ -68,7 +72,6 @@ class Setting:
     device: torch.device
     jitter: float = 0.4
     memory: str = ""
-    compile: bool = True
     backend: str = "auto"
 
     @cached_property
@@ -76,17 +79,14 @@ class Setting:
         """The configuration of our way; every switch of section speed at its default."""
         return RunConfig(
             model=self.sizes.model,
-            objective=ObjectiveConfig(cut=self.sizes.cut),
+            objective=method_options("mapet", cut=self.sizes.cut),
             data=DataConfig(color_jitter=self.jitter),
             optim=OptimConfig(global_batch=self.sizes.batch),
             train=TrainConfig(
-                precision=self.sizes.dtype,
-                device=str(self.device),
-                backend=self.backend,
-                gpu_memory=self.memory,
+                precision=self.sizes.dtype, device=str(self.device), backend=self.backend, gpu_memory=self.memory,
                 auto_batch=bool(self.memory),
             ),
-        )
+        )  # fmt: skip
 
     @cached_property
     def plan(self) -> StepPlan:
@@ -101,47 +101,77 @@ class Setting:
         shape = (count, 3, model.image_size, model.image_size)
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         tokens = torch.randint(0, model.vocabulary, (count, model.patches), generator=generator)
-        return Batch(images, tokens, torch.arange(count)).to(self.device)
+        return {"images": images.to(self.device), "tokens": tokens.to(self.device)}
+
+    def contest(self, suite: str, ways: tuple[str, ...], arena: Callable[[Setting], Any], **more: Any) -> Contest:
+        """Ways of the step, the first of which is the base; more: what else the record says of the inputs.
+
+        ValueError where the backend cannot run here.
+        """
+        size, dtype = self.sizes.model.head_size, self.sizes.dtype
+        taken = choose_backend(self.backend, self.device, options.DTYPES[dtype], TWO_STREAM_BACKENDS, size)
+        sizes = self.sizes.record() | {"jitter": self.jitter, "gpu_memory": self.memory, "backend": taken} | more
+        backend = f" {self.backend} attention" if self.backend != "auto" else ""
+        name = self.sizes.name + backend + (f" {self.memory} cap" if self.memory else "")
+        return Contest(suite, name, sizes, ("step",), ways, ways[0], dtype, partial(arena, self))
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass in this dtype."""
+        dtype = AUTOCAST.get(self.sizes.dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    @property
+    def cost(self) -> dict[str, Cost]:
+        """FLOP of a step."""
+        return {"step": Cost(self.sizes.batch * flop_per_image(self.sizes.model, self.sizes.cut), 0)}
 
 
-def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
+class StepDraws:
+    """Draws of steps as the learner draws them, for the official way and its data workers."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.task = build_task(config)  # on the CPU: workers must not touch a GPU
+
+    def __call__(self, step: int, device: torch.device) -> Draws:
+        """Of one step, on the device."""
+        draws = self.task.draw(self.config.optim.global_batch, StepRng(self.config.train.seed, step, device))
+        return {name: value.to(device) for name, value in draws.items()}
+
+
+def colored(images: Tensor, draws: Draws) -> Tensor:
+    """The images as floats, their colours changed where that was drawn."""
+    if "factors" not in draws:
+        return images / 255
+    return color_jitter(images, JitterDraws(draws["factors"], draws["order"]))
+
+
+def settings(chosen: options.Options, device: torch.device) -> list[Setting]:
     """One for each combination of sizes."""
     return [
-        contest(Setting(sizes, device, chosen.jitter, chosen.gpu_memory, chosen.compile, chosen.backend))
+        Setting(sizes, device, chosen.jitter, chosen.gpu_memory, chosen.backend)
         for sizes in options.combinations(chosen, device)
     ]
 
 
-def contest(setting: Setting) -> Contest:
-    """Ours against the official way."""
-    ways = ("ours", *(("ours_compiled",) if setting.compile else ()), "official", "official_with_masks")
-    cap = f" {setting.memory} cap" if setting.memory else ""
-    backend = f" {setting.backend} attention" if setting.backend != "auto" else ""
-    size, dtype = setting.sizes.model.head_size, options.DTYPES[setting.sizes.dtype]
-    taken = choose_backend(setting.backend, setting.device, dtype, TWO_STREAM_BACKENDS, size)
-    sizes = setting.sizes.record() | {"jitter": setting.jitter, "gpu_memory": setting.memory, "backend": taken}
-    return Contest(
-        "step", setting.sizes.name + backend + cap, sizes, ("step",), ways, "ours", setting.sizes.dtype,
-        partial(arena, setting),
-    )  # fmt: skip
+def contests(chosen: options.Options, device: torch.device) -> list[Contest]:
+    """Ours against the official way, for each combination of sizes."""
+    ways = ("ours", *(("ours_compiled",) if chosen.compile else ()), "official", "official_with_masks")
+    return [setting.contest("step", ways, arena) for setting in settings(chosen, device)]
 
 
 @contextmanager
 def arena(setting: Setting) -> Iterator[Arena]:
     """The shared batch, and the builders of the ways."""
-    judge = Judge(setting.sizes.dtype)
     compiled = replace(setting.config, speed=replace(setting.config.speed, compile=True))
-    yield Arena(
-        {
-            "ours": lambda: ours(setting, setting.config),
-            "ours_compiled": lambda: ours(setting, compiled),
-            "official": lambda: official(setting, masks_built=False),
-            "official_with_masks": lambda: official(setting, masks_built=True),
-        },
-        judge,
-        {"step": Cost(setting.sizes.batch * flop_per_image(setting.sizes.model, setting.sizes.cut), 0)},
-        setting.sizes.batch,
-    )
+    ways = {
+        "ours": partial(ours, setting, setting.config),
+        "ours_compiled": partial(ours, setting, compiled),
+        "official": partial(official, setting, masks_built=False),
+        "official_with_masks": partial(official, setting, masks_built=True),
+    }
+    yield Arena(ways, Judge(setting.sizes.dtype), setting.cost, setting.sizes.batch)
     if setting.memory:
         torch.cuda.set_per_process_memory_fraction(1.0, setting.device)
 
@@ -173,60 +203,58 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item() if a.any() or b.any() else 0.0
 
 
-def ours(setting: Setting, config: RunConfig) -> Entrant:
+class OurStep:
     """A learner as `mapet pretrain` makes it."""
-    learner = Learner(config, World(setting.device), setting.plan)
-    limit = MemoryCap(setting, lambda: resident(learner.objective, learner.optimizer))
+
+    def __init__(self, setting: Setting, config: RunConfig) -> None:
+        self.learner = Learner(config, World(setting.device), setting.plan)
+        self.task, self.optimizer = self.learner.task, self.learner.optimizer
+
+    def step(self, number: int, batch: Batch) -> None:
+        """One optimizer step, at the learner's own rate and draws."""
+        self.learner.step(number, batch, metrics=False)
+
+    def loss_and_norm(self) -> tuple[float, float]:
+        """Of the last step."""
+        numbers = self.learner.read()
+        return numbers.loss, numbers.gradient_norm
+
+
+def ours(setting: Setting, config: RunConfig) -> Entrant:
+    """The learner's step."""
+    way = OurStep(setting, config)
     steps = itertools.cycle(range(CYCLE))
 
     def step(number: int | None = None) -> None:
-        with limit:
-            learner.step(next(steps) if number is None else number, setting.batch, with_accuracy=False)
-
-    def results() -> StepResults:
-        def once() -> tuple[float, float]:
-            step(0)
-            numbers = learner.read()
-            return numbers.loss, numbers.gradient_norm
-
-        return first_finite(once, learner.objective)
+        with capped(setting, way):
+            way.step(next(steps) if number is None else number, setting.batch)
 
     return Entrant(
-        timed_call("step", step, settling(setting)), results, step, limit.resident,
-        lambda: {"micro_batch": learner.steps.micro},
+        {"step": Timed(step, lambda: settled(setting, step))}, lambda: results(way, lambda: step(0)), step,
+        lambda: resident(way.task, way.optimizer), lambda: {"micro_batch": way.learner.steps.micro},
     )  # fmt: skip
 
 
 def official(setting: Setting, *, masks_built: bool) -> Entrant:
     """The official way; `masks_built`: within the timed step."""
-    peer = OfficialStep(setting)
-    limit = MemoryCap(setting, lambda: resident(peer.objective, peer.optimizer))
+    way = OfficialStep(setting)
+    masks = {} if masks_built else {number: way.masks(number) for number in range(CYCLE)}
     steps = itertools.cycle(range(CYCLE))
-    masks = [] if masks_built else [peer.masks(number) for number in range(CYCLE)]
 
     def step(number: int, made: Sequence[Tensor] | None) -> None:
-        with limit:
-            peer.step(number, peer.masks(number) if made is None else made)
+        with capped(setting, way):
+            way.step(number, way.masks(number) if made is None else made)
 
-    def once() -> None:
-        number = next(steps)
-        step(number, None if masks_built else masks[number])
-
-    def sample(clock: Clock) -> dict[str, float]:
+    def prepared() -> tuple[int, Sequence[Tensor] | None]:
         number = next(steps)
         made = None if masks_built else [mask.to(setting.device) for mask in masks[number]]
-        for _ in range(settling(setting)):
-            step(number, made)
-        return {"step": clock.time(lambda: step(number, made))[1]}
+        settled(setting, lambda: step(number, made))
+        return number, made
 
-    def results() -> StepResults:
-        def first() -> tuple[float, float]:
-            step(0, None if masks_built else masks[0])
-            return peer.loss.item(), peer.norm.item()
-
-        return first_finite(first, peer.objective)
-
-    return Entrant(sample, results, once, limit.resident, lambda: {"micro_batch": peer.micro})
+    return Entrant(
+        {"step": Timed(step, prepared)}, lambda: results(way, lambda: step(0, masks.get(0))),
+        lambda: step(*prepared()), lambda: resident(way.task, way.optimizer), lambda: {"micro_batch": way.micro},
+    )  # fmt: skip
 
 
 class OfficialStep:
@@ -235,60 +263,58 @@ class OfficialStep:
     def __init__(self, setting: Setting) -> None:
         config = setting.config
         self.setting, self.config, self.micro = setting, config, setting.sizes.batch
+        self.draws = StepDraws(config)
         seed_global_generators(config.train.seed)
-        self.objective = build_objective(config.objective, config.model).to(setting.device)
-        self.network = OfficialWay(self.objective.model)
-        self.optimizer = make_optimizer(self.objective, config.optim)
+        self.task = build_task(config).to(setting.device)
+        self.network = OfficialWay(self.task.model)
+        self.optimizer = make_optimizer(self.task.parameter_groups(config.optim), config.optim)
         self.scaler = torch.amp.GradScaler(setting.device.type, enabled=config.train.precision == "fp16")
         self.loss = self.norm = torch.zeros(())
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.warmup_lr
 
-    def draw(self, step: int) -> tuple[Plan, JitterDraws | None]:
-        """Permutations, drop-path and colours of a step, as the learner draws them."""
-        return draw_step(self.config, self.objective, step, self.setting.device)
+    def loss_and_norm(self) -> tuple[float, float]:
+        """Of the last step."""
+        return self.loss.item(), self.norm.item()
 
     def masks(self, step: int) -> tuple[Tensor, ...]:
         """What the official data workers send for a step, on the CPU."""
-        return batch_masks(self.draw(step)[0].permutation.cpu(), self.config.objective.cut, self.config.model.heads)
+        permutation = self.draws(step, self.setting.device)["permutation"].cpu()
+        return batch_masks(permutation, self.config.objective.cut, self.config.model.heads)
 
     def step(self, step: int, masks: Sequence[Tensor]) -> None:
-        """One optimizer step; where the memory ends, with smaller micro-batches from then on."""
-        plan, jitter = self.draw(step)
-        images = self.setting.batch.images
-        images = images / 255 if jitter is None else color_jitter(images, jitter.to(images.device))
-        tokens = self.setting.batch.tokens
-        self.update(normalised(self.objective.model, images), tokens, masks, self.keep(plan))
-
-    def keep(self, plan: Plan) -> Tensor | None:
-        """Factors of the residual branches, on the device; None where nothing is dropped."""
-        return plan.keep.to(self.setting.device) if self.config.model.drop_path else None
+        """One optimizer step on the shared batch."""
+        draws, model = self.draws(step, self.setting.device), self.task.model
+        images = colored(self.setting.batch["images"], draws)
+        images = (images - model.image_mean.view(3, 1, 1)) / model.image_std.view(3, 1, 1)
+        self.update(images, self.setting.batch["tokens"], masks, draws.get("keep"))
 
     def update(self, images: Tensor, tokens: Tensor, masks: Sequence[Tensor], keep: Tensor | None) -> None:
-        """Gradients, clipping and update from what data workers send: normalised images, tokens and masks."""
+        """Gradients, clipping and update from what data workers send: normalised images, tokens and masks.
+
+        Where the memory ends, with smaller micro-batches from then on.
+        """
         while not self.gradients(images, tokens, masks, keep):
             self.micro = halved(self.micro, len(images))
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         self.scaler.unscale_(self.optimizer)
-        self.norm = clip_gradients(self.objective.parameters(), self.config.optim.clip)
+        self.norm = clip_gradients(self.task.parameters(), self.config.optim.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def gradients(self, images: Tensor, tokens: Tensor, masks: Sequence[Tensor], keep: Tensor | None) -> bool:
         """Gradients of a step, from nothing, and its loss; False if memory ran out and micro-batches can be smaller."""
         self.optimizer.zero_grad(set_to_none=True)
-        device, dtype = self.setting.device, AUTOCAST.get(self.config.train.precision)
-        parts = len(images) // self.micro
         losses = []
         try:
             for first in range(0, len(images), self.micro):
                 part = slice(first, first + self.micro)
-                sent = [mask[part].to(device, non_blocking=True) for mask in masks]
-                kept = None if keep is None else keep[:, :, part]
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss = self.network(images[part], tokens[part], *sent, kept)
-                self.scaler.scale(loss / parts).backward()
+                sent = [mask[part].to(self.setting.device, non_blocking=True) for mask in masks]
+                with self.setting.autocast:
+                    factors = None if keep is None else keep[part].permute(1, 2, 0)
+                    loss = self.network(images[part], tokens[part], *sent, factors)
+                self.scaler.scale(loss * self.micro / len(images)).backward()
                 losses.append(loss.detach())
         except torch.OutOfMemoryError:
             if not (self.config.train.auto_batch and halved(self.micro, len(images))):
@@ -298,22 +324,23 @@ class OfficialStep:
         return True
 
 
-class MemoryCap:
-    """As a context, lets a way take Setting.memory of the GPU, as if the other ways' weights were not there."""
+@contextmanager
+def capped(setting: Setting, way: OurStep | OfficialStep) -> Iterator[None]:
+    """Inside, a way may take Setting.memory of the GPU, as if the other ways' weights were not there."""
+    if setting.memory:
+        own = memory.storage_bytes(resident(way.task, way.optimizer))
+        others = max(0, torch.cuda.memory_allocated(setting.device) - own)
+        total = torch.cuda.get_device_properties(setting.device).total_memory
+        share = min(1.0, (parse_bytes(setting.memory) + others) / total)
+        torch.cuda.set_per_process_memory_fraction(share, setting.device)
+    yield
 
-    def __init__(self, setting: Setting, resident: Callable[[], list[Tensor]]) -> None:
-        self.device, self.resident = setting.device, resident
-        self.limit = parse_bytes(setting.memory) if setting.memory else 0
 
-    def __enter__(self) -> None:
-        if self.limit:
-            own = sum(t.untyped_storage().nbytes() for t in self.resident())
-            others = max(0, torch.cuda.memory_allocated(self.device) - own)
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (self.limit + others) / total), self.device)
-
-    def __exit__(self, *_: object) -> None:
-        return None
+def settled(setting: Setting, step: Callable[[], object]) -> tuple[()]:
+    """Under a cap the ways take each other's memory blocks away: an untimed step brings a way's own back."""
+    if setting.memory:
+        step()
+    return ()
 
 
 def resident(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -323,24 +350,15 @@ def resident(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[
     return [*module.parameters(), *gradients, *module.buffers(), *moments]
 
 
-def first_finite(once: Callable[[], tuple[float, float]], module: torch.nn.Module) -> StepResults:
-    """Results of the first step whose gradients are finite: fp16's loss scale first has to find its place."""
+def results(way: OurStep | OfficialStep, once: Callable[[], object]) -> StepResults:
+    """Of the first step, which `once` takes, whose gradients are finite: fp16's loss scale has to find its place."""
     for _ in range(FINITE_WITHIN):
-        loss, norm = once()
+        once()
+        loss, norm = way.loss_and_norm()
         if math.isfinite(norm):
             break
-    gradients = {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.detach().clone() for n, p in way.task.named_parameters() if p.grad is not None}
     return StepResults(loss, norm, gradients)
-
-
-def normalised(model: torch.nn.Module, images: Tensor) -> Tensor:
-    """Images in [0, 1] with ImageNet's mean and deviation, as the official way takes them."""
-    return (images - model.image_mean.view(3, 1, 1)) / model.image_std.view(3, 1, 1)
-
-
-def settling(setting: Setting) -> int:
-    """Untimed steps before a timed one: under a cap, the ways take each other's memory blocks away."""
-    return 1 if setting.memory else 0
 
 
 def flop_per_image(model: ModelConfig, cut: int) -> float:

@@ -1,7 +1,8 @@
-"""python -m bench run: the suites by name, measured by one set of rules, and their records."""
+"""The suites by name, measured by one set of rules, and their records."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,22 +10,37 @@ from typing import Any
 
 import torch
 
-from bench import kernels_suite, kmeans_contest, peers, pretrain, records, roofline, step, timing, tokenize_contest
-from bench.contest import Contest, Outcome, Rules, lines, measure
+from bench import (
+    ablation,
+    attention,
+    curves,
+    kernels_suite,
+    kmeans,
+    kmeans_fit,
+    pretrain,
+    records,
+    roofline,
+    step,
+    timing,
+    tokenizing,
+)
+from bench.contest import Contest, Rules, lines, measure
 from bench.guard import sigterm_interrupts
 from bench.options import DTYPES, Options, check, chosen_device
 
-SUITES: dict[str, Callable[[Options, torch.device], list[Contest]]] = {
+CONTESTS: dict[str, Callable[[Options, torch.device], list[Contest]]] = {
     "kernels": kernels_suite.contests,
+    "attention": attention.contests,
     "step": step.contests,
+    "ablation": ablation.contests,
     "pretrain": pretrain.contests,
-    "tokenize": tokenize_contest.contests,
-    "kmeans": kmeans_contest.contests,
-    "peers": peers.contests,
+    "tokenize": tokenizing.contests,
+    "kmeans": kmeans.contests,
+    "kmeans_fit": kmeans_fit.contests,
+    "curves": curves.contests,
 }
-"""Name -> contests, nothing made yet."""
-
-NEED_RATES = ("kernels", "step", "peers")
+"""Name of a suite -> its contests, nothing made yet."""
+NEED_RATES = ("kernels", "attention", "step")
 """Suites whose costs are known, and held against this device's own rates."""
 
 
@@ -33,27 +49,46 @@ def run(options: Options) -> list[Path]:
 
     Raises:
         ValueError: options that cannot work here.
+        SystemExit: with status 1, after all, where results are wrong that a contest is about.
     """
     device = chosen_device(options.device)
     check(options, device)
-    deadline = timing.Deadline(options.time_limit or float("inf"))
-    suites = {suite: SUITES[suite](options, device) for suite in options.suite}
+    suites = {suite: chosen(suite, options, device) for suite in options.suite}
     name = f"{'-'.join(options.model)}_{'-'.join(options.dtype)}_{device.type}"
-    paths = []
+    rules = rules_for(options, device)
+    paths, wrong = [], []
     for suite, contests in suites.items():
-        if deadline.passed():
+        if rules.deadline.passed():
             print(f"{suite}: not run, the time limit of {options.time_limit:g} s has passed")
             continue
-        rules = rules_for(options, device, rates=suite in NEED_RATES)
-        rules = replace(rules, deadline=deadline)
-        paths.append(run_contests(suite, name, contests, rules, options.output))
+        path, entries = run_contests(suite, name, contests, rules, options.output)
+        paths.append(path)
+        for entry in entries if any(contest.verdict for contest in contests) else ():
+            wrong += [f"{way} of {entry['name']}" for way, row in entry["ways"].items() if row["status"] == "wrong"]
+    if wrong:
+        sys.exit(f"python -m bench: wrong results: {', '.join(wrong)}")
     return paths
 
 
-def rules_for(options: Options, device: torch.device, *, rates: bool) -> Rules:
-    """Clock, repeats and limits; the defaults keep a CPU run small. `rates`: measure what this device does at best."""
+def chosen(suite: str, options: Options, device: torch.device) -> list[Contest]:
+    """The contests of a suite, of all ways or those asked for.
+
+    Raises:
+        ValueError: there is no such way in the suite.
+    """
+    contests = CONTESTS[suite](options, device)
+    known = sorted({way for contest in contests for way in contest.ways})
+    if unknown := sorted(set(options.ways) - set(known)):
+        raise ValueError(f"--ways: {suite} has no {', '.join(unknown)}; its ways are {', '.join(known)}")
+    wanted = options.ways or known
+    return [replace(c, ways=tuple(way for way in c.ways if way in {*wanted, c.base})) for c in contests]
+
+
+def rules_for(options: Options, device: torch.device) -> Rules:
+    """Clock, repeats and limits; the defaults keep a CPU run small. Where a suite needs it, what this device does."""
     on_gpu = device.type == "cuda"
     clock = timing.clock_for(device)
+    rates = set(options.suite) & set(NEED_RATES)
     return Rules(
         device,
         clock,
@@ -64,38 +99,34 @@ def rules_for(options: Options, device: torch.device, *, rates: bool) -> Rules:
     )
 
 
-def run_contests(suite: str, name: str, contests: Sequence[Contest], rules: Rules, output: Path) -> Path:
+def run_contests(
+    suite: str, name: str, contests: Sequence[Contest], rules: Rules, output: Path
+) -> tuple[Path, list[dict[str, Any]]]:
     """Measure contests in turn, print them, and keep a record; what there is survives an interruption."""
     device = rules.device
     draft = records.Draft(suite, name, output)
-    before, outcomes, stopped = records.device_state(device), [], None
-    print(f"{suite} on {'a CPU' if device.type == 'cpu' else 'a GPU'}: {before['name']}", flush=True)
+    entries: list[dict[str, Any]] = []
+    stopped = None
+    # A CPU is named as one, also on a machine with a GPU.
+    results = {"device": records.cpu_name()} if device.type == "cpu" else {}
+    results |= {
+        "measured_on": device.type, "repeats": rules.repeats, "stopped": None,
+        "state_before": records.device_state(device), "rates": asdict(rules.rates) if rules.rates else None,
+        "contests": entries,
+    }  # fmt: skip
+    print(f"{suite} on {'a CPU' if device.type == 'cpu' else 'a GPU'}: {results['state_before']['name']}", flush=True)
     with sigterm_interrupts():
         try:
             for contest in contests:
                 if rules.deadline.passed():
-                    stopped = f"time limit after {len(outcomes)} of {len(contests)} contests"
+                    stopped = f"time limit after {len(entries)} of {len(contests)} contests"
                     break
-                outcomes.append(measure(contest, rules))
-                print("\n".join(lines(outcomes[-1])), flush=True)
-                draft.write(results(outcomes, rules, before, None))
+                entries.append(measure(contest, rules))
+                print("\n".join(lines(entries[-1])), flush=True)
+                draft.write(results)
         except KeyboardInterrupt:
-            stopped = f"interrupted after {len(outcomes)} of {len(contests)} contests"
-        draft.write(results(outcomes, rules, before, stopped))
+            stopped = f"interrupted after {len(entries)} of {len(contests)} contests"
+        draft.write(results | {"stopped": stopped, "state_after": records.device_state(device)})
         path = draft.finish()
     print(f"stopped: {stopped}\nrecord: {path}" if stopped else f"record: {path}", flush=True)
-    return path
-
-
-def results(outcomes: Sequence[Outcome], rules: Rules, before: dict[str, Any], stopped: str | None) -> dict[str, Any]:
-    """What a record holds besides its environment; a CPU is named as one, also on a machine with a GPU."""
-    named = {"device": records.cpu_name()} if rules.device.type == "cpu" else {}
-    return named | {
-        "measured_on": rules.device.type,
-        "repeats": rules.repeats,
-        "stopped": stopped,
-        "state_before": before,
-        "state_after": records.device_state(rules.device),
-        "rates": asdict(rules.rates) if rules.rates else None,
-        "contests": [outcome.entry() for outcome in outcomes],
-    }
+    return path, entries

@@ -6,23 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-PHASES = ("forward", "backward", "both")
 FEWEST_REPEATS = 3
 HEAD_START = 8
 """Cache flushes before a timed call. They also keep the GPU busy (about 1 ms) while the host queues the call, so that
 short calls are not charged for Python."""
-
-
-class TwoPasses(Protocol):
-    """A forward pass, and the backward pass of what it returned."""
-
-    def forward(self) -> Any: ...
-
-    def backward(self, outputs: Any) -> Any: ...
 
 
 class CpuClock:
@@ -73,37 +64,14 @@ class Deadline:
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", self.now())
 
-    def left(self) -> float:
-        """Seconds until the limit; 0 or less when it has passed."""
-        return self.start + self.seconds - self.now()
-
     def passed(self) -> bool:
         """Whether the limit is over."""
-        return self.left() <= 0
+        return self.now() >= self.start + self.seconds
 
 
 def repeats_for(seconds: float, most: int, budget: float) -> int:
     """Repeats of something that takes `seconds`: as many as fit the budget, from FEWEST_REPEATS to `most`."""
     return max(min(FEWEST_REPEATS, most), min(most, int(budget / max(seconds, 1e-9))))
-
-
-Sample = Callable[[Any, Clock], dict[str, float]]
-"""Times a way once: (way, clock) -> seconds by phase. Work before and after a call of the clock is not timed."""
-
-
-def sample(way: TwoPasses, clock: Clock) -> dict[str, float]:
-    """Seconds of a forward pass, of the backward pass of its result, and of both in one go."""
-    outputs, forward = clock.time(way.forward)
-    _, backward = clock.time(partial(way.backward, outputs))
-    outputs = None  # frees what the forward pass kept
-    _, both = clock.time(lambda: way.backward(way.forward()))
-    return {"forward": forward, "backward": backward, "both": both}
-
-
-def warmed_up(way: Any, clock: Clock, budget: float, sample: Sample = sample) -> dict[str, float]:
-    """A sample of a way that is warm: the second one, unless the first took longer than the budget."""
-    taken = sample(way, clock)
-    return taken if sum(taken.values()) > budget else sample(way, clock)
 
 
 def interleaved(
@@ -114,7 +82,7 @@ def interleaved(
     budget: float,
     deadline: Deadline,
     guard: Callable[[Callable[[], Any]], tuple[Any, Any | None]],
-    sample: Sample = sample,
+    sample: Callable[[Any, Clock], dict[str, float]] = lambda way, clock: way.sample(clock),
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time the ways in turn: one sample of each, then the next repeat. Every way is warmed up first.
 
@@ -125,19 +93,21 @@ def interleaved(
         repeats: samples of each way; a slow one gets fewer, so that it takes about `budget` seconds.
         deadline: when it has passed, no further way is warmed up and no further repeat starts.
         guard: call -> (result, reason); the reason is why the call did not work, or None.
-        sample: how a way is timed; the passes of a `TwoPasses` unless it is given.
+        sample: times a way once, (way, clock) -> seconds by phase; its own method where not given.
 
     Returns:
         (seconds, reasons): by way and phase, a list of seconds; and by way, why it dropped out.
     """
     seconds: dict[str, dict[str, list[float]]] = {}
     warm: dict[str, dict[str, list[float]]] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Any] = {}
     wanted: dict[str, int] = {}
     for name, way in ways.items():
         if deadline.passed():
             break
-        taken, reason = guard(partial(warmed_up, way, clock, budget, sample))
+        taken, reason = guard(partial(sample, way, clock))
+        if reason is None and sum(taken.values()) <= budget:  # a way that is so slow needs no more warming up
+            taken, reason = guard(partial(sample, way, clock))
         if reason is not None:
             reasons[name] = reason
             continue

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from workload import synchronize
 
 from mapet.data.augment import color_jitter, sample_color_jitter
 from mapet.data.cache import TokenCache
@@ -97,11 +98,11 @@ def images_per_second(batches: Iterable[Batch], use: Callable[[Batch], object], 
     for number, batch in enumerate(batches):
         use(batch)
         if number == 0:
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
         else:
             images += len(batch["images"])
-    _synchronize(device)
+    synchronize(device)
     return images / (time.perf_counter() - start)
 
 
@@ -112,12 +113,10 @@ def random_cache(folder: Path, images: int, *, image_size: int = 224, grid: int 
     with CacheWriter(folder / "cache", description, capacity=images) as writer:
         for number in range(writer.shards):
             with writer.shard(number) as shard:
-                positions = writer.positions(number)
-                for first in range(0, len(positions), 256):
-                    some = len(positions[first : first + 256])
-                    size = (some, 3, image_size, image_size)
+                for part in torch.as_tensor(writer.positions(number)).split(256):
+                    size = (len(part), 3, image_size, image_size)
                     crops = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-                    shard.append(crops, torch.randint(0, 8192, (some, grid**2), generator=generator))
+                    shard.append(crops, torch.randint(0, 8192, (len(part), grid**2), generator=generator))
                 shard.finish()
         writer.finish([f"{i}.png" for i in range(images)])
     return folder / "cache"
@@ -130,11 +129,6 @@ def main() -> None:
         print(f"{stage:32} {speed:12.1f} images/s")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "data_pipeline.json").write_text(json.dumps(speeds, indent=1) + "\n")
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,11 +18,10 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from workload import Workload, named_parts
+from workload import PartMode, Workload, named_parts
 
-from mapet.report.picture import CYCLE, FAINT, INK, save
+from mapet.report.picture import CYCLE, FAINT, INK, frame, save
 
 BEFORE = "weights and optimizer"
 SHOWN = 6
@@ -62,25 +59,16 @@ class Moments:
         return dict(sorted(held, key=lambda item: -item[1]))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Notes live bytes by owner after every operator while it is active; `part_range` is for `named_parts`."""
+class LiveBytes(PartMode):
+    """Notes live bytes by owner after every operator while it is active."""
 
     def __init__(self, before: list[Tensor]) -> None:
         super().__init__()
         self.live: dict[str, int] = defaultdict(int)
         self.known: dict[int, tuple[str, int]] = {}
-        self.ranges = ["other"]
         self.history: list[dict[str, int]] = []
         for tensor in before:
             self._own(tensor, BEFORE)
-
-    @contextmanager
-    def part_range(self, name: str) -> Iterator[None]:
-        self.ranges.append(name)
-        try:
-            yield
-        finally:
-            self.ranges.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -112,14 +100,11 @@ class LiveBytes(TorchDispatchMode):
 
 def measure(workload: Workload) -> Moments:
     """Live bytes during one step, the first of which made the optimizer's moments."""
-    learner, batch = workload.build()
-    learner.step(0, batch, with_accuracy=False)
-    learner.optimizer.zero_grad(set_to_none=True)
-    states = [leaf for leaf in tree_leaves(learner.optimizer.state_dict()) if isinstance(leaf, Tensor)]
-    before = [*learner.objective.parameters(), *learner.objective.buffers(), *states, batch.images, batch.tokens]
-    counter = LiveBytes(before)
-    with named_parts(learner, counter.part_range), counter:
-        learner.step(1, batch, with_accuracy=False)
+    step = workload.build()
+    step(0)
+    counter = LiveBytes(step.held())
+    with named_parts(step, counter.part_range), counter:
+        step(1)
     return counter.moments()
 
 
@@ -140,18 +125,17 @@ def draw(moments: Moments, path: Path, title: str) -> Path:
     rest = moments.live.sum(1) - sum(columns)
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
-    x = np.arange(len(rest))
     stacked = [column / 2**20 for column in (*columns, rest)]
-    axes.stackplot(x, *stacked, labels=[*named, "others"], colors=(*CYCLE, FAINT), alpha=0.9, linewidth=0)
-    total, peak = moments.live.sum(1) / 2**20, moments.peak
-    axes.annotate(
-        f"peak {total[peak]:,.0f} MiB", (peak, total[peak]), (0, 8), textcoords="offset points", ha="center", color=INK
+    axes.stackplot(
+        range(len(rest)), *stacked, labels=[*named, "others"], colors=(*CYCLE, FAINT), alpha=0.9, linewidth=0
     )
-    axes.set(xlabel="operators of the step, in order", ylabel="live tensors, MiB", xlim=(0, len(x)))
-    axes.set_ylim(0, 1.12 * total[peak])
+    top = sum(held.values()) / 2**20
+    axes.text(moments.peak, top, f"peak {top:,.0f} MiB", ha="center", va="bottom", color=INK)
+    axes.set(xlabel="operators of the step, in order", ylabel="live tensors, MiB", xlim=(0, len(rest)))
+    axes.set_ylim(0, 1.12 * top)
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=INK, reverse=True)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame(axes)
     return save(figure, path, dpi=120)
 
 

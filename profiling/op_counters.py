@@ -33,9 +33,9 @@ METRICS = {
 }
 """Nsight Compute's name of a metric -> the column it becomes."""
 
-UNITS = {"ns": 1e-3, "us": 1.0, "usecond": 1.0, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3, "second": 1e6, "s": 1e6}
+UNITS = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1e6}
 UNITS |= {"byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1.0, "Gbyte": 1e3}
-BLOCK_UNITS = {"byte/block": 1e-3, "Kbyte/block": 1.0, "Mbyte/block": 1e3}
+UNITS |= {"byte/block": 1e-3, "Kbyte/block": 1.0, "Mbyte/block": 1e3}
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def parse(report: str) -> list[dict[str, str | float]]:
     for row in csv.DictReader(io.StringIO("\n".join(lines[header:]))):
         kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"].split("(")[0]})
         if (column := METRICS.get(row["Metric Name"])) is not None:
-            factor = (BLOCK_UNITS if "/block" in row["Metric Unit"] else UNITS).get(row["Metric Unit"], 1.0)
-            kernel[column] = float(row["Metric Value"].replace(",", "")) * factor
+            kernel[column] = float(row["Metric Value"].replace(",", "")) * UNITS.get(row["Metric Unit"], 1.0)
     return list(kernels.values())
 
 

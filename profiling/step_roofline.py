@@ -13,34 +13,20 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 import tyro
 from step_timeline import PartTime, Timeline, measure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from workload import Workload, named_parts
+from workload import PartMode, Workload, named_parts, synchronize
 
-from mapet.training.learner import AUTOCAST
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
 
 BACKWARD_PRODUCTS = 2.5
 """Matrix products of attention's backward pass to those of its forward pass: five to two, S and dP recomputed."""
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """What to run, and where the numbers go."""
-
-    workload: Workload = field(default_factory=Workload)
-    steps: int = 3
-    output: Path = Path("runs/profile")
 
 
 @dataclass(frozen=True)
@@ -80,22 +66,13 @@ class Row:
         return self.measured - self.floor
 
 
-class WorkCounter(TorchDispatchMode):
-    """Adds up FLOPs and bytes by (part, direction) while it is active; `part_range` is for `named_parts`."""
+class WorkCounter(PartMode):
+    """Adds up FLOPs and bytes by (part, direction) while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.work: dict[tuple[str, str], Work] = defaultdict(Work)
-        self.ranges = ["other"]
         self.part_of_node: dict[int, str] = {}
-
-    @contextmanager
-    def part_range(self, name: str) -> Iterator[None]:
-        self.ranges.append(name)
-        try:
-            yield
-        finally:
-            self.ranges.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -133,11 +110,10 @@ def flops_of(func, args, kwargs, out) -> float:
 
 def count(workload: Workload) -> dict[tuple[str, str], Work]:
     """FLOPs and bytes of one step, by part and direction."""
-    learner, batch = workload.build()
-    learner.step(0, batch, with_accuracy=False)  # optimizer states are made in the first step
-    counter = WorkCounter()
-    with named_parts(learner, counter.part_range), counter:
-        learner.step(1, batch, with_accuracy=False)
+    step, counter = workload.build(), WorkCounter()
+    step(0)  # optimizer states are made in the first step
+    with named_parts(step, counter.part_range), counter:
+        step(1)
     return dict(counter.work)
 
 
@@ -180,11 +156,10 @@ def as_markdown(rows: list[Row], rates: Rates) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Roofline, description=__doc__)
-    workload = options.workload
-    rates = measure_rates(torch.device(workload.device), AUTOCAST.get(workload.precision, torch.float32))
-    work = count(workload)
-    summary, _ = measure(Timeline(workload, options.steps, options.output))
+    options = tyro.cli(Timeline, description=__doc__)
+    rates = measure_rates(torch.device(options.workload.device), options.workload.dtype)
+    work = count(options.workload)
+    summary, _ = measure(options)
     rows = table(work, summary.parts, rates)
     print(as_markdown(rows, rates))
     path = options.output / "step_roofline.json"
@@ -193,14 +168,13 @@ def main() -> None:
 
 
 def _fastest(run, device: torch.device) -> float:
-    best = math.inf
+    taken = []
     for _ in range(5):
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
-from workload import PARTS, PREFIX, Workload, named_parts
+from workload import PARTS, PREFIX, Workload, named_parts, synchronize
 
 WAITS = (
     "cudaStreamSynchronize",
@@ -77,16 +77,16 @@ def main() -> None:
 
 def measure(options: Timeline) -> tuple[Summary, Path]:
     """Profile the steps; the summary and the path of the Chrome trace."""
-    learner, batch = options.workload.build()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (learner.world.device.type == "cuda")
-    for step in range(2):
-        learner.step(step, batch, with_accuracy=False)
-    _synchronize(learner.world.device)
-    with named_parts(learner), profile(activities=activities) as profiler:
+    step, device = options.workload.build(), torch.device(options.workload.device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    for number in range(2):
+        step(number)
+    synchronize(device)
+    with named_parts(step), profile(activities=activities) as profiler:
         start = time.perf_counter()
-        for step in range(2, 2 + options.steps):
-            learner.step(step, batch, with_accuracy=False)
-        _synchronize(learner.world.device)
+        for number in range(2, 2 + options.steps):
+            step(number)
+        synchronize(device)
         wall = (time.perf_counter() - start) * 1e3 / options.steps
     options.output.mkdir(parents=True, exist_ok=True)
     trace = options.output / "step_trace.json"
@@ -137,20 +137,16 @@ def as_table(summary: Summary) -> str:
 
 def _range_of(event: Any) -> str | None:
     """The innermost named part around an event."""
-    while event is not None:
-        if event.name.startswith(PREFIX):
-            return event.name.removeprefix(PREFIX)
+    while event is not None and not event.name.startswith(PREFIX):
         event = event.cpu_parent
-    return None
+    return event and event.name.removeprefix(PREFIX)
 
 
 def _backward_node(event: Any) -> Any | None:
     """The event of the autograd node that an event runs in."""
-    while event is not None:
-        if _is_backward(event) and event.sequence_nr >= 0:
-            return event
+    while event is not None and not (_is_backward(event) and event.sequence_nr >= 0):
         event = event.cpu_parent
-    return None
+    return event
 
 
 def _is_backward(event: Any) -> bool:
@@ -164,11 +160,6 @@ def _covered(ranges: Iterable[Any]) -> float:
         covered += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return covered
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, SpeedConfig, TrainConfig
-from mapet.data.loader import Batch
+from mapet.config import ModelConfig, OptimConfig, RunConfig, SpeedConfig, TrainConfig
 from mapet.distributed import World
-from mapet.model.vit import Block, MaskedTokenViT
-from mapet.objectives import Objective
+from mapet.model.vit import Block
+from mapet.objectives import options
+from mapet.objectives.two_stream import TwoStreamTask
+from mapet.task import Batch
 from mapet.training.learner import Learner
 from mapet.training.schedule import StepPlan
 
@@ -34,6 +36,10 @@ PARTS = (
 )  # fmt: skip
 
 
+MODULES = {TwoStreamTask: "head and loss", Block: "residuals", nn.LayerNorm: "norms"}
+"""Kind of module -> the part that it is, but for what has a part of its own inside."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """The step to look at."""
@@ -47,11 +53,16 @@ class Workload:
     backend: str = "auto"
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
-    def build(self) -> tuple[Learner, Batch]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def build(self) -> Step:
         """A learner as `mapet pretrain` makes it, and a batch of random images and tokens on its device."""
         config = RunConfig(
             model=replace(ModelConfig.preset(self.model), image_size=self.image_size),
-            objective=ObjectiveConfig(cut=self.cut),
+            objective=options("mapet", cut=self.cut),
             optim=OptimConfig(global_batch=self.batch),
             train=TrainConfig(precision=self.precision, device=self.device, backend=self.backend),
             speed=self.speed,
@@ -64,36 +75,78 @@ class Workload:
         shape = (self.batch, 3, self.image_size, self.image_size)
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         tokens = torch.randint(0, config.model.vocabulary, (self.batch, config.model.patches), generator=generator)
-        return learner, Batch(images, tokens, torch.arange(self.batch)).to(device)
+        return Step(learner, {"images": images.to(device), "tokens": tokens.to(device)})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A learner and its batch; all that the scripts know of the learner is in this file."""
+
+    learner: Learner
+    batch: Batch
+
+    def __call__(self, number: int) -> None:
+        """One optimizer step."""
+        self.learner.step(number, self.batch, metrics=False)
+
+    def held(self) -> list[Tensor]:
+        """What there is between steps: weights, buffers, the optimizer's states and the batch; gradients go."""
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        states = [leaf for leaf in tree_leaves(self.learner.optimizer.state_dict()) if isinstance(leaf, Tensor)]
+        task = self.learner.task
+        return [*task.parameters(), *task.buffers(), *states, *self.batch.values()]
+
+
+class PartMode(TorchDispatchMode):
+    """Sees every operator; `ranges[-1]` is the part that runs, where `named_parts` opens its ranges by `part_range`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges = ["other"]
+
+    @contextmanager
+    def part_range(self, name: str) -> Iterator[None]:
+        self.ranges.append(name)
+        try:
+            yield
+        finally:
+            self.ranges.pop()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
-def named_parts(learner: Learner, open_range: Callable[[str], Any] | None = None) -> Iterator[None]:
+def named_parts(step: Step, open_range: Callable[[str], Any] | None = None) -> Iterator[None]:
     """Inside, the parts of a step run in named ranges, for torch.profiler and, where nvtx is installed, for Nsight.
 
-    Ranges are hooks and wrappers that come and go with this context: training code pays nothing for them.
+    Ranges are wrappers that come and go with this context: training code pays nothing for them.
 
     Args:
-        open_range: name -> context manager, in place of those ranges.
+        open_range: name -> context manager that decorates too, as those of contextlib do, in place of those ranges.
     """
-    open_range = open_range or profiler_range
+    open_range, learner = open_range or profiler_range, step.learner
     with ExitStack() as undo:
-        for module in learner.objective.modules():
-            if (name := _part_of(module)) is not None:
-                _hook(module, name, open_range, undo)
-        model: MaskedTokenViT = learner.model
+        task: TwoStreamTask = learner.task
+        model = task.model
         methods = [
             (model, "embed", "embedding"),
-            (learner.objective, "attention", "attention"),
-            (learner, "_draw", "draw and jitter"),
-            (learner, "_forward", "draw and jitter"),  # what is in it and in no part of the model is the jitter
+            (task, "attention", "attention"),
+            (task, "draw", "draw and jitter"),
+            (task, "ready", "draw and jitter"),
+            (task, "jittered", "draw and jitter"),
             (learner, "_update", "optimizer"),
         ]
+        for module in task.modules():
+            methods += [(module, "forward", name) for kind, name in MODULES.items() if isinstance(module, kind)]
         for block in model.blocks:
             methods += [(block, "_queries_and_keys", "attention projections"), (block, "_hidden", "mlp")]
             methods += [(block.attn, "output", "attention projections"), (block.mlp, "output", "mlp")]
         for owner, method, name in methods:
-            setattr(owner, method, _in_range(getattr(owner, method), name, open_range))
+            setattr(owner, method, open_range(name)(getattr(owner, method)))
             undo.callback(delattr, owner, method)
         yield
 
@@ -103,35 +156,3 @@ def profiler_range(name: str) -> Iterator[None]:
     """A range of torch.profiler and of nvtx."""
     with record_function(PREFIX + name), nvtx.annotate(name) if nvtx else ExitStack():
         yield
-
-
-def _part_of(module: nn.Module) -> str | None:
-    kinds = (
-        (Objective, "head and loss"),
-        (Block, "residuals"),
-        (nn.LayerNorm, "norms"),
-    )
-    return next((name for kind, name in kinds if isinstance(module, kind)), None)
-
-
-def _hook(module: nn.Module, name: str, open_range: Callable[[str], Any], undo: ExitStack) -> None:
-    entered: list[ExitStack] = []
-
-    def enter(*_) -> None:
-        entered.append(ExitStack())
-        entered[-1].enter_context(open_range(name))
-
-    def leave(*_) -> None:
-        entered.pop().close()
-
-    undo.callback(module.register_forward_pre_hook(enter).remove)
-    undo.callback(module.register_forward_hook(leave, always_call=True).remove)
-
-
-def _in_range(method: Callable, name: str, open_range: Callable[[str], Any]) -> Callable:
-    @functools.wraps(method)
-    def wrapped(*arguments, **options):
-        with open_range(name):
-            return method(*arguments, **options)
-
-    return wrapped

@@ -1,54 +1,50 @@
-"""The k-means benchmark: it runs small on a CPU, says what it left out, and times nothing that is wrong."""
+"""The k-means suites: they run small on a CPU, say what they left out, and time nothing that is wrong."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.image as mpimg
 import pytest
 import torch
+from test_bench_suites import RULES, small
 
-from bench import kmeans, kmeans_plot
+from bench import kmeans, kmeans_fit
+from bench.contest import measure
+from bench.options import Options
 
-SMALL = kmeans.KMeansBenchmark(
-    features=(8,), clusters=(16,), rows=200, repeats=2, fit_rows=300, fit_iterations=3, device="cpu"
-)
-
-
-def test_a_small_run_on_the_cpu(capsys: pytest.CaptureFixture) -> None:
-    results = kmeans.run(SMALL)
-    (size,) = results["sizes"]
-    assert results["device_type"] == "cpu"
-    assert {"exact", "fast", "torch_chunked"} <= size["ways"].keys()
-    assert size["ways"].keys() | size["skipped"].keys() >= {"flash_kmeans", "faiss_gpu"}
-    assert size["ways"]["exact"]["equal_ids"] == 1.0
-    for way in size["ways"].values():
-        assert way["tflops"] > 0 and way["timing"]["repeats"] == 2
-    assert 0 <= size["redecided_share"]["among_few"] <= 1
-    assert len(results["fit"]["objectives"]) == 3 and results["fit"]["seconds"] > 0
-    assert "CPU exact" in capsys.readouterr().out
+CPU = torch.device("cpu")
 
 
-def test_a_record_has_a_picture(tmp_path: Path) -> None:
-    replace(SMALL, clusters=(16, 5), output=tmp_path, fit_rows=0).run()
-    (record,) = tmp_path.glob("kmeans_*.json")
-    picture = mpimg.imread(record.with_suffix(".png"))
-    assert picture[..., :3].std() > 0.05 and json.loads(record.read_text())["fit"] is None
-    other = tmp_path / "other.json"
-    other.write_text('{"suite": "step"}')
-    with pytest.raises(ValueError, match=r"other.json is no record of `python -m bench kmeans`"):
-        kmeans_plot.draw(other)
+def test_a_small_run_on_the_cpu(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(kmeans.SIZES, "cpu", ((8, 16, 200),))
+    (entry,) = small("kmeans", tmp_path)["contests"]
+    ways = entry["ways"]
+    assert set(ways) == set(kmeans.WAYS) and ways["exact"]["equal_ids"] == 1.0
+    assert {ways[name]["status"] for name in ("exact", "fast", "torch_chunked")} == {"timed"}
+    assert ways["flash_kmeans"]["status"] == ways["faiss_gpu"]["status"] == "unavailable"
+    assert ways["exact"]["tflop_per_s"]["assign"] > 0
+    assert 0 <= ways["exact"]["redecided_share"]["among_few"] <= 1
 
 
-def test_wrong_ids_are_not_timed() -> None:
-    x, centroids = kmeans.clip_like(SMALL, 8, 16)
-    with pytest.raises(RuntimeError, match=r"row \d+ has id 3, the float64 argmin is"):
-        kmeans.check(x, centroids, torch.full((200,), 3))
+def test_wrong_ids_are_not_timed(monkeypatch) -> None:
+    monkeypatch.setitem(kmeans.SIZES, "cpu", ((8, 16, 200),))
+    monkeypatch.setattr(kmeans, "chunked_argmin", lambda x, centroids: torch.full((200,), 3))
+    (contest,) = kmeans.contests(Options(dtype=("fp32",)), CPU)
+    rows = measure(contest, RULES)["ways"]
+    assert rows["torch_chunked"]["status"] == "wrong" and rows["exact"]["status"] == "timed"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_the_reason_is_given() -> None:
-    with pytest.raises(ValueError, match="no CUDA device; --device cpu"):
-        kmeans.run(kmeans.KMeansBenchmark())
+@pytest.mark.parametrize("worse", [False, True])
+def test_fits_are_held_against_the_best_peer(worse: bool, monkeypatch) -> None:
+    monkeypatch.setitem(kmeans_fit.DATA, "cpu", {"mixture": (200, 4, 5, 2)})
+    monkeypatch.setattr(kmeans_fit, "SEEDS", 2)
+    if worse:
+        fits = kmeans_fit.fits
+        bad = {kmeans_fit.OURS: lambda x, seed: x[:5] + 1}
+        monkeypatch.setattr(kmeans_fit, "fits", lambda *arguments: fits(*arguments) | bad)
+    (contest,) = kmeans_fit.contests(Options(), CPU)
+    rows = measure(contest, RULES)["ways"]
+    assert rows["scikit-learn_k-means++"]["status"] == "timed"
+    assert rows["scikit-learn_k-means++"]["error_share"] == {"finite": 0.0}
+    assert rows[kmeans_fit.OURS]["status"] == ("wrong" if worse else "timed")
+    assert worse or len(rows[kmeans_fit.OURS]["objectives"]) == 2

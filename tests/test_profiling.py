@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mapet.config import SpeedConfig
-from mapet.objectives import Objective
+from mapet.objectives.two_stream import TwoStreamTask
 
 SCRIPTS = Path(__file__).parent.parent / "profiling"
 NCU = """==PROF== Connected to process 7
@@ -57,10 +57,10 @@ def test_timeline_attributes_forward_and_backward_to_parts(tmp_path: Path) -> No
 @pytest.mark.parametrize("backend", ["sdpa", "matmul", "reference"])
 def test_what_a_backend_calls_is_attention(backend: str) -> None:
     workload, timeline = importlib.import_module("workload"), importlib.import_module("step_timeline")
-    learner, batch = small().build()
-    learner.objective.backend = backend
-    with workload.named_parts(learner), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        learner.step(0, batch, with_accuracy=False)
+    step = small().build()
+    step.learner.task.backend = backend
+    with workload.named_parts(step), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step(0)
     inside = [event for event in profiler.events() if is_within(event, "mapet_kernels::two_stream_attention_packed")]
     assert len(inside) > 20 and {timeline._range_of(event) for event in inside} == {"attention"}
 
@@ -74,28 +74,28 @@ def is_within(event, name: str) -> bool:
 
 def test_ranges_leave_nothing_behind() -> None:
     workload = importlib.import_module("workload")
-    learner, batch = small().build()
-    seen = []
+    step = small().build()
+    learner, seen = step.learner, []
 
     def note(name: str):
         seen.append(name)
         return workload.profiler_range(name)
 
-    with workload.named_parts(learner, note):
-        learner.step(0, batch, with_accuracy=False)
+    with workload.named_parts(step, note):
+        step(0)
     assert set(seen) == set(workload.PARTS) - {"other"}
     before = len(seen)
-    learner.step(1, batch, with_accuracy=False)
+    step(1)
     assert len(seen) == before
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learner.objective.modules())
-    assert isinstance(learner.objective, Objective) and "_update" not in vars(learner)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learner.task.modules())
+    assert isinstance(learner.task, TwoStreamTask) and "_update" not in vars(learner)
 
 
 def test_work_is_that_of_the_model_on_paper() -> None:
     roofline = importlib.import_module("step_roofline")
     workload = small(speed=SpeedConfig(skip_dropped=False))
     work = roofline.count(workload)
-    learner, _ = workload.build()
+    learner = workload.build().learner
     model, width = learner.config.model, learner.config.model.width
     targets = model.tokens - 5
     content, rows = model.tokens + targets, model.tokens + 2 * targets
@@ -130,8 +130,8 @@ def test_memory_timeline_knows_who_holds_what(tmp_path: Path) -> None:
     workload = small()
     moments = timeline.measure(workload)
     held = moments.at_peak()
-    learner, batch = workload.build()
-    weights = 4 * sum(p.numel() for p in learner.objective.parameters())
+    step = workload.build()
+    weights, batch = 4 * sum(p.numel() for p in step.learner.task.parameters()), step.batch
     # Weights and two moments each; and the step counters, the batch and the buffers, which are small.
     assert 3 * weights < held[timeline.BEFORE] < 3.05 * weights + batch.images.numel() + 8 * batch.tokens.numel()
     first, last = moments.live[0].sum(), moments.live[-1].sum()

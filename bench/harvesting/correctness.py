@@ -102,9 +102,8 @@ def _results(function, case, dtype: torch.dtype, **options) -> dict[str, Tensor]
 def assignment(run: Run) -> None:
     """Exact ids against float64 on every row, half of the centroids near copies of the others."""
     features, clusters, rows = (16, 24, 40) if run.dry else (4096, 8192, 8192)
-    dtype = next(iter(dtypes_of(run, "fp16")))
-    made = kmeans.KMeansBenchmark((features,), (clusters,), rows, dtype, device=device_of(run).type)
-    x, centroids = kmeans.clip_like(made, features, clusters)
+    ((name, dtype),) = dtypes_of(run, "fp16").items()
+    x, centroids = kmeans.clip_like(rows, features, clusters, dtype, device_of(run))
     half = clusters // 2
     centroids[half : 2 * half] = centroids[:half] * (1 + 1e-6)
     ids = kmeans_assign(x, centroids, backend="triton")
@@ -114,4 +113,4 @@ def assignment(run: Run) -> None:
         distances = [(part - centroids[i].double()).square().sum(1) for i in (chosen, scores.argmin(1))]
         excess = max(excess, (distances[0] / distances[1].clamp(min=1e-300) - 1).max().item())
     allowed = 4 * features * 2.0**-53
-    run.record("check", what="k-means exact ids", dtype=dtype, error=excess, allowed=allowed, ok=excess <= allowed)
+    run.record("check", what="k-means exact ids", dtype=name, error=excess, allowed=allowed, ok=excess <= allowed)

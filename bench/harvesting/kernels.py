@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bench import timing, tune
 from bench.attention_pass import Pass, random_on
-from bench.attention_ways import FlexSetting, Operands, flex, official, random_operands, sdpa_mask
+from bench.attention_ways import FlexSetting, Operands, flex, heads_first, official, random_operands, sdpa_mask
 from bench.attention_ways import Way as Peer
 from bench.harvesting.common import (
     Way,
@@ -29,7 +30,7 @@ from bench.harvesting.common import (
     dtypes_of,
     shape_row,
     timed,
-)  # fmt: skip
+)
 from bench.harvesting.part import Run
 from bench.records import quantiles
 from bench.timing import Clock
@@ -125,12 +126,14 @@ def ours_gathering(operands: Operands, dtype: torch.dtype, device: torch.device)
 
 def sdpa(operands: Operands) -> Peer:
     """torch's scaled_dot_product_attention over all pairs, unmasked: another task, for what its kernels reach."""
-    q, d_out = (
-        torch.cat(pair, dim=1).transpose(1, 2)
-        for pair in ((operands.q_content, operands.q_query), (operands.d_content, operands.d_query))
-    )
-    leaves = tuple(x.detach().requires_grad_() for x in (q, operands.k.transpose(1, 2), operands.v.transpose(1, 2)))
-    return Peer(leaves, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), (d_out,), lambda *_: ())
+
+    def arrange(q_content: Tensor, q_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return heads_first(torch.cat([q_content, q_query], dim=1), k, v)
+
+    def restore(out: Tensor) -> tuple[Tensor, ...]:
+        return heads_first(out)[0].split([operands.content_rows, operands.shape.targets], dim=1)
+
+    return Peer(operands, arrange, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), restore)
 
 
 def flex_passes(run: Run, operands: Operands) -> Way:

@@ -15,14 +15,13 @@ SIZES = ((4096, 8192, 65536), (512, 8192, 65536))
 
 def measure(run: Run) -> None:
     """Each size: a few repeats of all ways at once, then more."""
-    device, backend = device_of(run), "triton" if run.dry else "auto"
+    device = device_of(run)
     for repeats in (1,) if run.dry else (3, 20):
         for features, clusters, rows in ((16, 24, 40),) if run.dry else SIZES:
             if run.left() <= 0:
                 return
-            made = kmeans.KMeansBenchmark((features,), (clusters,), rows, "fp16", device=device.type, backend=backend)
-            x, centroids = kmeans.clip_like(made, features, clusters)
-            ways, _ = kmeans.available_ways(x, centroids, made)
+            x, centroids = kmeans.clip_like(rows, features, clusters, torch.float16, device)
+            ways, _ = kmeans.available_ways(x, centroids, "triton" if run.dry else "auto")
             exact = ways["exact"]()
             found = timed(run, {name: calls({"assign": way}) for name, way in ways.items()}, repeats, 2.0)
             for name, taken in found.items():

@@ -100,8 +100,8 @@ def learning(setting: Setting, config: RunConfig) -> Stepper:
     """A learner as pre-training makes it."""
     learner, numbers = Learner(config, World(setting.device), setting.plan), itertools.count()
     return Stepper(
-        lambda: learner.step(next(numbers), setting.batch, with_accuracy=False),
-        lambda: resident(learner.objective, learner.optimizer),
+        lambda: learner.step(next(numbers), setting.batch, metrics=False),
+        lambda: resident(learner.task, learner.optimizer),
     )
 
 
@@ -114,7 +114,7 @@ def official(setting: Setting) -> Stepper:
     """The official way on one step's masks, which lie on the device: building them takes seconds of a CPU."""
     peer = OfficialStep(setting)
     masks = [mask.to(setting.device) for mask in peer.masks(0)]
-    return Stepper(lambda: peer.step(0, masks), lambda: resident(peer.objective, peer.optimizer), together=1)
+    return Stepper(lambda: peer.step(0, masks), lambda: resident(peer.task, peer.optimizer), together=1)
 
 
 def measure(run: Run) -> None:

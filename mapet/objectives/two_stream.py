@@ -116,9 +116,7 @@ class TwoStreamTask(Task):
             batch: images, uint8 (B, 3, S, S) or floating point in [0, 1]; tokens, int64 (B, P), in raster order.
             draws: see the class and `ready`.
         """
-        images = batch["images"]
-        if "factors" in draws:
-            images = color_jitter(images, JitterDraws(draws["factors"], draws["order"]))
+        images = self.jittered(batch["images"], draws)
         features = self.predictions(images, draws["permutation"], draws.get("keep"))
         targets = self.targets(batch["tokens"], draws["permutation"])
         head = self.model.decoder
@@ -126,6 +124,10 @@ class TwoStreamTask(Task):
         if metrics:
             values["accuracy"] = token_accuracy(features.detach(), head.weight.detach(), head.bias.detach(), targets)
         return values
+
+    def jittered(self, images: Tensor, draws: dict[str, Any]) -> Tensor:
+        """The images with their colours changed, where that was drawn."""
+        return color_jitter(images, JitterDraws(draws["factors"], draws["order"])) if "factors" in draws else images
 
     def example(self, images: int) -> Batch:
         side = self.config.image_size
