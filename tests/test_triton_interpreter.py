@@ -17,7 +17,10 @@ from mapet_kernels.backends import INTERPRETED, choose_backend
 FOLDER = Path(__file__).parent
 JOBS = {
     "attention, budget": ("test_ops.py", "-k", "triton and budget and two_stream"),
-    "ops": ("test_ops.py", "-k", "compiles or triton and (budget and not two_stream or strided or gradcheck)"),
+    "ops": (
+        *("test_ops.py", "-k"),
+        "compiles and attention or triton and (budget and not two_stream or strided and attention)",
+    ),
     "attention, random": ("triton_cases.py", "-k", "random or rules or long"),
     "attention": ("triton_cases.py", "-k", "not (random or rules or long)"),
     "kmeans": ("test_kmeans.py", "triton_kmeans_cases.py", "-k", "interpreted or triton_kmeans_cases"),

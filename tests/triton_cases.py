@@ -179,10 +179,12 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     check_random(((32, 16), (16, 32), (32, 16)), ONE, make_rule(*RULES[name]))
 
 
-def test_gradcheck_of_a_rule_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck_of_cuts_and_of_a_rule_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
     set_tiles(monkeypatch, (32, 16), (16, 32), (16, 16))
     shift, cut, content, suffix = RULES["both_per_image"]
     check_gradients(ONE, make_rule(shift[..., 23:42], cut, content, suffix, size=4), backend="triton")
+    two = TwoStreamShape(6, (5, 0), heads=1, size=4, image_order=True)
+    check_gradients(TWO, TWO.make_case(two, torch.float64), backend="triton")
 
 
 def both(test: Callable) -> Callable:
