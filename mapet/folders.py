@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mapet.errors import ConfigError, DataError
-from mapet.files import UnreadableFile, read_json, sync_folder
+from mapet.files import UnreadableFile, move_folder, read_json, sync_folder
 
 LOCK = ".mapet.lock"
 PARTIAL_FILES = ".*.partial"
@@ -265,19 +265,7 @@ class Staging:
         """Put a complete folder in the place. DataError where in the meantime something else came to be there."""
         self.restore()
         files = self.earlier()
-        sync_folder(new)
-        # What is there steps aside first, since a folder cannot be renamed onto a full one.
-        aside = self.path.exists()
-        if aside:
-            os.rename(self.path, self.replaced)
-        try:
-            os.rename(new, self.path)
-        except OSError:
-            if aside:
-                os.rename(self.replaced, self.path)
-            raise
-        sync_folder(self.path.parent)
-        if aside:
+        if move_folder(new, self.path, self.replaced):
             _remove(self.replaced, files or ())
 
     @contextmanager

@@ -13,8 +13,8 @@ import torch
 from command_line import FIT, PROBE, SIZES, TRAINING, everything_in, pictures, training
 from PIL import Image
 
+from mapet import files
 from mapet.cli import main
-from mapet.data import npyfile
 from mapet.data.cache import TokenCache
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.training import checkpoint
@@ -141,7 +141,7 @@ class TestImages:
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(npyfile.NpyAppender, "append", full)
+        monkeypatch.setattr(files.NpyWriter, "append", full)
         mapet.fail(*tokenize(images), code=1, names=(tmp_path / "out/cache", "the disk is full"))
         assert not everything_in(tmp_path / "out")
 
@@ -212,7 +212,7 @@ class TestTokens:
     def test_a_token_in_the_cache_out_of_range(self, mapet, copied_cache, tmp_path):
         np.save(copied_cache / "tokens.npy", np.full((40, 16), 16, np.uint16))
         manifest = json.loads((copied_cache / "manifest.json").read_text())
-        manifest["files"]["tokens.npy"] = vars(npyfile.FileRecord.of(copied_cache / "tokens.npy"))
+        manifest["files"]["tokens.npy"] = vars(files.FileRecord.of(copied_cache / "tokens.npy"))
         (copied_cache / "manifest.json").write_text(json.dumps(manifest))
         given = ("--cache", copied_cache, "--output", tmp_path / "run", *TRAINING)
         names = (copied_cache / "tokens.npy", "token 16, allowed are 0 to 15")

@@ -15,8 +15,9 @@ import pytest
 import torch
 from datafakes import BrightnessTokenizer, NoiseSource, description, entries, random_rows, without_root, write_cache
 
+from mapet import files
 from mapet.config import ModelConfig
-from mapet.data import cache_writer, npyfile
+from mapet.data import cache_writer
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter, shard_size
 from mapet.data.manifest import Skipped
@@ -278,7 +279,7 @@ class TestWriter:
     def test_disk_full_while_writing_pixels(self, made, tmp_path, monkeypatch):
         before = entries(tmp_path)
         with pytest.raises(DataError, match=r"disk is full.*nothing was kept"):
-            monkeypatch.setattr(npyfile, "open_new", full_disk)
+            monkeypatch.setattr(files, "open_new", full_disk)
             write_cache(made[0].path, 40, overwrite=True, seed=1)
         assert entries(tmp_path) == before
         assert [path.name for path in tmp_path.iterdir()] == ["cache"]
@@ -292,7 +293,7 @@ class TestWriter:
             for number in range(2):
                 write_shard(writer, number, images, tokens)
             with monkeypatch.context() as patch:
-                patch.setattr(npyfile, "open_new", full_disk)
+                patch.setattr(files, "open_new", full_disk)
                 write_shard(writer, 2, images, tokens)
         assert entries(made[0].path) == before
         with CacheWriter(made[0].path, description(), **settings) as writer:
@@ -517,6 +518,6 @@ def approve(folder, name):
     """Enter a file's present size and hash into the manifest, as an attacker would."""
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
-    record = npyfile.FileRecord.of(folder / name)
+    record = files.FileRecord.of(folder / name)
     values["files"][name] = {"bytes": record.bytes, "sha256": record.sha256}
     path.write_text(json.dumps(values))

@@ -22,11 +22,11 @@ from tiny_run import make_cache, make_config
 import mapet.training.checkpoint as checkpoint
 from mapet.cli import main
 from mapet.config import ModelConfig
-from mapet.data import npyfile
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
 from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
+from mapet.files import NpyWriter
 from mapet.folders import LOCK, BusyFolder, FolderLock, Staging, check_apart, check_place, claim, locked, set_aside
 from mapet.model.export import export
 from mapet.model.vit import MaskedTokenViT
@@ -534,7 +534,7 @@ class TestTokenizer:
         def full(self, rows):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(npyfile.NpyAppender, "append", full)
+        monkeypatch.setattr(NpyWriter, "append", full)
         command = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
         mapet.fail(*command, code=1, names=("No space left", tmp_path / "cache_tokenizer"))
         assert not everything_in(tmp_path)

@@ -32,9 +32,8 @@ from mapet.data.manifest import (
     read_manifest,
     shard_name,
 )
-from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, map_array, read_json
+from mapet.files import FileRecord, UnreadableFile, map_array, read_json
 
 ANEW = "make the cache anew"
 ANOTHER = "tokenise into another folder, or replace this cache with --overwrite"

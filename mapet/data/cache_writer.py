@@ -35,9 +35,8 @@ from mapet.data.manifest import (
     read_manifest,
     shard_name,
 )
-from mapet.data.npyfile import FileRecord, NpyAppender
 from mapet.errors import DataError
-from mapet.files import map_array, write_whole
+from mapet.files import FileRecord, NpyWriter, map_array, write_rows, write_whole
 from mapet.folders import CACHE, Staging, claim, clear
 
 SHARD_IMAGES = 1024
@@ -260,8 +259,7 @@ class CacheWriter:
         return write_rows(self.work / "cache" / TOKENS, parts)
 
     def _write_text(self, name: str, text: str) -> FileRecord:
-        write_whole(self.work / "cache" / name, text)
-        return FileRecord.of(self.work / "cache" / name)
+        return write_whole(self.work / "cache" / name, text)
 
 
 class ShardWriter:
@@ -273,12 +271,12 @@ class ShardWriter:
         self._pixels = (3, size, size)
         self._path = writer.work / _images_file(number)
         self._tokens = [np.empty((0, writer.description.grid**2), np.uint16)]
-        self._file: NpyAppender | None = None
+        self._file: NpyWriter | None = None
 
     def __enter__(self) -> ShardWriter:
         with self.writer.disk_errors():
             self._path.unlink(missing_ok=True)  # of a run that was killed
-            self._file = NpyAppender(self._path, np.uint8, self._pixels)
+            self._file = NpyWriter(self._path, np.uint8, self._pixels)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -356,18 +354,6 @@ def write_cache(
                 shard.append(images[rows], tokens[rows])
                 shard.finish()
         return writer.finish(names, labels, classes)
-
-
-def write_rows(path: Path, parts: Iterator[np.ndarray] | Sequence[np.ndarray]) -> FileRecord:
-    """A .npy file of arrays put one after the other, at least one; a file that is there is replaced."""
-    path.unlink(missing_ok=True)
-    parts = iter(parts)
-    first = next(parts)
-    with NpyAppender(path, first.dtype, first.shape[1:]) as file:
-        file.append(first)
-        for part in parts:
-            file.append(part)
-        return file.close()
 
 
 def cache_staging(path: str | Path) -> Staging:

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mapet.checked import conform
-from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, read_record, sync_folder, write_whole
+from mapet.files import FileRecord, UnreadableFile, read_record, sync_folder, write_whole
 from mapet.folders import FolderLock, claim, clear
 
 PLAN = "plan.json"

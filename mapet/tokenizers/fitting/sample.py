@@ -30,14 +30,13 @@ from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
 from mapet.data.jobs import Journal
 from mapet.data.manifest import Skipped
-from mapet.data.npyfile import FileRecord, NpyAppender
 from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
 from mapet.data.progress import progress
 from mapet.data.report import TimeUse
 from mapet.data.stages import StageClock, stage
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
-from mapet.files import map_array, one_line, write_whole
+from mapet.files import FileRecord, NpyWriter, map_array, one_line, write_whole
 from mapet.folders import SAMPLE, check_place
 from mapet.rng import step_generator
 from mapet.words import say
@@ -358,7 +357,7 @@ class _Job:
         self.log.replace([skipped for part in self.journal.parts().values() for skipped in part.facts.skipped])
         path, images, skipped = self.folder / _file_name(number), 0, []
         path.unlink(missing_ok=True)  # of a run that was killed
-        with NpyAppender(path, np.float16, (self.tokenizer.feature_size,)) as file:
+        with NpyWriter(path, np.float16, (self.tokenizer.feature_size,)) as file:
             for group in groups:
                 with stage("decode"):
                     batch = next(prepared)

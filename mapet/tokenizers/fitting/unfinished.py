@@ -18,9 +18,8 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from mapet.checked import at_least
-from mapet.data.npyfile import NpyAppender
 from mapet.errors import ConfigError, DataError
-from mapet.files import UnreadableFile, read_record, replacing, write_whole
+from mapet.files import NpyWriter, UnreadableFile, read_record, replacing, write_whole
 from mapet.tokenizers.store import UNFINISHED
 from mapet_kernels.kmeans import NpyRows
 
@@ -86,7 +85,7 @@ class UnfinishedFit:
         described = dataclasses.asdict(Description(sample.images, sample.patches, self.settings))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self._rows) as partial, NpyAppender(partial, dtype, tuple(sample.rows.shape[1:])) as file:
+            with replacing(self._rows) as partial, NpyWriter(partial, dtype, tuple(sample.rows.shape[1:])) as file:
                 for rows in sample.rows.split(ROWS_AT_ONCE):
                     file.append(rows.numpy())
                 file.close()

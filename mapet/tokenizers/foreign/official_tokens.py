@@ -24,12 +24,11 @@ from mapet.data.build import build_cache
 from mapet.data.feed import PATIENCE
 from mapet.data.images import FileSource
 from mapet.data.manifest import CacheDescription
-from mapet.data.npyfile import FileRecord
 from mapet.data.prepare import Prepared
 from mapet.data.report import TokenizeReport
 from mapet.distributed import World
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, map_array, read_bytes, read_pickle, unreadable
+from mapet.files import FileRecord, UnreadableFile, map_array, read_bytes, read_pickle, unreadable
 
 HEADER = ["path", "class"]
 MOST_CLASSES = 2**20
