@@ -21,7 +21,8 @@ from bench.options import Options
 from bench.timing import Clock
 from bench.tokenize_suite import SMALL, TokenizeBenchmark, random_kclip, rows_of, write_images
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, open_source
+from mapet.data.images import ImageSource
+from mapet.data.sources import open_source
 from mapet.tokenizers import KClipTokenizer
 from mapet.tokenizers.encode import tokenize
 from mapet.tokenizers.foreign.clip_trunk import TrunkConfig

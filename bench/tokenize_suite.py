@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bench.records import RESULTS, device_state
-from mapet.data.images import open_source
-from mapet.data.subset import Subset
+from mapet.data.images import Subset
+from mapet.data.sources import open_source
 from mapet.tokenizers import KClipTokenizer, make_tokenizer
-from mapet.tokenizers.encode import fit_batches, tokenize
+from mapet.tokenizers.encode import tokenize
 from mapet.tokenizers.foreign.clip_trunk import TrunkConfig, build_trunk
 
 SMALL = TrunkConfig(width=16, layers=(1, 1, 1, 1))
@@ -123,7 +123,8 @@ def random_kclip(
 def rows_of(source, tokenizer: KClipTokenizer, count: int) -> torch.Tensor:
     """So many different features of the source's images, drawn at random; ValueError where there are too few."""
     few = -(-2 * count // tokenizer.grid**2)
-    batches = fit_batches(source, tokenizer, batch_size=16, workers=0, limit=few)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:few]
+    batches = (torch.stack([tokenizer.prepare(source.load(int(i))) for i in part]) for part in order.split(16))
     rows = torch.cat([tokenizer.features(batch.to(tokenizer.device)).flatten(0, 1).float().cpu() for batch in batches])
     rows = torch.unique(rows, dim=0)
     if len(rows) < count:

@@ -259,14 +259,14 @@ class Staging:
         if files is not None and self.earlier() is None:
             os.rename(self.replaced, self.path)
         else:
-            _remove(self.replaced, files or ())
+            drop(self.replaced, files or ())
 
     def move(self, new: Path) -> None:
         """Put a complete folder in the place. DataError where in the meantime something else came to be there."""
         self.restore()
         files = self.earlier()
         if move_folder(new, self.path, self.replaced):
-            _remove(self.replaced, files or ())
+            drop(self.replaced, files or ())
 
     @contextmanager
     def making(self) -> Iterator[Path]:
@@ -311,11 +311,11 @@ def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
     return aside
 
 
-def _remove(folder: Path, files: Sequence[str]) -> None:
-    """Delete these files, and the folder unless something else has come to be in it."""
+def drop(folder: Path, names: Sequence[str]) -> None:
+    """Delete the files of these names (patterns) in a folder, and it unless something else has come to be in it."""
     with suppress(OSError):
-        for name in (*files, LOCK):
-            (folder / name).unlink(missing_ok=True)
+        for path in [path for name in (*names, LOCK) for path in folder.glob(name)]:
+            path.unlink()
         folder.rmdir()
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from mapet.data import cache_writer
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, centre_square
+from mapet.data.decode import centre_square
+from mapet.data.images import ImageSource
 from mapet.data.manifest import CacheDescription
 from mapet.errors import DataError
 
@@ -52,6 +53,12 @@ class NoiseSource(ImageSource):
 
     def fingerprint(self):
         return hashlib.sha256(repr(self.names).encode()).hexdigest()
+
+
+def fit_on(tokenizer, images, **settings):
+    """Fit a tokenizer over all patches of prepared images, in memory; the report."""
+    rows = tokenizer.features(images).flatten(0, 1)
+    return tokenizer.fit(rows, images=len(images), patches=len(rows), **settings)
 
 
 def description(**changes):

@@ -68,18 +68,18 @@ def make_everything(folder: Path) -> None:
 
 
 def stop_fits(folder: Path) -> None:
-    """Fits that were interrupted after an iteration, one in memory and one in files."""
-    from mapet.commands import tokenize as command
+    """Fits that were interrupted after an iteration, their features beside the codebook and elsewhere."""
+    from mapet.tokenizers.fitting import fit
 
     def interrupt(done: Any) -> None:
         raise KeyboardInterrupt
 
-    kept, command.iteration_lines = command.iteration_lines, lambda options: interrupt
+    kept, fit.iteration_lines = fit.iteration_lines, lambda config: interrupt
     try:
         for name in ("fit", "fit from files"):
             assert main([*map(str, COMMANDS[name](folder))]) == 130
     finally:
-        command.iteration_lines = kept
+        fit.iteration_lines = kept
 
 
 def places(folder: Path) -> dict[str, Path]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datafakes import fit_on
 from safetensors.torch import save_file
 
-from mapet.data.images import open_source
+from mapet.data.sources import open_source
 from mapet.errors import DataError
 from mapet.tokenizers import (
     CollapseWarning,
@@ -22,7 +23,6 @@ from mapet.tokenizers import (
     measure_usage,
     read_official_codebook,
 )
-from mapet.tokenizers.fitting.sampling import Reservoir
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.tokenizers.store import read_provenance
 from mapet.tokenizers.usage import CodebookUsage, warn_of_collapse
@@ -34,7 +34,7 @@ def noise_images(count: int = 40, size: int = 16, seed: int = 0) -> torch.Tensor
 
 def fitted(vocabulary: int = 8) -> PixelTokenizer:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=vocabulary)
-    tokenizer.fit([noise_images()], iterations=3, redos=2)
+    fit_on(tokenizer, noise_images(), iterations=3, redos=2)
     return tokenizer
 
 
@@ -97,7 +97,7 @@ def test_a_healthy_codebook_does_not_warn() -> None:
 def test_fitting_equal_images_warns_and_says_so_in_the_report() -> None:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
     with pytest.warns(CollapseWarning, match="the codebook of tokenizer pixel has COLLAPSED"):
-        report = tokenizer.fit([torch.full((20, 3, 16, 16), 90, dtype=torch.uint8)], iterations=2, redos=1)
+        report = fit_on(tokenizer, torch.full((20, 3, 16, 16), 90, dtype=torch.uint8), iterations=2, redos=1)
     assert "COLLAPSED: 7 of 8 entries are never used" in report.summary()
 
 
@@ -110,43 +110,6 @@ def test_the_report_describes_the_fit() -> None:
     text = report.summary()
     assert "8 entries of 48 numbers, from 640 of 640 patches of 40 images" in text
     assert f"perplexity {report.usage.perplexity:.1f} of 8, 0 dead, 0 repeated" in text
-
-
-def test_usage_in_the_report_is_that_of_the_final_codebook() -> None:
-    tokenizer = fitted()
-    tokens = tokenizer.encode(noise_images())
-    assert np.array_equal(tokenizer.report.usage.counts, measure_usage(tokens, 8).counts)
-
-
-@pytest.mark.parametrize("batch", [1, 7, 100, 1000])
-def test_the_sample_does_not_depend_on_the_batches(batch: int) -> None:
-    rows = torch.arange(1000.0)[:, None]
-    whole, parts = Reservoir(50, seed=3), Reservoir(50, seed=3)
-    whole.add(rows)
-    for part in rows.split(batch):
-        parts.add(part)
-    assert torch.equal(whole.rows, parts.rows)
-    assert len(whole.rows.unique()) == 50
-    assert parts.seen == 1000
-
-
-def test_the_sample_is_uniform() -> None:
-    counts = np.zeros(40)
-    for seed in range(3000):
-        sample = Reservoir(10, seed)
-        for part in torch.arange(40)[:, None].split(9):
-            sample.add(part)
-        counts[sample.rows.flatten().numpy()] += 1
-    # Binomial(3000, 1/4): standard deviation 23.7.
-    assert np.abs(counts - 750).max() < 4.5 * 23.7
-
-
-def test_a_small_stream_is_kept_whole_in_order() -> None:
-    sample = Reservoir(100, seed=0)
-    for part in torch.arange(30.0).view(30, 1).half().split(4):
-        sample.add(part)
-    assert torch.equal(sample.rows, torch.arange(30.0).view(30, 1).half())
-    assert len(Reservoir(5, seed=0).rows) == 0
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
@@ -398,8 +361,8 @@ def test_a_fit_by_faiss_is_used_as_it_is(tmp_path: Path) -> None:
 
 def test_the_codebook_file_says_where_it_comes_from(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
-    report = tokenizer.fit(
-        [noise_images()], seed=7, iterations=3, redos=2, init="k-means++", tolerance=0.1, source="5e" * 32
+    report = fit_on(
+        tokenizer, noise_images(), seed=7, iterations=3, redos=2, init="k-means++", tolerance=0.1, source="5e" * 32
     )
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.json").unlink()

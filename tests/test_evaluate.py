@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 
 import mapet.evaluate.features as features_module
-from mapet.data.images import open_source
+from mapet.data.sources import open_source
 from mapet.errors import CheckpointError, ConfigError, DataError
 from mapet.evaluate import (
     CacheImages,

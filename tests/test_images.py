@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from mapet.data import builtin
-from mapet.data.decode import decode
-from mapet.data.images import centre_square, folder_source, open_source
+from mapet.data.decode import centre_square, decode
+from mapet.data.sources import folder_source, open_source
 from mapet.errors import ConfigError, DataError
 
 
@@ -77,14 +77,14 @@ class TestDecode:
         palette.save(tmp_path / "p.png", transparency=1)
         assert np.asarray(decode(tmp_path / "p.png")).tolist() == [[[1, 2, 3], [255, 255, 255]]]
 
-    def test_exif_orientation_is_applied_unless_told_not_to(self, tmp_path):
+    def test_exif_orientation_is_applied_unless_plain(self, tmp_path):
         image = Image.fromarray(noise(8, 4))
         exif = Image.Exif()
         exif[0x0112] = 6  # to be shown turned by 90 degrees
         image.save(tmp_path / "x.png", exif=exif)
         assert decode(tmp_path / "x.png").size == (4, 8)
         assert np.array_equal(np.asarray(decode(tmp_path / "x.png")), np.rot90(np.asarray(image), -1))
-        assert np.array_equal(np.asarray(decode(tmp_path / "x.png", orient=False)), np.asarray(image))
+        assert np.array_equal(np.asarray(decode(tmp_path / "x.png", plain=True)), np.asarray(image))
 
     def test_one_pixel(self, tmp_path):
         png(tmp_path / "x.png", np.full((1, 1, 3), 77, np.uint8))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mapet.data.cache import TokenCache
-from mapet.data.images import centre_square
+from mapet.data.decode import centre_square, decode
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers.foreign.official_tokens import import_official, ordered_token_files
 
@@ -90,6 +90,32 @@ class TestImport:
         run(folder)
         expected = centre_square(Image.open(path).convert("RGB"), 16)
         assert np.array_equal(TokenCache.open(folder / "cache").images([0])[0].numpy(), expected)
+
+    @pytest.mark.parametrize("kind", ["alpha", "16 bit"])
+    def test_images_are_read_as_pillow_converts_them(self, layout, kind):
+        """As the official code does, and not as everywhere else: no white behind alpha, 16-bit grey is clipped."""
+        folder, _ = layout
+        rng = np.random.default_rng(0)
+        if kind == "alpha":
+            image = Image.fromarray(rng.integers(0, 256, (20, 20, 4), dtype=np.uint8))
+        else:
+            image = Image.fromarray(rng.integers(0, 2**16, (20, 20), dtype=np.uint16))
+        path = folder / "root/n0/n0_0.JPEG"
+        image.save(path, format="PNG")
+        run(folder)
+        stored = TokenCache.open(folder / "cache").images([0])[0].numpy()
+        assert np.array_equal(stored, centre_square(image.convert("RGB"), 16))
+        assert np.abs(stored.astype(int) - centre_square(decode(path), 16)).max() > 50
+
+    @pytest.mark.parametrize(
+        ("name", "label"),
+        [("k_means_processed_ade_0", "kclip"), ("VQKD_train_0", "vqkd"), ("dall-e_0", "dalle"), ("tokens", "official")],
+    )
+    def test_the_cache_names_the_tokenizer_that_the_files_name(self, layout, name, label):
+        folder, tokens = layout
+        torch.save(tokens.int(), folder / f"{name}.pth")
+        run(folder, token_files=folder / f"{name}.pth")
+        assert TokenCache.open(folder / "cache").tokenizer == label
 
     def test_a_bad_image_takes_its_tokens_with_it(self, layout):
         folder, tokens = layout

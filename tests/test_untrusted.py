@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 OLDEST_TIMM = Path(sys.prefix, "timm_oldest")
 SAFE = "model.safetensors"
 
+FEATURES = ("plan.json", "part_00000.json", "features_00000.npy", "kmeans")
 READ = {
     "resume": [f"{CHECKPOINT}/{name}" for name in ("model.safetensors", "ema.safetensors", "trainer.pt", "config.json")]
     + [f"{CHECKPOINT}/manifest.json"],
@@ -41,9 +42,8 @@ READ = {
     "codebook": ["cache_tokenizer/tokenizer.json", "cache_tokenizer/codebook.safetensors"],
     "tokenize": ["cache_tokenizer/tokenizer.json", "cache_tokenizer/codebook.safetensors"],
     "centroids": ["codebook.npy"],
-    "fit": [f"memory_tokenizer/fit/{name}" for name in ("sample.npy", "sample.json", "kmeans")],
-    "fit from files": [f"files_features/{name}" for name in ("plan.json", "part_00000.json", "features_00000.npy")]
-    + ["files_features/kmeans"],
+    "fit": [f"memory_tokenizer/fit/{name}" for name in FEATURES],
+    "fit from files": [f"files_features/{name}" for name in FEATURES],
     "import": ["tokens/index_1.pth", "list.csv", "classes.npy"],
     "weights": ["clip.pt"],
     "safe weights": ["clip.safetensors"],

@@ -18,7 +18,7 @@ from tiny_run import make_cache, make_config
 
 from mapet.commands.options import COMMANDS, in_options
 from mapet.commands.probe import as_table
-from mapet.data.images import folder_source
+from mapet.data.sources import folder_source
 from mapet.doctor import Finding, doctor, run_findings
 from mapet.evaluate import EvaluationResult, Score
 from mapet.report.loss_curve import read_metrics

@@ -20,8 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet.commands.options import Probe
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, open_source
+from mapet.data.images import ImageSource
 from mapet.data.manifest import MANIFEST
+from mapet.data.sources import open_source
 from mapet.distributed import pick_device
 from mapet.errors import CheckpointError, DataError
 from mapet.evaluate import (

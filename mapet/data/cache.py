@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mapet.config import ModelConfig
-from mapet.data.images import ImageSource
+from mapet.data.images import Images, fingerprint_of
 from mapet.data.manifest import (
     LABELS,
     MANIFEST,
@@ -41,22 +41,21 @@ ANOTHER = "tokenise into another folder, or replace this cache with --overwrite"
 ROWS_BETWEEN_BEATS = 256
 
 
-class TokenCache:
+class TokenCache(Images):
     """A token cache, open for reading. Pickling it, as for a spawned worker, carries the path and maps the files anew.
 
     Attributes:
         path: its folder.
         manifest: its manifest.
-        image_size, grid, vocabulary, tokenizer: as in CacheDescription.
-        labels: (n,) int64 array or None.
-        classes: class names or None.
-        names: the images' names (read when first asked for).
+        image_size, grid, vocabulary, tokenizer: as in CacheDescription; image_size is also called size.
+        names: are read when first asked for.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         made = manifest.description
-        self.image_size, self.grid, self.vocabulary = made.image_size, made.grid, made.vocabulary
+        self.size = self.image_size = made.image_size
+        self.grid, self.vocabulary = made.grid, made.vocabulary
         self.tokenizer, self.classes = made.tokenizer, manifest.classes
         pixels = (3, self.image_size, self.image_size)
         self._shards = [
@@ -128,6 +127,12 @@ class TokenCache:
             beat()
         return torch.from_numpy(images)
 
+    def read(self, ids: Sequence[int] | np.ndarray) -> Tensor:
+        return self.images(ids)
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(f"{name} {record.sha256}" for name, record in sorted(self.manifest.files.items()))
+
     @property
     def token_array(self) -> np.ndarray:
         """All tokens, uint16 (n, P), memory-mapped."""
@@ -148,15 +153,6 @@ class TokenCache:
         self._expect("image_size", self.image_size, model.image_size)
         self._expect("grid", self.grid, model.grid)
         self._expect("vocabulary", self.vocabulary, model.vocabulary)
-
-    def check_source(self, source: ImageSource) -> None:
-        """DataError unless the cache was made from this image list."""
-        self._expect("image list hash", self.manifest.description.source_fingerprint, source.fingerprint())
-
-    def check_tokenizer(self, tokenizer) -> None:
-        """DataError unless the cache was made by this tokenizer (`mapet.tokenizers.base.Tokenizer`)."""
-        self._expect("tokenizer", self.tokenizer, tokenizer.name)
-        self._expect("tokenizer hash", self.manifest.description.tokenizer_fingerprint, tokenizer.fingerprint())
 
     def check_description(self, wanted: CacheDescription) -> None:
         """DataError naming the first entry in which the cache differs from what is wanted."""

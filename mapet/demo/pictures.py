@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
+from mapet.data.sources import open_source
 from mapet.demo.folder import DemoFolder
 from mapet.demo.recipe import PhotoRecipe, Recipe
 from mapet.demo.report import Picture

@@ -16,8 +16,8 @@ import torch
 from mapet import words
 from mapet.checked import at_least, check_fields
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, open_source
-from mapet.data.subset import Subset
+from mapet.data.images import ImageSource, Subset
+from mapet.data.sources import open_source
 from mapet.demo.describe import demo_results, token_entropy
 from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.pictures import digit_gallery, loss_picture, photo_gallery, visibility_picture

@@ -10,8 +10,7 @@ import torch
 
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource
-from mapet.data.subset import Subset
+from mapet.data.images import ImageSource, Subset
 from mapet.demo.folder import DemoFolder, SeedResult, Timings, write_json
 from mapet.demo.recipe import Recipe
 from mapet.evaluate import CacheImages, EvaluationResult, FeatureFunction, SourceImages, evaluate, pixel_features, split
@@ -21,7 +20,8 @@ from mapet.objectives import build_objective
 from mapet.report.loss_curve import unigram_entropy
 from mapet.rng import seed_global_generators
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from mapet.tokenizers.encode import fit_batches, tokenize
+from mapet.tokenizers.encode import tokenize
+from mapet.tokenizers.fitting.fit import FitConfig, fit_tokenizer
 from mapet.tokenizers.store import MANIFEST
 from mapet.training.checkpoint import load_weights
 from mapet.training.loop import pretrain
@@ -124,8 +124,7 @@ def fitted(folder: Path, fresh: Tokenizer, images: ImageSource, *, seed: int) ->
     """The tokenizer saved in the folder; where there is none, `fresh` is fitted and saved."""
     if (folder / MANIFEST).is_file():
         return load_tokenizer(folder)
-    fresh.fit(fit_batches(images, fresh, workers=0, seed=seed), seed=seed, redos=1)
-    fresh.save(folder)
+    fit_tokenizer(fresh, images, folder, FitConfig(seed=seed, redos=1), workers=0)
     return fresh
 
 

@@ -1,27 +1,21 @@
-"""What evaluation reads images from: anything with a length whose slices are uint8 images (b, 3, S, S)."""
+"""What evaluation reads images from: `mapet.data.images.Images`, tensors, and random views of either."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
+from mapet.data import images as data
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, centre_square
-from mapet.errors import DataError
 
-
-class Images(Protocol):
-    """A uint8 tensor or array (n, 3, S, S), or a class that loads a slice of one on request."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, which: slice) -> Tensor | np.ndarray: ...
+Images: TypeAlias = "data.Images | RandomViews | Tensor | np.ndarray"
+"""Anything with a length whose slices are uint8 images (b, 3, S, S)."""
 
 
 def as_tensor(images: Tensor | np.ndarray) -> Tensor:
@@ -34,38 +28,18 @@ def as_tensor(images: Tensor | np.ndarray) -> Tensor:
     return images
 
 
-@dataclass(frozen=True)
-class SourceImages:
-    """The centre squares of an image source, `size` pixels wide, loaded as they are needed."""
+class SourceImages(data.Some):
+    """Centre squares of the images `ids` of a source, `size` pixels wide, loaded as they are needed."""
 
-    source: ImageSource
-    size: int
-    ids: np.ndarray
-    """Which images of the source, in this order."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, which: slice) -> np.ndarray:
-        try:
-            return np.stack([centre_square(self.source.load(int(i)), self.size) for i in self.ids[which]])
-        except DataError as error:
-            raise DataError(f"{error}; take it away, or give a token cache of these images, made without it") from error
+    def __init__(self, source: data.ImageSource, size: int, ids: np.ndarray) -> None:
+        super().__init__(data.Squares(source, size), ids)
 
 
-@dataclass(frozen=True)
-class CacheImages:
-    """Some of the images of a token cache, as they were cropped for pre-training."""
+class CacheImages(data.Some):
+    """The images `ids` of a token cache, as they were cropped for pre-training."""
 
-    cache: TokenCache
-    ids: np.ndarray
-    """Which images of the cache, in this order."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, which: slice) -> Tensor:
-        return self.cache.images(self.ids[which])
+    def __init__(self, cache: TokenCache, ids: np.ndarray) -> None:
+        super().__init__(cache, ids)
 
 
 @dataclass(frozen=True)

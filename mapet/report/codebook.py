@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mapet.checked import check
 from mapet.config import Count, Rows
-from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.demo.report import Picture
 from mapet.errors import ConfigError, DataError
@@ -35,7 +34,13 @@ from mapet.folders import LOCK, PARTIAL_FILES, check_place, locked
 from mapet.report.codebook_pictures import draw_usage
 from mapet.report.gallery import GalleryRow, draw_gallery, most_used, share_text
 from mapet.report.markdown import plain, table
-from mapet.tokenizers.usage import CodebookUsage, class_counts, pointwise_mutual_information, repeated_entries
+from mapet.tokenizers.usage import (
+    CodebookUsage,
+    class_counts,
+    count_usage,
+    pointwise_mutual_information,
+    repeated_entries,
+)
 from mapet.words import in_line
 
 KIND = "codebook report"
