@@ -230,7 +230,9 @@ def test_a_probe_runs_on_mapped_features(tmp_path):
 
 def test_images_of_a_cache_come_in_the_order_asked_for():
     class Cache:
-        def images(self, ids):
+        size, labels, classes = 16, None, None
+
+        def read(self, ids):
             return pictures[ids]
 
     pictures = make_images(8)

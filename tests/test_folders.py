@@ -479,7 +479,8 @@ class TestTokenizer:
         assert seen == [1, 1, 1, 1]
         cache = TokenCache.open(tmp_path / "cache")
         cache.verify()
-        cache.check_tokenizer(load_tokenizer(tmp_path / "cache_tokenizer"))
+        tokenizer = load_tokenizer(tmp_path / "cache_tokenizer")
+        assert cache.manifest.description.tokenizer_fingerprint == tokenizer.fingerprint()
         assert {path.name for path in tmp_path.iterdir()} == {"cache", "cache_tokenizer"}
 
     def test_the_refusal_names_the_folder(self, mapet, images, tmp_path):
@@ -521,12 +522,17 @@ class TestTokenizer:
             tokenizer.save(folder)
         assert entries(tmp_path) == before
 
-    def test_what_others_put_beside_a_fit_stays(self, mapet, images, tmp_path):
+    def test_what_others_put_where_a_fit_is_stays(self, mapet, images, tmp_path):
         command = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
         thesis = tmp_path / "cache_tokenizer/fit/thesis.tex"
         thesis.parent.mkdir(parents=True)
         thesis.write_text(THESIS)
+        mapet.fail(*command, code=1, names=(thesis.parent, "holds no work of mapet", "thesis.tex"))
+        assert everything_in(tmp_path / "cache_tokenizer") == {"fit", "fit/thesis.tex"}
+        thesis.rename(tmp_path / "thesis.tex")
         mapet.succeed(*command)
+        thesis.parent.mkdir()
+        (tmp_path / "thesis.tex").rename(thesis)
         mapet.succeed(*command)
         assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"] and thesis.read_text() == THESIS
 
@@ -536,7 +542,7 @@ class TestTokenizer:
 
         monkeypatch.setattr(NpyWriter, "append", full)
         command = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
-        mapet.fail(*command, code=1, names=("No space left", tmp_path / "cache_tokenizer"))
+        mapet.fail(*command, code=1, names=("the disk is full", tmp_path / "cache_tokenizer/fit"))
         assert not everything_in(tmp_path)
 
     @pytest.mark.parametrize("where", ["cache_tokenizer", "cache"])

@@ -143,11 +143,7 @@ class Tokenizer(ABC):
             ConfigError: settings of the k-means out of range, or rows that it does not take.
         """
         settings = {"seed": seed, "iterations": iterations, "init": init, "tolerance": tolerance}
-        if patches < self.vocabulary:
-            raise DataError(
-                f"{images} images have {patches} patches, too few for a vocabulary of {self.vocabulary}: "
-                "give more images or lower the vocabulary"
-            )
+        self.check_enough(images, patches)
         try:
             result = kmeans.fit(
                 rows,
@@ -180,6 +176,14 @@ class Tokenizer(ABC):
         )
         warn_of_collapse(usage, self.name)
         return self.report
+
+    def check_enough(self, images: int, patches: int) -> None:
+        """DataError where these are too few to fit on."""
+        if patches < self.vocabulary:
+            raise DataError(
+                f"{images} images have {patches} patches, too few for a vocabulary of {self.vocabulary}: "
+                "give more images or lower the vocabulary"
+            )
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2.

@@ -208,6 +208,8 @@ def fit_tokenizer(
         Settings(tokenizer.vocabulary, max_points_per_centroid=config.patches, **settings)
     except ValueError as error:
         raise ConfigError(f"cannot fit tokenizer {tokenizer.name}: {error}") from error
+    images = min(config.images or len(source), len(source))
+    tokenizer.check_enough(images, images * tokenizer.grid**2)
     state = features / STATE if config.save_every > 0 else None
     try:
         restart = overwrite and config.features is None
