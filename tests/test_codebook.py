@@ -11,21 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datafakes import fit_on
+from datafakes import description, fit_on, random_rows
 from safetensors.torch import save_file
 
+from mapet.data import cache_writer
+from mapet.data.cache import TokenCache
 from mapet.data.sources import open_source
 from mapet.errors import DataError
-from mapet.tokenizers import (
-    CollapseWarning,
-    load_tokenizer,
-    make_tokenizer,
-    measure_usage,
-    read_official_codebook,
-)
+from mapet.tokenizers import load_tokenizer, make_tokenizer
+from mapet.tokenizers.foreign.official_codebook import read_official_codebook
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.tokenizers.store import read_provenance
-from mapet.tokenizers.usage import CodebookUsage, warn_of_collapse
+from mapet.tokenizers.usage import CodebookUsage, CollapseWarning, count_usage, warn_of_collapse
 
 
 def noise_images(count: int = 40, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -39,8 +36,7 @@ def fitted(vocabulary: int = 8) -> PixelTokenizer:
 
 
 def test_usage_of_equally_used_entries() -> None:
-    usage = measure_usage(torch.arange(64).view(4, 16) % 8, 8)
-    assert usage.counts.tolist() == [8] * 8
+    usage = CodebookUsage(np.full(8, 8))
     assert usage.perplexity == pytest.approx(8)
     assert usage.largest_share == 1 / 8
     assert len(usage.dead) == 0
@@ -54,24 +50,12 @@ def test_perplexity_is_two_to_the_entropy_in_bits() -> None:
     assert usage.total == 8
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16])
-def test_usage_takes_every_integer_type(dtype: torch.dtype) -> None:
-    assert measure_usage(torch.tensor([0, 2, 2]).to(dtype), 3).counts.tolist() == [1, 0, 2]
-
-
-def test_usage_of_large_uint16_ids() -> None:
-    assert measure_usage(np.array([65535, 40000], dtype=np.uint16), 65536).dead.size == 65534
-
-
-@pytest.mark.parametrize("bad", [-1, 8])
-def test_tokens_out_of_range_are_refused(bad: int) -> None:
-    with pytest.raises(ValueError, match=r"tokens must be in \[0, 8\), got values from"):
-        measure_usage(torch.tensor([1, bad]), 8)
-
-
-def test_repeated_entries_are_counted() -> None:
-    codebook = torch.tensor([[1.0, 2], [3, 4], [1, 2], [1, 2], [0, 0]])
-    assert measure_usage(torch.arange(5), 5, codebook).repeated == 2
+def test_usage_of_a_cache_counts_large_ids(tmp_path: Path) -> None:
+    tokens = torch.tensor([[65535, 40000, 0, 0]])
+    made = description(vocabulary=65536)
+    cache_writer.write_cache(tmp_path / "cache", made, random_rows(1)[0], tokens, ["a"])
+    usage = count_usage(TokenCache.open(tmp_path / "cache"))
+    assert (usage.total, usage.dead.size, usage.counts[0], usage.counts[65535]) == (4, 65533, 2, 1)
 
 
 COLLAPSED = {

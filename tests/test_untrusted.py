@@ -457,10 +457,11 @@ def test_a_tampered_configuration_of_timm_is_refused(change, message, mapet, fre
     "change",
     [
         lambda v: v.update(files={}),
-        lambda v: v.update(facts={}),
-        lambda v: v["facts"].update(rows="3"),
-        lambda v: v["facts"].update(rows=-3),
-        lambda v: v["facts"].update(skipped=[1]),
+        lambda v: v.pop("rows"),
+        lambda v: v.update(rows="3"),
+        lambda v: v.update(rows=-3),
+        lambda v: v.update(skipped=[1]),
+        lambda v: v.update(provenance=7),
         lambda v: v["files"].update({"../../list.csv": {"bytes": 1, "sha256": ""}}),
     ],
 )
@@ -469,7 +470,7 @@ def test_a_damaged_record_of_a_journal_is_a_part_that_is_made_again(change, mape
     edit(folder / "files_features/part_00000.json", change)
     shutil.copy(folder / "files_features/part_00000.json", folder / "files_features/part_00099.json")
     mapet.succeed(*COMMANDS["fit from files"](folder))
-    assert json.loads((folder / "files_features/part_00000.json").read_text())["facts"]["images"] == 20
+    assert json.loads((folder / "files_features/part_00000.json").read_text())["rows"] == 320
 
 
 def test_files_are_read_in_one_place():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -76,26 +77,10 @@ def tokenize_images(options: Tokenize, world: World) -> TokenizeReport | None:
     """A cache of the tokens of images, by the tokenizer that is given, found or fitted; none for --fit."""
     source = open_source(options.images)
     folder = options.codebook or options.output.with_name(f"{options.output.name}_tokenizer")
-    wanted = WantedTokenizer(
-        options.tokenizer,
-        options.image_size,
-        options.patch_size,
-        options.vocabulary,
-        options.precision,
-        options.weights,
-        options.compile,
-    )
-    config = FitConfig(
-        images=options.fit_images,
-        patches=options.fit_patches,
-        features=options.features_dir,
-        save_every=options.fit_save_every,
-        seed=options.seed,
-        iterations=options.fit_iterations,
-        redos=options.fit_redos,
-        init=options.fit_init,
-        tolerance=options.fit_tolerance,
-    )
+    wanted = WantedTokenizer(**{field.name: getattr(options, field.name) for field in fields(WantedTokenizer)})
+    settings = ("images", "patches", "save_every", "iterations", "redos", "init", "tolerance")
+    given = {name: getattr(options, f"fit_{name}") for name in settings}
+    config = FitConfig(features=options.features_dir, seed=options.seed, **given)
     places = {"output": options.output, "given": options.codebook is not None, "overwrite": options.overwrite}
     with found_or_fitted(folder, wanted, source, config, **places, world=world, **reading(options)) as tokenizer:
         if options.fit:

@@ -77,10 +77,10 @@ class TokenCache(Images):
         path = Path(path)
         manifest = read_manifest(path)
         for name in manifest.file_names():
-            _check_size(path / name, manifest.files[name])
+            _check(path / name, manifest.files[name])
         for name in manifest.file_names():
-            if name.endswith(".json") or name in (TOKENS, LABELS):
-                _check_hash(path / name, manifest.files[name])
+            if name in (TOKENS, LABELS, NAMES):
+                _check(path / name, manifest.files[name], hashed=True)
         cache = cls(path, manifest)
         largest = int(cache._tokens.max(initial=0))
         if largest >= cache.vocabulary:
@@ -95,8 +95,7 @@ class TokenCache(Images):
     def verify(self) -> None:
         """Hash every file, pixels too. DataError naming the first that differs from the manifest."""
         for name, record in self.manifest.files.items():
-            _check_size(self.path / name, record)
-            _check_hash(self.path / name, record)
+            _check(self.path / name, record, hashed=True)
 
     def __len__(self) -> int:
         return self.manifest.images
@@ -167,19 +166,14 @@ class TokenCache(Images):
             raise DataError(f"{self.path / MANIFEST}: {what} is {found}, expected {expected}; {ANOTHER}")
 
 
-def _check_size(path: Path, record: FileRecord) -> None:
+def _check(path: Path, record: FileRecord, *, hashed: bool = False) -> None:
+    """DataError unless a file has the size that its record says, and the SHA-256 if that is wanted."""
     try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} of the token cache cannot be read: {error.strerror}; {ANEW}") from error
-    if found != record.bytes:
-        raise DataError(f"{path} has {found} bytes, expected {record.bytes}; copy it again or {ANEW}")
-
-
-def _check_hash(path: Path, record: FileRecord) -> None:
-    try:
-        found = FileRecord.of(path)
-    except UnreadableFile as error:
-        raise DataError(f"{path} of the token cache cannot be read: {error.reason}; {ANEW}") from error
-    if found.sha256 != record.sha256:
+        found = FileRecord.of(path, record) if hashed else FileRecord(path.stat().st_size, record.sha256)
+    except (OSError, UnreadableFile) as error:
+        reason = error.reason if isinstance(error, UnreadableFile) else error.strerror
+        raise DataError(f"{path} of the token cache cannot be read: {reason}; {ANEW}") from error
+    if found.bytes != record.bytes:
+        raise DataError(f"{path} has {found.bytes} bytes, expected {record.bytes}; copy it again or {ANEW}")
+    if found != record:
         raise DataError(f"{path} is damaged: SHA-256 {found.sha256}, expected {record.sha256}; copy it again or {ANEW}")

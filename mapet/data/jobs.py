@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mapet.checked import at_least
 from mapet.data.decode import centre_square
 from mapet.data.feed import PATIENCE, Feed
 from mapet.data.images import ImageSource
@@ -163,7 +164,7 @@ class Part:
     """
 
     files: dict[str, FileRecord]
-    rows: int
+    rows: Annotated[int, at_least(0)]
     skipped: list[tuple[int, str, str]]
     provenance: dict[str, str] = field(default_factory=dict)
 

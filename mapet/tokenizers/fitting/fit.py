@@ -43,6 +43,7 @@ from mapet.tokenizers.usage import FitReport
 from mapet.words import say
 from mapet_kernels.kmeans import Iteration, Settings, share_of_rows
 
+SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
 SECONDS_BETWEEN_ITERATIONS = 1.0
 
 
@@ -50,7 +51,7 @@ SECONDS_BETWEEN_ITERATIONS = 1.0
 class WantedTokenizer:
     """What is asked of a tokenizer, as in `make_tokenizer`; nothing where it is None."""
 
-    name: str | None = None
+    tokenizer: str | None = None
     image_size: int | None = None
     patch_size: int | None = None
     vocabulary: int | None = None
@@ -61,17 +62,14 @@ class WantedTokenizer:
     def new(self, device: torch.device, codebook: Path | None = None) -> Tokenizer:
         """A new tokenizer, where nothing is asked with the paper's sizes."""
         given = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
-        name = self.name or "pixel"
+        name = self.tokenizer or "pixel"
         return self.checked(make_tokenizer(name, device=device, weights=self.weights, codebook=codebook, **given))
 
     def saved(self, folder: Path, device: torch.device) -> Tokenizer:
         """The tokenizer in the folder. ConfigError where it is not the one that is asked for."""
         stored = store.read_manifest(folder)
-        for option, asked, found in [
-            ("tokenizer", self.name, stored.name),
-            *((name, getattr(self, name), stored.settings.get(name)) for name in SETTINGS),
-        ]:
-            if None not in (asked, found) and asked != found:
+        for option, found in {"tokenizer": stored.name, **stored.settings}.items():
+            if (asked := vars(self).get(option)) is not None and asked != found:
                 raise ConfigError(
                     f"--{option.replace('_', '-')} {asked}, but the tokenizer in {folder} has {found}; leave the "
                     "option out to use that tokenizer, or name a new folder with --codebook to fit another"
@@ -83,9 +81,6 @@ class WantedTokenizer:
         if self.compile and tokenizer.network is None:
             raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
         return tokenizer
-
-
-SETTINGS = ("image_size", "patch_size", "vocabulary", "precision")
 
 
 @dataclass(frozen=True)
