@@ -1,5 +1,6 @@
 """Small stand-ins for the data tests: a tokenizer, a source in memory, and a cache of both."""
 
+import errno
 import hashlib
 import os
 from contextlib import contextmanager
@@ -94,10 +95,32 @@ def entries(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+class Trap:
+    """A pickle of this makes a file when it is loaded as pickles are."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def flip(path, at=-1):
+    """Change a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def no_space(*_, **__):
+    """In place of something that writes: the disk is full."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @contextmanager
 def without_root():
     """Root may read every file; be nobody for a moment."""
-    root = os.geteuid() == 0
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root:
         os.seteuid(65534)
     try:

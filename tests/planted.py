@@ -16,22 +16,13 @@ import numpy as np
 import torch
 from clip_weights import SMALL, random_weights
 from command_line import FIT, SIZES, TRAINING, pictures
+from datafakes import Trap
 from safetensors.torch import save_file
 
 from mapet.cli import main
 
 PROBING = ("--methods", "knn", "--neighbours", 3, "--labels-per-class", 0, "--device", "cpu")
 CHECKPOINT = "run/checkpoints/step_000000002"
-
-
-class Trap:
-    """A pickle of this makes a file when it is loaded as pickles are."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple:
-        return open, (str(self.canary), "w")
 
 
 def traps(canary: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datafakes import description, fit_on, random_rows
+from datafakes import Trap, description, fit_on, flip, no_space, random_rows
 from safetensors.torch import save_file
 
 from mapet.data import cache_writer
@@ -119,10 +119,7 @@ def test_a_failed_save_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytes
     fitted(8).save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", full)
+    monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", no_space)
     with pytest.raises(DataError, match=r"cannot save the tokenizer in .*: No space left on device"):
         fitted(9).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -173,10 +170,7 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, me
 
 def test_a_damaged_codebook_is_refused(tmp_path: Path) -> None:
     fitted().save(tmp_path)
-    path = tmp_path / "codebook.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
+    flip(tmp_path / "codebook.safetensors")
     with pytest.raises(DataError, match=r"codebook\.safetensors is damaged"):
         load_tokenizer(tmp_path)
 
@@ -264,14 +258,6 @@ def test_an_index_whose_header_does_not_fit_is_refused(tmp_path: Path, features,
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"index\.npy: it is a damaged index of the faiss library"):
             read_official_codebook(path)
-
-
-class Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_named_npy_is_refused_and_not_run(tmp_path: Path) -> None:

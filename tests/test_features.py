@@ -13,13 +13,12 @@ from command_line import FIT, SIZES, pictures
 from datafakes import NoiseSource, entries
 from forked import killed_at_sync, run_ranks
 
-from mapet.cli import INTERRUPTED, main
+from mapet.cli import main
 from mapet.data.cache import TokenCache
 from mapet.data.jobs import in_batches
 from mapet.distributed import connect
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from mapet.tokenizers.fitting import fit as fit_module
 from mapet.tokenizers.fitting import sample as features_module
 from mapet.tokenizers.fitting.sample import GROUP, MAX_PATCHES, FeatureFiles, SamplePlan, sample_features
 
@@ -202,29 +201,6 @@ class TestCommand:
         assert len(list((tmp_path / "features").glob("features_*.npy"))) == 1
         made = TokenCache.open(tmp_path / "b").manifest.description
         assert made.tokenizer_fingerprint == load_tokenizer(tmp_path / "b_tokenizer").fingerprint()
-
-    def test_a_fit_from_files_that_was_stopped_goes_on(self, images, tmp_path, monkeypatch, capsys):
-        given = ["tokenize", "--fit", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-9]
-
-        def fit(name: str) -> int:
-            places = ("--output", tmp_path / name, "--features-dir", tmp_path / f"{name}_features")
-            return main([*map(str, (*given, *places))])
-
-        def interrupt(done) -> None:
-            if done.iteration == 1:
-                raise KeyboardInterrupt
-
-        assert fit("whole") == 0
-        with monkeypatch.context() as patch:
-            patch.setattr(fit_module, "iteration_lines", lambda config: interrupt)
-            assert fit("stopped") == INTERRUPTED
-        assert (tmp_path / "stopped_features" / "kmeans").exists()
-        seen = []
-        monkeypatch.setattr(fit_module, "iteration_lines", lambda config: lambda done: seen.append(done.iteration))
-        assert fit("stopped") == 0 and seen == [2]
-        whole, stopped = (load_tokenizer(tmp_path / f"{name}_tokenizer") for name in ("whole", "stopped"))
-        assert torch.equal(whole.codebook, stopped.codebook)
-        assert not (tmp_path / "stopped_features" / "kmeans").exists()
 
     def test_ranks_share_the_sampling(self, images, tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(features_module, "GROUP", 10)

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from datafakes import Trap
 from PIL import Image
 
 from mapet.data.cache import TokenCache
@@ -223,7 +224,7 @@ class TestRefused:
     @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
     def test_pickle_with_code_is_refused_and_not_run(self, layout, save):
         folder, _ = layout
-        save(Bomb(folder / "ran"), folder / "all.pth")
+        save(Trap(folder / "ran"), folder / "all.pth")
         self.refuse(layout, r"all\.pth \(no code in it was run\)", token_files=folder / "all.pth")
         assert not (folder / "ran").exists()
 
@@ -260,20 +261,10 @@ class TestRefused:
 
     def test_class_names(self, layout):
         folder, _ = layout
-        np.save(folder / "classes.npy", np.array([Bomb(folder / "ran")], dtype=object), allow_pickle=True)
+        np.save(folder / "classes.npy", np.array([Trap(folder / "ran")], dtype=object), allow_pickle=True)
         self.refuse(layout, r"cannot read class names from .*classes\.npy", class_names=folder / "classes.npy")
         assert not (folder / "ran").exists()
         np.save(folder / "classes.npy", np.array(["n0", "n1"]))
         self.refuse(layout, "names 2 classes, the CSV has class numbers up to 2", class_names=folder / "classes.npy")
         np.save(folder / "classes.npy", np.arange(5))
         self.refuse(layout, "not a one-dimensional array of text", class_names=folder / "classes.npy")
-
-
-class Bomb:
-    """A pickle of this leaves a folder behind when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)

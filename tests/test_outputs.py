@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import FIT, PROBE, SIZES, everything_in, pictures
-from datafakes import description, entries, random_rows, write_cache
+from datafakes import description, entries, no_space, random_rows, write_cache
 from forked import in_fork, killed_at_sync, waiting
 from safetensors.torch import save_file
 from tiny_run import make_cache, make_config
@@ -218,10 +217,7 @@ class TestTokenizer:
         assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"] and thesis.read_text() == THESIS
 
     def test_a_full_disk_leaves_no_half_of_a_sample(self, mapet, images, tmp_path, monkeypatch):
-        def full(self, rows):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(NpyWriter, "append", full)
+        monkeypatch.setattr(NpyWriter, "append", no_space)
         command = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
         mapet.fail(*command, code=1, names=("the disk is full", tmp_path / "cache_tokenizer/fit"))
         assert not everything_in(tmp_path)

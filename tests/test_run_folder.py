@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoint_writer import make_state
 from command_line import everything_in, training
-from datafakes import entries
+from datafakes import entries, no_space
 from forked import in_fork, run_ranks
 from tiny_run import make_cache, make_config
 
@@ -188,12 +188,9 @@ class TestRun:
         mapet.fail("pretrain", *given, code=1, names=(run, "Read-only file system"))
 
     def test_the_decision_of_a_budget_is_whole_or_absent(self, tiny, tmp_path, monkeypatch):
-        def full(descriptor):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
         monkeypatch.setattr(budget, "measure", lambda *arguments: 0.01)
         with monkeypatch.context() as patch:
-            patch.setattr("mapet.files.os.fsync", full)
+            patch.setattr("mapet.files.os.fsync", no_space)
             with pytest.raises(CheckpointError, match=r"cannot write .*budget.json: No space left"):
                 pretrain(make_config(tiny, tmp_path, **{"train.budget": "1h", "train.max_steps": 1}))
         assert not everything_in(tmp_path)

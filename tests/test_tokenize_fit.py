@@ -76,18 +76,22 @@ def test_every_slow_iteration_is_told_with_the_time_left(mapet, images, tmp_path
     assert [line[3] for line in found] == [f"{value:.6g}" for curve in fitted["objectives"] for value in curve]
 
 
-def test_a_stopped_fit_goes_on_without_reading_the_images_again(mapet, images, tmp_path, stop, monkeypatch):
-    arguments = ("tokenize", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-6)
-    mapet.succeed(*arguments, "--output", tmp_path / "whole")
+@pytest.mark.parametrize("place", ["t/fit", "features"])
+def test_a_stopped_fit_goes_on_without_reading_the_images_again(place, mapet, images, tmp_path, stop, monkeypatch):
+    kept = place == "features"
+    arguments = ("tokenize", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-6, "--output", tmp_path / "cache")
+    mapet.succeed(*arguments, "--codebook", tmp_path / "whole")
+    arguments += ("--features-dir", tmp_path / place) if kept else ()
     stop(5)
-    stopped = mapet(*arguments, "--output", tmp_path / "stopped")
+    stopped = mapet(*arguments, "--codebook", tmp_path / "t")
     assert stopped.code == 130
-    assert f"the same command goes on with the fit in {tmp_path / 'stopped_tokenizer'}" in stopped.err
-    assert set(files_in(tmp_path / "stopped_tokenizer/fit")) == {*FEATURES, "kmeans"}
+    assert f"the same command goes on with the fit in {tmp_path / place}" in stopped.err
+    assert set(files_in(tmp_path / place)) == {*FEATURES, "kmeans"}
     stop(0)
     monkeypatch.setattr(PixelTokenizer, "features", lambda self, images: pytest.fail("the images are read again"))
-    mapet.succeed(*arguments, "--output", tmp_path / "stopped")
-    assert files_in(tmp_path / "stopped_tokenizer") == files_in(tmp_path / "whole_tokenizer")
+    mapet.succeed(*arguments, "--codebook", tmp_path / "t")
+    assert files_in(tmp_path / "t") == files_in(tmp_path / "whole")
+    assert set(files_in(tmp_path / place)) == (FEATURES if kept else set())
 
 
 def test_an_unfinished_fit_of_other_settings_is_refused_or_replaced(mapet, images, tmp_path, stop):
