@@ -314,7 +314,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
 def drop(folder: Path, names: Sequence[str]) -> None:
     """Delete the files of these names (patterns) in a folder, and it unless something else has come to be in it."""
     with suppress(OSError):
-        for path in [path for name in (*names, LOCK) for path in folder.glob(name)]:
+        for path in [path for name in (*names, LOCK, PARTIAL_FILES) for path in folder.glob(name)]:
             path.unlink()
         folder.rmdir()
 

@@ -128,10 +128,8 @@ class CacheWriter(ShardedJob):
             raise DataError(f"tokens {ids.min()} to {ids.max()}, allowed are 0 to {vocabulary - 1}")
         return pixels, ids.astype(np.uint16)
 
-    def record(self, number: int, part: Part) -> None:
-        if part.rows + len(part.skipped) != (wanted := len(self.positions(number))):
-            raise ValueError(f"shard {number} is for {wanted} images, got {part.rows}, and {len(part.skipped)} skipped")
-        super().record(number, part)
+    def fits(self, number: int, part: Part) -> bool:
+        return super().fits(number, part) and part.rows + len(part.skipped) == len(self.positions(number))
 
     def kept(self) -> list[int]:
         """Positions in the source of the images of all finished shards."""

@@ -367,8 +367,16 @@ class ShardedJob:
         """The rows to append to each of the files; for a job that makes them of something else, and checks it."""
         return rows
 
+    def fits(self, number: int, part: Part) -> bool:
+        """Whether a record can be that of the shard."""
+        inside = {position for position, _, _ in part.skipped} <= set(self.positions(number))
+        return inside and sorted(part.files) == sorted(self.files(number))
+
     def record(self, number: int, part: Part) -> None:
-        """Record a shard whose files are on disk."""
+        """Record a shard whose files are on disk. ValueError where it is not all there."""
+        if not self.fits(number, part):
+            wanted, skipped = len(self.positions(number)), len(part.skipped)
+            raise ValueError(f"shard {number} is for {wanted} images, got {part.rows}, and {skipped} skipped")
         for folder in {(self.folder / name).parent for name in part.files}:
             sync_folder(folder)
         write_whole(self._part(number), json.dumps(asdict(part), indent=1))
@@ -390,7 +398,7 @@ class ShardedJob:
             part = read_record(self._part(number), Part)
         except UnreadableFile:
             return None  # damaged: the shard is made again
-        return part if sorted(part.files) == sorted(self.files(number)) else None
+        return part if self.fits(number, part) else None
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part_{number:05d}.json"

@@ -61,7 +61,8 @@ class FileSource(ImageSource):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint_of(f"{name}\0{_size(self.root / name)}" for name in self.names)
+        found = ((name, _stat(self.root / name)) for name in self.names)
+        return fingerprint_of(f"{name}\0{size.st_size if size else -1}" for name, size in found)
 
 
 def folder_source(root: str | Path) -> FileSource:
@@ -103,11 +104,8 @@ def folder_source(root: str | Path) -> FileSource:
     folders = [name.split("/")[int(bool(parts)) : -1] for name in names]
     if not all(folders):
         return FileSource(root, names, parts=parts)
-    classes = sorted({below[0] for below in folders})
-    number = {name: i for i, name in enumerate(classes)}
-    return FileSource(
-        root, names, np.array([number[below[0]] for below in folders], dtype=np.int64), classes, parts=parts
-    )
+    classes, labels = np.unique([below[0] for below in folders], return_inverse=True)
+    return FileSource(root, names, labels.astype(np.int64), classes.tolist(), parts=parts)
 
 
 def _parts_of_a_set(names: Sequence[str]) -> tuple[str, ...]:
@@ -144,35 +142,21 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            name = f"{below}/{entry.name}" if below else entry.name
-            if _is_folder(entry):
+            name, found = f"{below}/{entry.name}" if below else entry.name, _stat(entry.path)
+            if found and stat.S_ISDIR(found.st_mode):
                 folders.append((name, (*parents, real)))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not _is_special(entry):
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and (not found or stat.S_ISREG(found.st_mode)):
                 names.append(name)
         waiting.extend(reversed(folders))
     return sorted(names), doubled
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _stat(path: str | Path) -> os.stat_result | None:
+    """None for what is missing or leads nowhere; with an image's name it is reported by that when it is loaded."""
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: no folder; with an image's name it is reported as a bad image
-        return False
-
-
-def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a named pipe, a socket or a device, which are passed by; links that lead nowhere are bad images."""
-    try:
-        return not stat.S_ISREG(entry.stat().st_mode)
+        return os.stat(path)
     except OSError:
-        return False
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # missing or a dangling link: reported by name when it is loaded
-        return -1
+        return None
 
 
 BUILT_IN = "digits, photos, photos:TILE, photos:TILE:STRIDE"
