@@ -159,6 +159,17 @@ def test_every_moment_of_a_kill(tmp_path):
     assert kills > 8 and set(whole) == {"codebook.safetensors", "tokenizer.json"}
 
 
+def test_features_that_go_are_not_many_more_than_are_used(tmp_path, monkeypatch):
+    made, sample = [], fit.sample_features
+    monkeypatch.setattr(fit, "sample_features", lambda *a, **k: made.append(sample(*a, **k)) or made[-1])
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
+    for features in (None, tmp_path / "features"):
+        config = fit.FitConfig(patches=10, iterations=1, redos=1, features=features)
+        fit.fit_tokenizer(tokenizer, NoiseSource(40), tmp_path / "t", config, workers=0)
+        assert tokenizer.report.rows == 80
+    assert [found.rows for found in made] == [160, 640]
+
+
 def test_too_few_patches(tmp_path):
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=64)
     with pytest.raises(DataError, match="2 images have 32 patches, too few for a vocabulary of 64"):

@@ -38,7 +38,7 @@ from mapet.folders import (
 from mapet.progress import duration
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, store
 from mapet.tokenizers.base import ROWS_PER_ENTRY
-from mapet.tokenizers.fitting.sample import OWN_FILES, STATE, sample_features
+from mapet.tokenizers.fitting.sample import MAX_PATCHES, OWN_FILES, STATE, sample_features
 from mapet.tokenizers.usage import FitReport
 from mapet.words import say
 from mapet_kernels.kmeans import Iteration, Settings, share_of_rows
@@ -204,12 +204,16 @@ def fit_tokenizer(
     except ValueError as error:
         raise ConfigError(f"cannot fit tokenizer {tokenizer.name}: {error}") from error
     images = min(config.images or len(source), len(source))
-    tokenizer.check_enough(images, images * tokenizer.grid**2)
+    patches = images * tokenizer.grid**2
+    tokenizer.check_enough(images, patches)
+    # Features that stay are for other fits, too; those that go need not be many more than this one takes.
+    enough = max(2 * config.patches * tokenizer.vocabulary, patches // 1000 + 1)
+    max_patches = MAX_PATCHES if config.features else min(enough, MAX_PATCHES)
     state = features / STATE if config.save_every > 0 else None
     try:
         restart = overwrite and config.features is None
-        options = {"seed": config.seed, "limit": config.images, "restart": restart, "world": world, **reading}
-        files = sample_features(source, tokenizer, features, **options)
+        options = {"seed": config.seed, "limit": config.images, "max_patches": max_patches, "restart": restart}
+        files = sample_features(source, tokenizer, features, world=world, **options, **reading)
         with ExitStack() as held:
             world.on_main(lambda: _hold(held, features))
             if world.is_main and config.features:
