@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import mapet.tokenizers.store as store
 from mapet.data.stages import stage
 from mapet.errors import ConfigError, DataError
-from mapet.tokenizers import store
 from mapet.tokenizers.usage import CodebookUsage, FitReport, repeated_entries, warn_of_collapse
 from mapet_kernels import kmeans, kmeans_assign
 

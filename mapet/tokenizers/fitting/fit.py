@@ -133,29 +133,8 @@ def found_or_fitted(
             return
         check_name(folder, TOKENIZER, option="--codebook")
 
-        def is_saved() -> bool:
-            """Whether there is one to load; if not, one can be fitted in the folder. For the main process."""
-
-            def found() -> bool:
-                return (folder / store.MANIFEST).exists() and (given or not overwrite)
-
-            if not found():
-                check_places(folder, output, config.features, overwrite)
-                held.enter_context(locked(folder, TOKENIZER))
-                return found()  # another process may have ended its fit since
-            is_for_new_cache = not given and not (output / MANIFEST).exists()
-            if is_for_new_cache or (folder / store.UNFINISHED).exists():
-                try:
-                    held.enter_context(locked(folder, TOKENIZER))
-                    drop(folder / store.UNFINISHED, OWN_FILES)  # of a process that was killed when it had saved
-                except BusyFolder:  # several processes may use one tokenizer, but not that of a cache they all make
-                    if is_for_new_cache:
-                        raise
-                except DataError:  # a folder that may only be read
-                    pass
-            return True
-
-        if world.on_main(is_saved):
+        places = {"output": output, "features": config.features, "given": given, "overwrite": overwrite}
+        if world.on_main(lambda: _is_saved(folder, held, **places)):
             tokenizer = wanted.saved(folder, world.device)
             if world.is_main:
                 say(f"using the tokenizer {tokenizer.name} in {folder}: {tokenizer.codebook_source}")
@@ -172,6 +151,31 @@ def found_or_fitted(
             if world.is_main:
                 say(f"{tokenizer.report.summary()}\nsaved in {folder}")
         yield tokenizer
+
+
+def _is_saved(
+    folder: Path, held: ExitStack, *, output: Path, features: Path | None, given: bool, overwrite: bool
+) -> bool:
+    """Whether there is a tokenizer to load; if not, one can be fitted in the folder. For the main process."""
+
+    def found() -> bool:
+        return (folder / store.MANIFEST).exists() and (given or not overwrite)
+
+    if not found():
+        check_places(folder, output, features, overwrite)
+        held.enter_context(locked(folder, TOKENIZER))
+        return found()  # another process may have ended its fit since
+    is_for_new_cache = not given and not (output / MANIFEST).exists()
+    if is_for_new_cache or (folder / store.UNFINISHED).exists():
+        try:
+            held.enter_context(locked(folder, TOKENIZER))
+            drop(folder / store.UNFINISHED, OWN_FILES)  # of a process that was killed when it had saved
+        except BusyFolder:  # several processes may use one tokenizer, but not that of a cache they all make
+            if is_for_new_cache:
+                raise
+        except DataError:  # a folder that may only be read
+            pass
+    return True
 
 
 def fit_tokenizer(
