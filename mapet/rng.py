@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -34,6 +35,20 @@ def step_seed(seed: int, step: int, purpose: str) -> int:
 def step_generator(seed: int, step: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device` for one purpose ("plan", "color_jitter", ...) of one optimizer step."""
     return torch.Generator(device).manual_seed(step_seed(seed, step, purpose))
+
+
+@dataclass(frozen=True)
+class StepRng:
+    """The generators of one step, each a pure function of (seed, step, purpose)."""
+
+    seed: int
+    step: int
+    device: torch.device | str = "cpu"
+    """Where values are drawn that the host need not know."""
+
+    def generator(self, purpose: str, device: torch.device | str | None = None) -> torch.Generator:
+        """A fresh generator for one purpose, on `device` or on that of the step."""
+        return step_generator(self.seed, self.step, purpose, device or self.device)
 
 
 def seed_global_generators(seed: int) -> None:

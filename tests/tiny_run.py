@@ -5,7 +5,6 @@ As a script it runs one configuration as the command line would: `tiny_run.py CA
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,12 +12,20 @@ from typing import Any
 
 import torch
 
-from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, change
 from mapet.data.cache_writer import write_cache
 from mapet.data.manifest import CacheDescription
 from mapet.errors import MapetError
+from mapet.objectives import options
+from mapet.training.checkpoint import CheckpointStore, LoadedCheckpoint
 
 IMAGES = 40
+OBJECTIVE = {
+    "mapet": {},
+    "pim": {"objective.name": "pim"},
+    "mim": {"objective.name": "mim", "objective.masked": 12},
+}
+"""What makes the tiny run one of each method."""
 
 
 def make_cache(path: Path, *, images: int = IMAGES, seed: int = 0, vocabulary: int = 32) -> Path:
@@ -43,16 +50,18 @@ def make_config(cache: Path, output: Path, **changes: Any) -> RunConfig:
     """The tiny run, 5 steps an epoch; `changes` are fields by dotted name, such as **{"optim.clip": 1.0}."""
     config = RunConfig(
         model=ModelConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, vocabulary=32, drop_path=0.3),
-        objective=ObjectiveConfig(cut=5),
+        objective=options("mapet", cut=5),
         data=DataConfig(cache=cache, workers=0),
         optim=OptimConfig(epochs=4, global_batch=8, warmup_epochs=1),
         train=TrainConfig(output=output, device="cpu", save_every=1000, log_every=1),
     )
-    for name, value in changes.items():
-        section, field = name.split(".")
-        changed = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section: changed})
-    return config
+    return change(config, changes)
+
+
+def latest(store: CheckpointStore, config: RunConfig | None = None) -> LoadedCheckpoint | None:
+    """The newest valid checkpoint, None where there is none."""
+    step = store.newest_valid()
+    return None if step is None else store.load(step, config)
 
 
 def main(cache: str, output: str, changes: str = "{}") -> int:

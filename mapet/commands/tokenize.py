@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mapet.commands.options import Tokenize
-from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
+from mapet.config import ModelConfig, OptimConfig
 from mapet.data.cache import TokenCache
 from mapet.data.sources import open_source
 from mapet.distributed import World, connect
 from mapet.errors import ConfigError
 from mapet.folders import CACHE, check_place
+from mapet.objectives import options
 from mapet.tokenizers.encode import TokenizeReport, tokenize
 from mapet.tokenizers.fitting.fit import FitConfig, WantedTokenizer, found_or_fitted
 from mapet.tokenizers.foreign.official_tokens import import_official
@@ -113,9 +114,13 @@ def pretrain_line(folder: Path) -> str:
         "patch_size": cache.image_size // cache.grid,
         "vocabulary": cache.vocabulary,
     }
-    needed = [f" --set model.{name}={size}" for name, size in sizes.items() if size != getattr(ModelConfig, name)]
+    needed = [
+        f" --model.{name.replace('_', '-')} {size}"
+        for name, size in sizes.items()
+        if size != getattr(ModelConfig, name)
+    ]
     patches, usual = cache.grid**2, ModelConfig().grid ** 2
-    if (cut := ObjectiveConfig().cut) >= patches:
+    if (cut := options("mapet").cut) >= patches:
         needed.append(f" --cut {max(1, round(cut * patches / usual))}")
     if len(cache) < OptimConfig.global_batch:
         needed.append(f" --batch {2 ** (len(cache).bit_length() - 1)}")  # the largest power of two

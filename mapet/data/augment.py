@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mapet.rng import step_generator
-
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 LUMA = (19595, 38470, 7471)  # ITU-R BT.601 in parts of 65536, Pillow's integers; sums stay exact in float32
 
 
 @dataclass(frozen=True)
 class JitterDraws:
-    """What was drawn for each image; slice it like a batch.
+    """What was drawn for each image.
 
     Attributes:
         factors: float32 (b, 3), of brightness, contrast and saturation; 1 changes nothing.
@@ -27,18 +25,6 @@ class JitterDraws:
 
     def __len__(self) -> int:
         return len(self.factors)
-
-    def __getitem__(self, part: slice) -> JitterDraws:
-        return JitterDraws(self.factors[part], self.order[part])
-
-    def to(self, device: torch.device | str) -> JitterDraws:
-        """On a device; the host does not wait."""
-        return JitterDraws(self.factors.to(device, non_blocking=True), self.order.to(device, non_blocking=True))
-
-
-def step_jitter(seed: int, step: int, global_batch: int, strength: float) -> JitterDraws:
-    """The draws of a step for its whole global batch, on the host: the same wherever the colours are changed."""
-    return sample_color_jitter(global_batch, strength, step_generator(seed, step, "color_jitter", "cpu"), "cpu")
 
 
 def sample_color_jitter(

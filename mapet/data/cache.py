@@ -12,16 +12,19 @@ SHA-256 of everything but the image shards, which are nearly all of the bytes; `
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mapet.config import ModelConfig
-from mapet.data.images import Images, fingerprint_of
+from mapet.data.images import Images
 from mapet.data.manifest import (
     LABELS,
     MANIFEST,
@@ -34,6 +37,10 @@ from mapet.data.manifest import (
 )
 from mapet.errors import DataError
 from mapet.files import FileRecord, UnreadableFile, map_array, read_json
+from mapet.task import Batch
+
+if TYPE_CHECKING:
+    from mapet.data.loader import Share
 
 ANEW = "make the cache anew"
 ANOTHER = "tokenise into another folder, or replace this cache with --overwrite"
@@ -101,7 +108,7 @@ class TokenCache(Images):
         return self.manifest.images
 
     def __reduce__(self):
-        return TokenCache, (self.path, self.manifest)
+        return type(self), (self.path, self.manifest)
 
     @cached_property
     def names(self) -> list[str]:
@@ -129,9 +136,6 @@ class TokenCache(Images):
     def read(self, ids: Sequence[int] | np.ndarray) -> Tensor:
         return self.images(ids)
 
-    def fingerprint(self) -> str:
-        return fingerprint_of(f"{name} {record.sha256}" for name, record in sorted(self.manifest.files.items()))
-
     @property
     def token_array(self) -> np.ndarray:
         """All tokens, uint16 (n, P), memory-mapped."""
@@ -146,6 +150,20 @@ class TokenCache(Images):
         if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
             raise IndexError(f"image ids {ids.min()} to {ids.max()}, the cache {self.path} holds 0 to {len(self) - 1}")
         return ids
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image in a batch, with its tokens."""
+        return 3 * self.image_size**2 + 8 * (self.grid**2 + 1)
+
+    def batch(self, ids: Tensor, share: Share, beat: Callable[[], None]) -> Batch:
+        """images: uint8 (b, 3, S, S); tokens: int64 (b, P); ids: int64 (b,), positions in the cache."""
+        return {"images": self.images(ids, beat), "tokens": self.tokens(ids), "ids": ids}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the hashes of the files: images, tokens, labels and names, in their order."""
+        hashes = {name: record.sha256 for name, record in sorted(self.manifest.files.items())}
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def check_model(self, model: ModelConfig) -> None:
         """DataError unless image size, grid and vocabulary are the model's."""

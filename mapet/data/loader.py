@@ -1,49 +1,86 @@
-"""From the token cache to batches: which images an optimizer step sees is a pure function of seed and step."""
+"""From the data to batches: which images an optimizer step sees is a pure function of seed and step.
+
+Steps count up from 0. The batches of held-out images have numbers too, from -1 down and the same after every epoch:
+what is drawn for batch -1 comes from (seed, -1), so that all epochs are judged alike, and on draws that no step has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mapet.data.augment import color_jitter as change_colors
-from mapet.data.augment import step_jitter
-from mapet.data.cache import TokenCache
-from mapet.data.feed import PATIENCE, Feed
+from mapet.config import RunConfig
+from mapet.data.feed import Feed
+from mapet.distributed import World
 from mapet.errors import ConfigError
+from mapet.rng import StepRng, step_seed
+from mapet.task import Batch, Data
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Images with their tokens.
+class Split:
+    """The images that a run learns from, and those that it is only judged on."""
 
-    Attributes:
-        images: uint8 (b, 3, S, S), or float32 in [0, 1] with their colours changed already.
-        tokens: int64 (b, P).
-        ids: int64 (b,), positions in the cache.
+    trained: int
+    ids: Tensor | None = None
+    """int64, sorted; None where all images are learned from, in which case none is held out."""
+    held_out: Tensor | None = None
+    """int64, sorted."""
+
+    def trained_ids(self, *, seed: int, step: int, global_batch: int) -> Tensor:
+        """Images of the whole global batch of an optimizer step, int64 (global_batch,)."""
+        ids = step_ids(self.trained, seed=seed, step=step, global_batch=global_batch)
+        return ids if self.ids is None else self.ids[ids]
+
+    def held_out_batches(self, global_batch: int) -> int:
+        """Batches that the held-out images make, the last of which may be smaller."""
+        return 0 if self.held_out is None else -(-len(self.held_out) // global_batch)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The images of an optimizer step or of a batch of held-out images, and the part of them that one process takes."""
+
+    seed: int
+    step: int
+    images: int
+    """Of the whole step."""
+    part: slice
+    among: Tensor | None = None
+    """The images that it takes its own from, int64, sorted: those to learn from, or the held-out ones. None for all."""
+
+    @property
+    def rng(self) -> StepRng:
+        """Of the step; draw for all `images`, and take `part`."""
+        return StepRng(self.seed, self.step)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether a run is judged on these images, and does not learn from them: no augmentation."""
+        return self.step < 0
+
+
+def split_images(images: int, config: RunConfig) -> Split:
+    """Which images a run learns from: all but a share of data.held_out, at least one where that is not 0.
+
+    Which ones is drawn from the seed, image by image.
     """
+    if not config.data.held_out:
+        return Split(images)
+    return _split(images, config.train.seed, max(1, round(config.data.held_out * images)))
 
-    images: Tensor
-    tokens: Tensor
-    ids: Tensor
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, part: slice) -> Batch:
-        return Batch(self.images[part], self.tokens[part], self.ids[part])
-
-    def to(self, device: torch.device | str) -> Batch:
-        """On a device; the copy from pinned memory does not wait."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.tokens, self.ids)))
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory; the DataLoader calls this."""
-        return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.ids.pin_memory())
+@lru_cache(maxsize=2)
+def _split(images: int, seed: int, held_out: int) -> Split:
+    order = _shuffled(images, step_seed(seed, 0, "held_out"))
+    held, rest = (torch.from_numpy(np.sort(part)) for part in (order[:held_out], order[held_out:]))
+    return Split(len(rest), rest, held)
 
 
 def steps_per_epoch(length: int, global_batch: int) -> int:
@@ -72,38 +109,43 @@ def step_ids(length: int, *, seed: int, step: int, global_batch: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return _shuffled(length, [seed, epoch])
+
+
+def _shuffled(length: int, entropy: int | list[int]) -> np.ndarray:
     # The raw words of a bit generator never change between versions of numpy or torch; their shuffles may.
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length)
+    words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True)
-class _BatchFetcher:
-    """The number of a step to the Batch that one process takes: its contiguous share of the global batch, in order."""
+class _Fetcher:
+    """The number of a batch to what one process takes of it: its contiguous share, in order."""
 
-    cache: TokenCache
+    data: Data
+    split: Split
     seed: int
-    global_batch: int
-    mine: slice
-    color_jitter: float
+    images: int
+    part: slice
 
-    @property
-    def bytes(self) -> int:
-        """Of a Batch, about."""
-        pixels = 3 * self.cache.image_size**2 * (4 if self.color_jitter else 1)
-        return (self.mine.stop - self.mine.start) * (pixels + 8 * (self.cache.grid**2 + 1))
+    def __call__(self, number: int, beat: Callable[[], None]) -> Batch:
+        held_out = number < 0
+        among = self.split.held_out if held_out else self.split.ids
+        share = Share(self.seed, number, self.images, self.part, among)
+        return self.data.batch(self._held_out(number) if held_out else self._trained(number), share, beat)
 
-    def __call__(self, step: int, beat: Callable[[], None]) -> Batch:
-        ids = step_ids(len(self.cache), seed=self.seed, step=step, global_batch=self.global_batch)[self.mine]
-        images = self.cache.images(ids, beat)
-        if self.color_jitter:
-            draws = step_jitter(self.seed, step, self.global_batch, self.color_jitter)
-            images = change_colors(images, draws[self.mine])
-        return Batch(images, self.cache.tokens(ids), ids)
+    def _trained(self, step: int) -> Tensor:
+        return self.split.trained_ids(seed=self.seed, step=step, global_batch=self.images)[self.part]
+
+    def _held_out(self, number: int) -> Tensor:
+        """A process whose part of the last batch is empty gets one image of it, which counts for nothing."""
+        first = (-1 - number) * self.images
+        ids = self.split.held_out[first : first + self.images]
+        return ids[self.part] if self.part.start < len(ids) else ids[:1]
 
 
 def make_loader(
-    cache: TokenCache,
+    data: Data,
     *,
     seed: int,
     global_batch: int,
@@ -111,36 +153,56 @@ def make_loader(
     stop_step: int,
     rank: int = 0,
     world_size: int = 1,
-    workers: int = 0,
-    color_jitter: float = 0.0,
-    patience: float = PATIENCE,
-    stopped: Callable[[], bool] = lambda: False,
+    **feed: Any,
 ) -> Feed[Batch]:
     """Batches of this process for the optimizer steps [start_step, stop_step), one Batch per step, in order.
 
-    The result is a context manager, which ends the workers; `patience`, `stopped` and errors on the way are Feed's.
+    The result is a context manager, which ends the workers; `feed` are options of Feed: `workers` (0 by default),
+    `patience`, `stopped`. Errors on the way are Feed's too.
 
     Neither the number of workers nor the step it starts from changes what a step gets, and no global random state is
-    read or changed. With `color_jitter` (its strength) the workers change the images' colours, as `step_jitter` drew.
+    read or changed.
 
     Raises:
-        ConfigError: more images in a batch than in the cache, a batch that the processes cannot share evenly, a rank
+        ConfigError: more images in a batch than in the data, a batch that the processes cannot share evenly, a rank
             outside [0, world_size), or less shared memory than the workers need.
     """
-    steps_per_epoch(len(cache), global_batch)
+    fetcher = _Fetcher(data, Split(len(data)), seed, global_batch, _part(global_batch, rank, world_size))
+    return _feed(fetcher, range(start_step, stop_step), **feed)
+
+
+def run_batches(
+    config: RunConfig, data: Data, world: World, numbers: Collection[int], stopped: Callable[[], bool]
+) -> Feed[Batch]:
+    """The batches of these numbers, as one process of a run takes them; see the top of the file and `make_loader`."""
+    batch = config.optim.global_batch
+    split, part = split_images(len(data), config), _part(batch, world.rank, world.size)
+    return _feed(
+        _Fetcher(data, split, config.train.seed, batch, part),
+        numbers,
+        workers=config.data.workers,
+        patience=config.data.patience,
+        stopped=stopped,
+    )
+
+
+def _part(global_batch: int, rank: int, world_size: int) -> slice:
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank must be in [0, world size {world_size}), got {rank}")
     if global_batch % world_size:
         raise ConfigError(f"global batch {global_batch} is not divisible by the {world_size} processes")
     share = global_batch // world_size
-    fetch = _BatchFetcher(cache, seed, global_batch, slice(rank * share, (rank + 1) * share), color_jitter)
+    return slice(rank * share, (rank + 1) * share)
+
+
+def _feed(fetcher: _Fetcher, numbers: Collection[int], *, workers: int = 0, **feed: Any) -> Feed[Batch]:
+    steps_per_epoch(fetcher.split.trained, fetcher.images)
     return Feed(
-        fetch,
-        range(start_step, stop_step),
+        fetcher,
+        numbers,
         workers=workers,
-        batch_bytes=fetch.bytes,
-        patience=patience,
-        stopped=stopped,
+        batch_bytes=(fetcher.part.stop - fetcher.part.start) * fetcher.data.image_bytes,
         pin_memory=torch.cuda.is_available(),
         prefix="data.",
+        **feed,
     )

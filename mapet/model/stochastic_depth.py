@@ -34,11 +34,11 @@ def kept_images(keep: Tensor, device: torch.device | str) -> tuple[tuple[Kept | 
     """For every block, the images that its two branches keep; None where a branch drops none and scales by 1.
 
     Args:
-        keep: float32 (depth, 2, B) on the host, the factors of a Plan: 0 for a dropped image, else 1 / (1 - p).
+        keep: float32 (B, depth, 2) on the host: 0 for a dropped image, else 1 / (1 - p).
         device: where the indices go, all in one copy that the host does not wait for.
     """
-    depth, branches, _ = keep.shape
-    rows = keep.flatten(0, 1)
+    _, depth, branches = keep.shape
+    rows = keep.flatten(1).T
     chosen = [row.nonzero().squeeze(1) for row in rows]
     chosen = [images if len(images) else images.new_zeros(1) for images in chosen]
     indices = torch.cat(chosen)

@@ -1,6 +1,6 @@
 """The pre-training network: a vision transformer over the flat token buffer, and the head that predicts visual tokens.
 
-One set of weights serves every stream (paper, section 3.3), so the streams share one buffer (rows, D) and each layer is
+One set of weights serves every stream (paper, section 4.1), so the streams share one buffer (rows, D) and each layer is
 one matrix product over all of it. Parameter names are the official ones. Shape letters: B images, N tokens, T targets,
 D width, H heads, R rows of the buffer.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mapet.config import ModelConfig, Recompute, SpeedConfig
+from mapet.config import ModelConfig, Recompute
 from mapet.errors import CheckpointError
 from mapet.model import stochastic_depth
 from mapet.model.fp8 import fp8_linear
@@ -32,7 +32,7 @@ Attention = Callable[[Tensor, Tensor, StreamLayout], Tensor]
 """Maps q (R, H, d), kv (B, content_rows, 2, H, d) and the layout to (R, H, d); q may hold the predicted rows only."""
 
 Keep = Tensor | Sequence[tuple[Kept | None, Kept | None]]
-"""What the branches of all blocks keep: factors (depth, 2, B), or for every block the images of its two branches."""
+"""What the branches of all blocks keep: factors (B, depth, 2), or for every block the images of its two branches."""
 
 
 class LayerScale(nn.Module):
@@ -44,10 +44,10 @@ class LayerScale(nn.Module):
 
 
 class Products:
-    """How a block's matrix products are done, by config.speed."""
+    """How a block's matrix products are done."""
 
-    def __init__(self, speed: SpeedConfig) -> None:
-        self.fold, self.fp8 = speed.fold_layer_scale, fp8_linear() if speed.fp8 else None
+    def __init__(self, fp8: bool) -> None:
+        self.fp8 = fp8_linear() if fp8 else None
 
     def __call__(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """linear(x)."""
@@ -59,8 +59,6 @@ class Products:
         Scaling D x D weights instead of R x D activations saves three passes over them a branch, and keeping one for
         the gradient of gamma.
         """
-        if not self.fold:
-            return self(x, linear) * scale.gamma
         product = self.fp8 or F.linear
         return product(x, linear.weight * scale.gamma.unsqueeze(1), linear.bias * scale.gamma)
 
@@ -106,10 +104,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block whose modules all streams share; `keep` drops the branches of whole images."""
 
-    def __init__(self, config: ModelConfig, speed: SpeedConfig) -> None:
+    def __init__(self, config: ModelConfig, fp8: bool) -> None:
         super().__init__()
-        products = Products(speed)
-        self.joint = speed.joint_streams
+        products = Products(fp8)
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = StreamAttention(config.width, config.heads, products)
         self.ls1 = LayerScale(config.width, config.layer_scale)
@@ -161,31 +158,19 @@ class Block(nn.Module):
         if predicted_only:
             x = layout.predicted(x)
         attended = attention(q, kv, part)
-        branch = self._each(lambda r: self.attn.output(r, self.ls1), attended, part, predicted_only)
-        x = _add(x, branch, keep1, layout.groups(predicted_only))
+        x = _add(x, self.attn.output(attended, self.ls1), keep1, layout.groups(predicted_only))
         rows, part = _kept_rows(x, keep2, layout.groups(predicted_only), layout)
         if not cheap:
-            return x, self._mlp(rows, part, predicted_only)
+            return x, self.mlp.output(self._hidden(rows), self.ls2)
         return x, _again(self.mlp.output, _again(self._hidden, rows), self.ls2)
 
     def _queries_and_keys(self, x: Tensor, layout: StreamLayout, predicted_only: bool) -> tuple[Tensor, Tensor]:
-        h = _for_products(self._each(self.norm1, x, layout, False))
-        rows = layout.predicted(h) if predicted_only else h
-        q = self._each(self.attn.queries, rows, layout, predicted_only)
+        h = _for_products(self.norm1(x))
+        q = self.attn.queries(layout.predicted(h) if predicted_only else h)
         return q, self.attn.keys_and_values(layout.content(h), layout)
-
-    def _mlp(self, x: Tensor, layout: StreamLayout, predicted_only: bool) -> Tensor:
-        return self._each(lambda rows: self.mlp.output(self._hidden(rows), self.ls2), x, layout, predicted_only)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return self.mlp.products(self.norm2(x), self.mlp.fc1)
-
-    def _each(self, function: Callable[[Tensor], Tensor], x: Tensor, layout: StreamLayout, predicted: bool) -> Tensor:
-        """function(x) of the rows of all streams at once, or of each stream where speed.joint_streams is off."""
-        if self.joint or predicted or not layout.query_stream:
-            return function(x)
-        content = layout.content(x)
-        return torch.cat([function(content), function(x[content.shape[0] :])])
 
 
 def _again(function: Callable, *arguments: object, **options: object) -> object:
@@ -251,17 +236,17 @@ class MaskedTokenViT(nn.Module):
         config: sizes; the state dict's names and shapes follow the official MaPeT models.
         recompute: what the backward pass computes again: nothing, the norms and the GELU of a block ("cheap"; its
             matrix products and its attention are kept), or whole blocks ("blocks").
-        speed: switches of a fast step; joint_streams, fold_layer_scale, prune_last_block and fp8 are read here.
+        fp8: whether matrix products of the blocks are in fp8.
     """
 
-    def __init__(self, config: ModelConfig, *, recompute: Recompute = "none", speed: SpeedConfig | None = None) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: Recompute = "none", fp8: bool = False) -> None:
         super().__init__()
-        self.config, self.recompute, self.speed = config, recompute, speed or SpeedConfig()
+        self.config, self.recompute = config, recompute
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.mask_positional_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, self.speed) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, fp8) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.decoder = nn.Linear(config.width, config.vocabulary)
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN), persistent=False)
@@ -315,9 +300,9 @@ class MaskedTokenViT(nn.Module):
         The last block needs keys and values of the content stream, but no other of its outputs.
         """
         for i, block in enumerate(self.blocks):
-            only = self.speed.prune_last_block and i == len(self.blocks) - 1
-            x = block(x, layout, None if keep is None else keep[i], attention, only, self.recompute)
-        return self.norm(x if self.speed.prune_last_block else layout.predicted(x))
+            mine = None if keep is None else keep[:, i].T if isinstance(keep, Tensor) else keep[i]
+            x = block(x, layout, mine, attention, i == len(self.blocks) - 1, self.recompute)
+        return self.norm(x)
 
 
 def drop_path_rates(config: ModelConfig) -> Tensor:

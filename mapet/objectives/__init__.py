@@ -1,29 +1,40 @@
-"""Pre-training objectives, one file each, behind one interface."""
+"""Pre-training methods by name. A method is one file, with its options and its Task, and one line here.
+
+Nothing here imports torch; a method's file does, and is imported when the method is asked for.
+"""
 
 from __future__ import annotations
 
-from mapet.config import ModelConfig, ObjectiveConfig, Recompute, SpeedConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mapet.errors import ConfigError
-from mapet.objectives.mapet import MaPeT
-from mapet.objectives.mim import MIM
-from mapet.objectives.pim import PIM
-from mapet.objectives.two_stream import Objective, Plan
 
-OBJECTIVES: dict[str, type[Objective]] = {"mapet": MaPeT, "pim": PIM, "mim": MIM}
+if TYPE_CHECKING:
+    from mapet.config import ObjectiveConfig, RunConfig
+    from mapet.task import Task
 
-
-def build_objective(
-    objective: ObjectiveConfig,
-    model: ModelConfig,
-    *,
-    backend: str = "auto",
-    recompute: Recompute = "none",
-    speed: SpeedConfig | None = None,
-) -> Objective:
-    """The objective of a configuration, with a freshly initialised model (global torch RNG)."""
-    if objective.name not in OBJECTIVES:
-        raise ConfigError(f"unknown objective {objective.name!r}; objectives are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective.name](model, objective.cut, backend=backend, recompute=recompute, speed=speed)
+OBJECTIVES: dict[str, str] = {
+    "mapet": "mapet.objectives.mapet:MaPeT",
+    "pim": "mapet.objectives.pim:PIM",
+    "mim": "mapet.objectives.mim:MIM",
+}
+"""The Task of each method, as module:class."""
 
 
-__all__ = ["MIM", "OBJECTIVES", "PIM", "MaPeT", "Objective", "Plan", "build_objective"]
+def objective(name: str) -> type[Task]:
+    """The Task of a method. ConfigError for an unknown name."""
+    if name not in OBJECTIVES:
+        raise ConfigError(f"unknown objective {name!r}; objectives are {', '.join(OBJECTIVES)}")
+    module, _, task = OBJECTIVES[name].partition(":")
+    return getattr(importlib.import_module(module), task)
+
+
+def options(name: str, **values: Any) -> ObjectiveConfig:
+    """Options of a method: its defaults, and the values given. Errors as `objective`, and those of its own checks."""
+    return objective(name).Options(**values)
+
+
+def build_task(config: RunConfig) -> Task:
+    """The task of a run, with freshly initialised weights (global torch RNG)."""
+    return objective(config.objective.name)(config)

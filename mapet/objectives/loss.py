@@ -41,11 +41,6 @@ def token_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, targets:
     return sum(chunks) / features.shape[0]
 
 
-def whole_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """As `token_cross_entropy`, from all logits at once."""
-    return _summed(features, weight, bias, targets) / features.shape[0]
-
-
 @torch.no_grad()
 def token_accuracy(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Share of rows whose largest logit is the target's: scalar fp32. Shapes as in `token_cross_entropy`."""

@@ -125,7 +125,7 @@ class StepSize:
         return StreamLayout(
             images,
             self.model.tokens,
-            self.objective.cut,
+            getattr(self.objective, "cut", None) or self.model.tokens - self.objective.masked,
             target_content=content,
             mask_tokens=masks,
             query_stream=query,

@@ -25,12 +25,12 @@ import torch
 
 from mapet.checked import at_least
 from mapet.config import RunConfig
-from mapet.data.cache import TokenCache
 from mapet.data.feed import FeedStopped
-from mapet.data.loader import make_loader
+from mapet.data.loader import run_batches
 from mapet.distributed import StopRequest, World
 from mapet.errors import CheckpointError, ConfigError
 from mapet.files import UnreadableFile, read_record, write_whole
+from mapet.task import Data
 from mapet.training.learner import Learner
 from mapet.training.schedule import StepPlan
 from mapet.units import duration, parse_duration
@@ -80,7 +80,7 @@ class Clocks:
 def budgeted(
     config: RunConfig,
     world: World,
-    cache: TokenCache,
+    data: Data,
     steps: StepPlan,
     clocks: Clocks | None = None,
     stop: StopRequest | None = None,
@@ -94,38 +94,24 @@ def budgeted(
     decision = world.on_main(lambda: read(path) if config.train.resume else None)
     if decision is None:
         started = clocks.wall()
-        seconds = measure(config, world, cache, steps, clocks, stop or StopRequest(world))
+        seconds = measure(config, world, data, steps, clocks, stop or StopRequest(world))
         decision = world.on_main(lambda: _decided(config, path, steps, seconds, started, clocks))
     optim = replace(config.optim, epochs=decision.epochs, warmup_epochs=decision.warmup_epochs)
     return replace(config, optim=optim), decision
 
 
-def measure(
-    config: RunConfig, world: World, cache: TokenCache, steps: StepPlan, clocks: Clocks, stop: StopRequest
-) -> float:
+def measure(config: RunConfig, world: World, data: Data, steps: StepPlan, clocks: Clocks, stop: StopRequest) -> float:
     """Seconds of an optimizer step, over MEASURED_SECONDS; what they learn is thrown away."""
     learner = Learner(config, world, steps)
     began = 0.0
-    with make_loader(
-        cache,
-        seed=config.train.seed,
-        global_batch=config.optim.global_batch,
-        start_step=0,
-        stop_step=2**31,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.workers,
-        color_jitter=config.worker_jitter,
-        patience=config.data.patience,
-        stopped=lambda: bool(stop.received),
-    ) as batches:
+    with run_batches(config, data, world, range(2**31), lambda: bool(stop.received)) as batches:
         for step in count():
             stop.raise_if_received("measuring for train.budget")
             try:
                 batch = next(batches)
             except FeedStopped:
                 continue
-            learner.step(step, batch, with_accuracy=False)
+            learner.step(step, batch, metrics=False)
             learner.read()  # waits for the device
             if step + 1 < WARM_UP_STEPS:
                 continue
@@ -145,7 +131,8 @@ def decide(config: RunConfig, steps: StepPlan, seconds: float, started: float, n
     """Epochs and warm-up for steps of so many seconds; see the top of the file. ConfigError when no epoch fits."""
     budget, cooldown = config.train.budget, config.optim.cooldown_epochs
     left = parse_duration(budget) * (1 - MARGIN) - (now - started)
-    epoch = steps.per_epoch * seconds
+    # A batch of held-out images counts as a step, though it takes a forward pass only.
+    epoch = (steps.per_epoch + steps.held_out) * seconds
     epochs = int(left / epoch) - cooldown
     if epochs < 1:
         least = ((1 + cooldown) * epoch + now - started) / (1 - MARGIN)

@@ -1,8 +1,8 @@
 """Checkpoints that survive kills, full disks and damaged bytes.
 
     <run>/checkpoints/step_000000123/
-        model.safetensors   weights under the official names
-        ema.safetensors     their moving average, where the run keeps one
+        task.safetensors    the whole task: weights and buffers
+        ema.safetensors     the moving average of its trained weights, where the run keeps one
         trainer.pt          optimizer, loss scale and random states; read with weights_only=True
         config.json         the RunConfig
         manifest.json       step, and bytes and SHA-256 of every other file; written last
@@ -30,9 +30,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mapet.checked import at_least, conform
-from mapet.commands.settings import REPLACED
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, to_dict
+from mapet.checked import at_least
+from mapet.config import MAY_CHANGE, ModelConfig, ObjectiveConfig, RunConfig, field_notes, from_dict, to_dict
 from mapet.errors import CheckpointError, MapetError
 from mapet.files import (
     FileRecord,
@@ -45,51 +44,26 @@ from mapet.files import (
     write_through,
 )
 from mapet.folders import CHECKPOINT, CHECKPOINTS, a, kind_of
-from mapet.model.official_names import pretraining_shapes
+from mapet.objectives import build_task
+from mapet.task import Task
+from mapet.training.optim import trained
 
 T = TypeVar("T")
-FORMAT = 1
+FORMAT, EARLIER = 2, 1
 FOLDER = "checkpoints"
 WANTED = f"give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
-REQUIRED = ("model.safetensors", "trainer.pt", "config.json")
+REQUIRED = ("task.safetensors", "trainer.pt", "config.json")
 PARTIAL, REMOVED = ".partial_", ".removed_"
 ATTEMPTS = 20
 """To read weights of a run that goes on, and removes what is being read."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-MAY_CHANGE = frozenset(
-    {
-        # The cache may move; its content may not, and the run checks that against the fingerprint in trainer.pt.
-        "data.cache",
-        "data.workers",
-        "data.patience",
-        "train.output",
-        "train.device",
-        "train.parallel",
-        "train.micro_batch",
-        "train.recompute",
-        "train.gpu_memory",
-        "train.auto_batch",
-        "train.budget",  # the epochs it led to may not change
-        "train.backend",
-        "train.save_every",
-        "train.keep",
-        "train.resume",
-        "train.max_steps",
-        "train.log_every",
-        "train.trackers",
-        "train.deterministic",
-        *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig) if field.name != "fp8"),
-    }
-)
-"""Fields of RunConfig that a resumed run may set differently. Any other field changes what is learned."""
 
 
 @dataclass
 class CheckpointState:
     """What a checkpoint holds. `trainer` consists of tensors, numbers, text, lists and dicts only."""
 
-    model: dict[str, Tensor]
+    task: dict[str, Tensor]
     trainer: dict[str, Any]
     config: dict[str, Any]
     ema: dict[str, Tensor] | None = None
@@ -97,7 +71,7 @@ class CheckpointState:
 
 def not_finite(state: CheckpointState) -> str:
     """The first tensor with a NaN or an infinity, in words; empty where there is none. A device is waited for once."""
-    tensors = {f"weight {name}": tensor for name, tensor in state.model.items()}
+    tensors = {f"weight {name}": tensor for name, tensor in state.task.items()}
     tensors |= {f"the moving average of {name}": tensor for name, tensor in (state.ema or {}).items()}
     moments = state.trainer.get("optimizer", {}).get("state", {})
     tensors |= {f"the optimizer's {name} of weight {i}": t for i, part in moments.items() for name, t in part.items()}
@@ -222,17 +196,12 @@ class CheckpointStore:
             )
         ema = folder / "ema.safetensors"
         state = CheckpointState(
-            model=_read(folder, "model.safetensors", read_tensors, finite=True),
+            task=_read(folder, "task.safetensors", read_tensors, finite=True),
             trainer=_read(folder, "trainer.pt", _read_trainer),
             config=saved,
             ema=_read(folder, ema.name, read_tensors, finite=True) if ema.exists() else None,
         )
         return LoadedCheckpoint(step, folder, state)
-
-    def load_latest(self, config: RunConfig | None = None) -> LoadedCheckpoint | None:
-        """Read the newest valid checkpoint, None where there is none; errors as `newest_valid` and `load`."""
-        step = self.newest_valid()
-        return None if step is None else self.load(step, config)
 
     def _verify_step(self, step: int) -> None:
         folder = self.path(step)
@@ -275,13 +244,9 @@ def verify(folder: Path) -> int:
 def config_differences(
     saved: dict[str, Any], current: dict[str, Any], notes: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Fields that differ and are not in MAY_CHANGE, nor of earlier versions; each as "section.field was A, is B".
-
-    A checkpoint from before there were switches of speed counts as one with their defaults. A note on a
-    field follows in brackets.
-    """
-    before, now = _flatten({"speed": to_dict(SpeedConfig()), **saved}), _flatten(current)
-    fields = [name for name in sorted(before | now) if name not in MAY_CHANGE and name not in REPLACED]
+    """Fields that differ and may not change; each as "section.field was A, is B", with a note in brackets."""
+    before, now, marks = _flatten(saved), _flatten(current), field_notes()
+    fields = [name for name in sorted(before | now) if MAY_CHANGE not in marks.get(name, ())]
     return [
         f"{name} was {one_line(before.get(name, 'absent'))}, is {now.get(name, 'absent')}"
         + (f" ({notes[name]})" if notes and name in notes else "")
@@ -290,39 +255,49 @@ def config_differences(
     ]
 
 
-def load_weights(
-    path: Path | str, *, ema: bool = False
-) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
-    """Model configuration, objective and weights (official names, CPU) from a run folder or one checkpoint folder.
+def load_task(path: Path | str, *, ema: bool = False) -> Task:
+    """The task of a run folder or of one checkpoint folder, with its weights, on the CPU.
 
     A run folder gives its newest valid checkpoint, also while the run goes on and replaces it. `ema` takes the moving
-    average instead of the weights.
+    average of the weights that learn.
     CheckpointError when the path holds no checkpoint, the checkpoint is damaged, or it has no average.
     """
     for _ in range(ATTEMPTS):
         folder = _checkpoint_folder(Path(path))
         try:
-            return _weights_in(folder, ema)
+            return _task_in(folder, ema)
         except (OSError, MapetError):
             if folder.exists():
                 raise
     raise CheckpointError(f"{path} is being trained, and its checkpoints go before they are read: raise train.keep")
 
 
-def _weights_in(folder: Path, ema: bool) -> tuple[ModelConfig, ObjectiveConfig | None, dict[str, Tensor]]:
-    """As `load_weights`, of one checkpoint folder."""
+def load_weights(path: Path | str, *, ema: bool = False) -> tuple[ModelConfig, ObjectiveConfig, dict[str, Tensor]]:
+    """What `load_task` gives, as the backbone's configuration, the method's options and the backbone's weights."""
+    task = load_task(path, ema=ema)
+    model, weights = task.backbone()
+    return model, task.options, weights
+
+
+def _task_in(folder: Path, ema: bool) -> Task:
+    """As `load_task`, of one checkpoint folder."""
     verify(folder)
     config = _read(folder, "config.json", read_record, dict[str, Any])
     try:
-        model = conform(ModelConfig, config.get("model"), "model")
-        objective = conform(ObjectiveConfig | None, config.get("objective"), "objective")
-        shapes = pretraining_shapes(model)
-    except (ValueError, OverflowError) as error:
+        with torch.device("meta"):
+            task = build_task(from_dict(config))
+    except (ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be used: config.json: {error}") from error
-    weights = folder / ("ema.safetensors" if ema else "model.safetensors")
-    if not weights.exists():
+    average = folder / "ema.safetensors"
+    if ema and not average.exists():
         raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
-    return model, objective, _read(folder, weights.name, read_tensors, shapes, finite=True)
+    shapes = {name: tuple(value.shape) for name, value in task.state_dict().items()}
+    weights = _read(folder, "task.safetensors", read_tensors, shapes, finite=True)
+    if ema:
+        shapes = {name: shapes[name] for name in trained(task)}
+        weights |= _read(folder, average.name, read_tensors, shapes, finite=True)
+    task.load_state_dict(weights, assign=True)
+    return task
 
 
 def _read(folder: Path, name: str, read: Callable[..., T], *arguments: Any, **options: Any) -> T:
@@ -353,6 +328,11 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         manifest = read_record(folder / "manifest.json", Manifest, version=FORMAT)
     except UnreadableFile as error:
+        if f"it has format {EARLIER}," in error.reason:
+            raise CheckpointError(
+                f"checkpoint {folder} is of an earlier version of mapet, which kept no whole task: go on with that "
+                "version, or start afresh with `mapet pretrain --fresh`"
+            ) from error
         reason = "is missing" if error.missing else f"cannot be read: {error.reason}"
         raise _damaged(folder, f"manifest.json {reason}") from error
     if not set(REQUIRED) <= set(manifest.files) or any(Path(name).name != name for name in manifest.files):
@@ -376,7 +356,7 @@ def _payloads(state: CheckpointState) -> Iterator[tuple[str, bytes | memoryview]
     The bytes are made in memory because torch.save and safetensors hide the errno of a failed write, and so that the
     hash is that of the intended bytes, not of what came back from the disk.
     """
-    yield "model.safetensors", _tensor_bytes(state.model)
+    yield "task.safetensors", _tensor_bytes(state.task)
     if state.ema is not None:
         yield "ema.safetensors", _tensor_bytes(state.ema)
     trainer = io.BytesIO()

@@ -14,26 +14,25 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mapet.config import RunConfig, to_dict
-from mapet.data.augment import JitterDraws, color_jitter, step_jitter
-from mapet.data.loader import Batch
 from mapet.distributed import World
 from mapet.errors import ConfigError, OutOfMemory
 from mapet.files import check_like
 from mapet.model.fp8 import check_fp8
-from mapet.model.vit import Keep, load_official
-from mapet.objectives import Objective, Plan, build_objective
+from mapet.objectives import build_task
 from mapet.rng import (
+    StepRng,
     check_global_rng_state,
     global_rng_state,
     seed_global_generators,
     set_global_rng_state,
-    step_generator,
 )
+from mapet.task import Batch
 from mapet.training.checkpoint import CheckpointState
 from mapet.training.graphs import GraphedPass
 from mapet.training.limits import advice, halved
@@ -48,14 +47,11 @@ from mapet.training.parallel import (
     shards,
     weights_as_parts,
 )
+from mapet.training.precision import AUTOCAST, check_precision
 from mapet.training.schedule import StepPlan, learning_rate
-from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
-from mapet_kernels.registry import TwoStreamShape
-from mapet_kernels.selfcheck import two_stream_agreement
 
 LARGEST_SCALE = 2.0**128
 """Of the loss in fp16: no fp32 number is as large."""
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -69,77 +65,76 @@ class Failure:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What happened since the last reading, over all processes; accuracy and norm are those of the last step."""
+    """What happened since the last reading, over all processes; `metrics` and the norm are those of the last step."""
 
     steps: int
     loss: float
-    accuracy: float
+    metrics: dict[str, float]
     gradient_norm: float
     loss_scale: float
 
 
 class Learner:
-    """An objective with its network, optimizer, loss scale and weight average: all that a checkpoint holds.
+    """A task with its optimizer, loss scale and weight average: all that a checkpoint holds.
 
-    The weights are drawn from config.train.seed. ConfigError when the device lacks the precision asked for.
+    The weights are drawn from config.train.seed. ConfigError when the device lacks what is asked for.
     """
 
     def __init__(self, config: RunConfig, world: World, steps: StepPlan) -> None:
         check_precision(config.train.precision, world.device)
-        check_attention(config, world.device)
         check_parallel(config, world)
         check_speed(config, world)
         train = config.train
         self.config, self.world, self.steps = config, world, steps
+        self.dtype = AUTOCAST.get(train.precision)
         seed_global_generators(train.seed)
-        self.objective = build_objective(
-            config.objective,
-            config.model,
-            backend=train.backend,
-            recompute=train.recompute,
-            speed=config.speed,
-        )
-        self.model = self.objective.model
+        self.task = build_task(config)
+        self.task.check(world.device, self.dtype or torch.float32)
         sharded = shards(config, world)
         if config.speed.compile:
-            compile_network(self.objective, sharded=sharded)
-        self.network = distribute(self.objective, world, sharded=sharded)
-        self.optimizer = make_optimizer(self.objective, config.optim, fused=config.speed.fused_optimizer)
+            compile_network(self.task, sharded=sharded)
+        self.network = distribute(self.task, world, sharded=sharded)
+        self.optimizer = make_optimizer(self.task.parameter_groups(config.optim), config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
-        self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
+        self.average = WeightAverage(self.task, train.ema_decay) if train.ema_decay else None
         self.failure = torch.zeros(4, dtype=torch.float64, device=world.device)  # whether, step, loss, gradient norm
-        self.last = torch.zeros(2, device=world.device)  # accuracy, gradient norm
+        self.last: dict[str, Tensor] = {}
         self.loss_sum, self.unread = torch.zeros((), device=world.device), 0
-        self.skips = skips_dropped(config)
         self.graph: GraphedPass | None = None
         self.fits = False  # a step was done with this micro-batch
 
-    def step(self, step: int, batch: Batch, *, with_accuracy: bool) -> None:
-        """One optimizer step on this process's share of the global batch; OutOfMemory when it does not fit."""
+    def step(self, step: int, batch: Batch, *, metrics: bool) -> None:
+        """One optimizer step on this process's share of the global batch; OutOfMemory when it does not fit.
+
+        metrics: whether what the task logs besides the loss is computed, for `read`.
+        """
         try:
-            self._step(step, batch, with_accuracy)
+            self._step(step, batch, metrics)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(self._advice()) from error
 
-    def _step(self, step: int, batch: Batch, with_accuracy: bool) -> None:
-        batch = batch.to(self.world.device)
-        plan, jitter = self._draw(step)
-        while (sums := self._gradients(batch, plan, jitter, with_accuracy)) is None:
+    def _step(self, step: int, batch: Batch, metrics: bool) -> None:
+        device = self.world.device
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        first = self.world.rank * self.steps.share
+        draws = self.task.draw(self.config.optim.global_batch, StepRng(self.config.train.seed, step, device))
+        draws = part_of(draws, slice(first, first + self.steps.share))
+        while (sums := self._gradients(batch, draws, metrics)) is None:
             self._halve_micro_batch()
-        loss, accuracy = self.world.mean(sums / self.steps.accumulation)
-        norm = self._update(step, loss)
+        means = dict(zip(sums, self.world.mean(torch.stack(list(sums.values()))).unbind(), strict=True))
+        norm = self._update(step, means["loss"])
         self.fits = True
-        self.loss_sum, self.last, self.unread = self.loss_sum + loss, torch.stack([accuracy, norm]), self.unread + 1
-        if not self.config.speed.wait_free:
-            self.last.tolist()
+        self.loss_sum, self.unread = self.loss_sum + means.pop("loss"), self.unread + 1
+        self.last = {**means, "gradient_norm": norm}
 
     def read(self) -> Numbers:
         """The numbers since the last reading; the host waits for the device."""
-        loss_sum, accuracy, norm = torch.cat([self.loss_sum[None], self.last]).tolist()
+        names = ("loss", *self.last)
+        numbers = dict(zip(names, torch.stack([self.loss_sum, *self.last.values()]).tolist(), strict=True))
         steps, self.unread = self.unread, 0
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        scale = self.scaler.get_scale()
-        return Numbers(steps, loss_sum / steps if steps else math.nan, accuracy, norm, scale)
+        loss, norm = numbers.pop("loss"), numbers.pop("gradient_norm", math.nan)
+        return Numbers(steps, loss / steps if steps else math.nan, numbers, norm, self.scaler.get_scale())
 
     def failed(self) -> Failure | None:
         """The first step whose update was called off in fp32 or bf16, if any; the host waits for the device."""
@@ -155,12 +150,11 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": global_rng_state(self.world.device),
-            "objective": self._objective_extra(),
         }
         average = self.average.weights if self.average else None
-        parts = (self.model.state_dict(), trainer, average)
-        model, trainer, average = (gathered(part, keep=self.world.is_main) for part in parts)
-        return CheckpointState(model, trainer, to_dict(self.config), average)
+        parts = (self.task.state_dict(), trainer, average)
+        task, trainer, average = (gathered(part, keep=self.world.is_main) for part in parts)
+        return CheckpointState(task, trainer, to_dict(self.config), average)
 
     def load(self, state: CheckpointState) -> None:
         """The inverse of `state`, for the same configuration. All of it is checked before any of it is used.
@@ -171,8 +165,7 @@ class Learner:
         optimizer, scaler = state.trainer["optimizer"], state.trainer["scaler"]
         # Learning rate and the like follow from the configuration, so that they are not taken from the file.
         optimizer = {**optimizer, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        load_official(self.model, weights_as_parts(state.model, self.model.state_dict()))
-        self.objective.load_state_dict(state.trainer["objective"], strict=False)
+        self.task.load_state_dict(weights_as_parts(state.task, self.task.state_dict()))
         self.optimizer.load_state_dict(optimizer_as_parts(optimizer, self.optimizer))
         self.scaler.load_state_dict(scaler)
         set_global_rng_state(state.trainer["random"], self.world.device)
@@ -180,94 +173,74 @@ class Learner:
             self.average.load(state.ema)
 
     def _check(self, state: CheckpointState) -> None:
-        check_like(state.model, self.model.state_dict(), "model")
+        check_like(state.task, self.task.state_dict(), "task")
         if self.average:
             check_like(state.ema, self.average.weights, "ema")
-        names = ("optimizer", "scaler", "random", "objective")
+        names = ("optimizer", "scaler", "random")
         if missing := [name for name in names if name not in state.trainer]:
             raise ValueError(f"trainer lacks {missing[0]}")
-        optimizer, scaler, random, extra = (state.trainer[name] for name in names)
+        optimizer, scaler, random = (state.trainer[name] for name in names)
         check_optimizer_state(optimizer, self.optimizer)
         check_like(scaler, self.scaler.state_dict(), "scaler")
         if scaler and not 0 < scaler["scale"] < LARGEST_SCALE:
             raise ValueError(f"scaler.scale must be positive and finite in fp32, got {scaler['scale']}")
         check_global_rng_state(random, self.world.device)
-        check_like(extra, self._objective_extra(), "objective")
 
-    def _objective_extra(self) -> dict[str, Tensor]:
-        """What an objective holds besides the model."""
-        return {name: value for name, value in self.objective.state_dict().items() if not name.startswith("model.")}
-
-    def _draw(self, step: int) -> tuple[Plan, JitterDraws | None]:
-        """This process's part of what is random in a step."""
-        first = self.world.rank * self.steps.share
-        mine = slice(first, first + self.steps.share)
-        plan, jitter = draw_step(self.config, self.objective, step, self.world.device)
-        if jitter is None or not self.config.speed.device_jitter:
-            return plan[mine], None
-        return plan[mine], jitter[mine].to(self.world.device)
-
-    def _gradients(self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool) -> Tensor | None:
-        """Gradients of a step, from nothing, and sums of loss and accuracy (2,).
+    def _gradients(self, batch: Batch, draws: dict[str, Tensor], metrics: bool) -> dict[str, Tensor] | None:
+        """Gradients of a step, from nothing, and the means of what the task says of this process's images.
 
         None if some process ran out of memory and the step can be begun again.
         """
         self.optimizer.zero_grad(set_to_none=not self.config.speed.cuda_graphs)
         several, auto = self.world.size > 1, self.config.train.auto_batch
         trial = auto and several and not self.fits
-        sums = None
+        means = None
         try:
-            sums = self._accumulate(batch, plan, jitter, with_accuracy, reduces=not trial)
+            means = self._accumulate(batch, draws, metrics, reduces=not trial)
         except torch.OutOfMemoryError:
             if not auto or (several and not trial):  # in the latter case the others wait for this process's gradients
                 raise
         if trial:
-            if self.world.any(sums is None):
+            if self.world.any(means is None):
                 return None
-            self.world.mean_gradients(self.objective)
-        return sums
+            self.world.mean_gradients(self.task)
+        return means
 
-    def _accumulate(
-        self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool, *, reduces: bool
-    ) -> Tensor:
+    def _accumulate(self, batch: Batch, draws: dict[str, Tensor], metrics: bool, *, reduces: bool) -> dict[str, Tensor]:
         """Add up the gradients of all micro-batches; the last one's backward pass averages them over the processes."""
-        sums = torch.zeros(2, device=self.world.device)  # loss, accuracy
+        means: dict[str, Tensor] = {}
         for first in range(0, self.steps.share, self.steps.micro):
             part = slice(first, first + self.steps.micro)
-            ends = reduces and part.stop == self.steps.share
-            with reducing(self.network, ends):
-                sums += self._pass(batch[part], plan[part], jitter and jitter[part], with_accuracy)
-        return sums
+            ready = self.task.ready(part_of(draws, part), self.world.device)
+            with reducing(self.network, reduces and part.stop == self.steps.share):
+                for name, value in self._pass(part_of(batch, part), ready, metrics).items():
+                    means[name] = means.get(name, 0) + value / self.steps.accumulation
+        return means
 
-    def _pass(self, batch: Batch, plan: Plan, jitter: JitterDraws | None, with_accuracy: bool) -> Tensor:
-        """Forward and backward pass of a micro-batch: loss and accuracy (2,); a recording of it where that is wanted.
+    def _pass(self, batch: Batch, draws: dict[str, Any], metrics: bool) -> dict[str, Tensor]:
+        """Forward and backward pass of a micro-batch; a recording of it where that is wanted.
 
-        Passes with accuracy are few, and not recorded.
+        Passes with metrics are few, and not recorded.
         """
-        keep = self._keep(plan)
-        drawn = () if jitter is None else (jitter.factors, jitter.order)
-        inputs = (batch.images, batch.tokens, plan.permutation, *drawn, *(() if keep is None else (keep,)))
+        if not self.config.speed.cuda_graphs or metrics:
+            return self._forward_backward(batch, draws, metrics)
+        names = list(batch), list(draws)
 
-        def run(images: Tensor, tokens: Tensor, permutation: Tensor, *others) -> Tensor:
-            others = list(others)
-            jitter = JitterDraws(others.pop(0), others.pop(0)) if drawn else None
-            loss, accuracy = self._forward(images, tokens, permutation, jitter, *(others or [None]), with_accuracy)
-            self.scaler.scale(loss / self.steps.accumulation).backward()
-            return torch.stack([loss.detach(), accuracy])
+        def run(*tensors: Tensor) -> Tensor:
+            images, drawn = tensors[: len(names[0])], tensors[len(names[0]) :]
+            batch, draws = dict(zip(names[0], images, strict=True)), dict(zip(names[1], drawn, strict=True))
+            return self._forward_backward(batch, draws, metrics=False)["loss"]
 
-        if not self.config.speed.cuda_graphs or with_accuracy:
-            return run(*inputs)
+        inputs = (*batch.values(), *draws.values())
         if self.graph is None:
-            self.graph = GraphedPass(run, inputs, self.objective.parameters())
-        return self.graph(*inputs)
+            self.graph = GraphedPass(run, inputs, self.task.parameters())
+        return {"loss": self.graph(*inputs)}
 
-    def _keep(self, plan: Plan) -> Tensor | tuple[Keep, ...] | None:
-        """What the objective is told of dropped branches."""
-        if not self.config.model.drop_path:
-            return None
-        if self.skips:
-            return self.objective.kept(plan.keep, self.world.device)
-        return plan.keep.to(self.world.device, non_blocking=True)
+    def _forward_backward(self, batch: Batch, draws: dict[str, Any], metrics: bool) -> dict[str, Tensor]:
+        with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None):
+            values = self.network(batch, draws, metrics=metrics)
+        self.scaler.scale(values["loss"] / self.steps.accumulation).backward()
+        return {name: value.detach().float() for name, value in values.items()}
 
     def _halve_micro_batch(self) -> None:
         """Take smaller micro-batches from now on; OutOfMemory where they cannot be smaller."""
@@ -286,24 +259,10 @@ class Learner:
     def _advice(self) -> str:
         return advice(self.config, self.world.device, self.world.size, self.steps.micro)
 
-    def _forward(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        permutation: Tensor,
-        jitter: JitterDraws | None,
-        keep: Tensor | tuple[Keep, ...] | None,
-        with_accuracy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        images = images if jitter is None else color_jitter(images, jitter)
-        dtype = AUTOCAST.get(self.config.train.precision)
-        with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
-            return self.network(images, tokens, permutation, keep, with_accuracy)
-
     def _update(self, step: int, loss: Tensor) -> Tensor:
         """Clip, then update weights and their average unless something is not finite; the gradient norm."""
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.objective.parameters(), self.config.optim.clip)
+        norm = clip_gradients(self.task.parameters(), self.config.optim.clip)
         broken = ~(torch.isfinite(loss) & torch.isfinite(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, self.steps.per_epoch, step)
@@ -316,29 +275,15 @@ class Learner:
             self.failure = torch.where(broken & (self.failure[0] == 0), values, self.failure)
             skip = self.failure[0].float()
             gated_step(self.optimizer, skip)
+        self.task.after_update(step, skip)
         if self.average:
-            self.average.update(self.model, skip)
+            self.average.update(self.task, skip)
         return norm
 
 
-def draw_step(
-    config: RunConfig, objective: Objective, step: int, device: torch.device
-) -> tuple[Plan, JitterDraws | None]:
-    """What is random in a step, for the whole global batch: the plan, and the colours if they change.
-
-    Permutations are drawn on `device`; what is dropped and the colours on the host, which has to know them.
-    """
-    seed, batch, strength = config.train.seed, config.optim.global_batch, config.data.color_jitter
-    host = step_generator(seed, step, "drop_path", "cpu")
-    plan = objective.sample_plan(batch, step_generator(seed, step, "plan", device), device, host)
-    return plan, step_jitter(seed, step, batch, strength) if strength else None
-
-
-def skips_dropped(config: RunConfig) -> bool:
-    """Whether the work of dropped images is left out: their number differs from step to step, which makes a program of
-    its own of each when compiling, and which a recording cannot follow."""
-    speed = config.speed
-    return bool(speed.skip_dropped and config.model.drop_path and not speed.compile and not speed.cuda_graphs)
+def part_of(tensors: dict[str, Tensor], images: slice) -> dict[str, Tensor]:
+    """Some images of a batch or of draws."""
+    return {name: value[images] for name, value in tensors.items()}
 
 
 def check_speed(config: RunConfig, world: World) -> None:
@@ -350,36 +295,3 @@ def check_speed(config: RunConfig, world: World) -> None:
     if world.device.type != "cuda" or world.size > 1:
         here = f"{world.size} processes" if world.size > 1 else str(world.device)
         raise ConfigError(f"speed.cuda_graphs needs a GPU and one process, this run has {here}: leave it off")
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """ConfigError when a GPU has no bf16 of its own; ValueError for auto, which precision.py settles before."""
-    if precision == "auto":
-        raise ValueError("train.precision auto is settled before a learner is made: mapet.training.precision.settled")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"
-        )
-
-
-def check_attention(config: RunConfig, device: torch.device) -> None:
-    """ConfigError when the backend cannot run, or on this GPU, at this run's sizes, disagrees with plain torch."""
-    if config.objective.name == "mim":
-        return  # torch's own attention
-    model, cut, backend = config.model, config.objective.cut, config.train.backend
-    size, masks = model.width // model.heads, config.objective.name == "mapet"
-    dtype = AUTOCAST.get(config.train.precision, torch.float32)
-    try:
-        choose_backend(backend, device, dtype, TWO_STREAM_BACKENDS, size)
-    except ValueError as error:
-        raise ConfigError(f"train.backend: {error}") from error
-    if device.type != "cuda":
-        return
-    shape = TwoStreamShape(model.tokens, cut, batch=2, heads=2, size=size, mask_tokens=masks)
-    agreement = two_stream_agreement(backend, device, dtype, shape)
-    if not agreement.holds:
-        raise ConfigError(
-            f"train.backend {backend} computes wrong attention on {device}: its errors are {agreement.outputs:.1f} "
-            f"(outputs) and {agreement.gradients:.1f} (gradients) times what rounding in {config.train.precision} "
-            "explains; set train.backend sdpa, and please report this with the output of `mapet doctor`"
-        )

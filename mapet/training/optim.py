@@ -13,40 +13,20 @@ from mapet.config import OptimConfig
 from mapet.files import check_like
 from mapet.training.parallel import as_parts_of, whole
 
-NEVER_DECAYED = ("pos_embed", "cls_token")
 
+def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over a task's parameter groups, in its fused form, which runs on CPU and CUDA alike.
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """No decay on vectors (norms, layer scale), biases, position and class token; the mask token is decayed."""
-    own_name = name.rpartition(".")[2]
-    return parameter.ndim > 1 and own_name != "bias" and own_name not in NEVER_DECAYED
-
-
-def make_optimizer(module: nn.Module, optim: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module` (a model or an objective around it).
-
-    The fused form runs on CPU and CUDA alike and takes a tensor that calls the update off, see `gated_step`. The other
-    goes through the parameters one by one, an operation at a time.
+    That form takes a tensor that calls the update off, see `gated_step`.
     """
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trainable if is_decayed(name, p)]
-    others = [p for name, p in trainable if not is_decayed(name, p)]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused, foreach=False
-    )
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
 def gated_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
     """One update, or none at all where `skip` (scalar float32 on the device) is 1; the host never waits for `skip`.
 
-    These two attributes are how GradScaler tells a fused optimizer of an overflow. For an optimizer that is not fused
-    the host has to wait.
+    These two attributes are how GradScaler tells a fused optimizer of an overflow.
     """
-    if not optimizer.defaults["fused"]:
-        if not skip.item():
-            optimizer.step()
-        return
     optimizer.grad_scale, optimizer.found_inf = None, skip
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
@@ -94,18 +74,18 @@ def moments_like(parameter: Tensor) -> dict[str, Tensor]:
 
 
 class WeightAverage:
-    """Exponential moving average of the weights, in float32: average += (1 - decay) (weights - average)."""
+    """Exponential moving average of the trained weights, in float32: average += (1 - decay) (weights - average)."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
+        self.weights = {name: value.detach().float().clone() for name, value in trained(module).items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, skip: Tensor) -> None:
-        """Move towards the weights of `model`, unless `skip` (scalar float32 tensor) is 1."""
-        current = model.state_dict()
+    def update(self, module: nn.Module, skip: Tensor) -> None:
+        """Move towards the weights of `module`, unless `skip` (scalar float32 tensor) is 1."""
+        current = trained(module)
         averages = list(self.weights.values())
-        change = torch._foreach_sub([current[name].float() for name in self.weights], averages)
+        change = torch._foreach_sub([current[name].detach().float() for name in self.weights], averages)
         torch._foreach_mul_(change, (1 - self.decay) * (1 - skip))
         torch._foreach_add_(averages, change)
 
@@ -113,3 +93,8 @@ class WeightAverage:
         """Take over the averages of a checkpoint."""
         for name, value in self.weights.items():
             value.copy_(as_parts_of(weights[name], value))
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -1,11 +1,11 @@
 """How the processes of a run share a network: each keeps a copy (DDP), or a part of every weight (FSDP2).
 
-Sharded, every block is a unit of its own, and the objective around them one more, with the embedding, the last norm and
-the head: a unit's weights are whole from the beginning of its forward pass to the end, and again in its backward pass.
-So what a module's forward reads of a weight, as it is or folded into another, must belong to that module, its block, or
-the objective, which is whole all along. Gradients, optimizer state and moving average exist in parts only, and what is
-elementwise, norms included, is done on the parts. A checkpoint holds whole tensors either way, so that any number of
-processes goes on from it, in either way.
+Sharded, every unit of a task, such as a block, is one of its own, and the task around them one more, with the
+embedding, the last norm and the head: a unit's weights are whole from the beginning of its forward pass to the end,
+and again in its backward pass. So what a module's forward reads of a weight, as it is or folded into another, must
+belong to that module, its unit, or the task, which is whole all along. Gradients, optimizer state and moving average
+exist in parts only, and what is elementwise, norms included, is done on the parts. A checkpoint holds whole tensors
+either way, so that any number of processes goes on from it, in either way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mapet.config import RunConfig
 from mapet.distributed import World
 from mapet.errors import ConfigError
-from mapet.objectives import Objective
+from mapet.task import Task
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Shard
@@ -44,27 +44,27 @@ def shards(config: RunConfig, world: World) -> bool:
     return config.train.parallel == "fsdp" and world.size > 1
 
 
-def compile_network(objective: Objective, *, sharded: bool) -> None:
-    """torch.compile of the objective; sharded, of each block, between whose passes weights are gathered."""
-    for module in objective.model.blocks if sharded else [objective]:
+def compile_network(task: Task, *, sharded: bool) -> None:
+    """torch.compile of the task; sharded, of each of its units, between whose passes weights are gathered."""
+    for module in task.units() if sharded else [task]:
         module.compile(dynamic=False)
 
 
-def distribute(objective: Objective, world: World, *, sharded: bool) -> nn.Module:
-    """`objective` on its device, with gradients that are averaged over the processes; call what is returned.
+def distribute(task: Task, world: World, *, sharded: bool) -> nn.Module:
+    """`task` on its device, with gradients that are averaged over the processes; call what is returned.
 
-    Sharded, the objective's own parameters become parts, so optimizer and average are made after this; and its blocks
+    Sharded, the task's own parameters become parts, so optimizer and average are made after this; and its units
     reach the device one at a time.
     """
     if not sharded:
-        return world.wrap(objective.to(world.device))
+        return world.wrap(task.to(world.device))
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # half a second, which runs of one process have no need of
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for unit in [*objective.model.blocks, objective]:
+    for unit in [*task.units(), task]:
         fully_shard(unit, mesh=mesh, shard_placement_fn=lambda parameter: placement(parameter, world.size))
-    return objective.to(world.device)
+    return task.to(world.device)
 
 
 def placement(parameter: Tensor, processes: int) -> Shard | None:

@@ -10,6 +10,7 @@ from mapet.config import Precision, RunConfig
 from mapet.distributed import World
 from mapet.errors import ConfigError
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_SINCE = (8, 0)
 """Compute capability from which a GPU multiplies bf16 matrices; older ones emulate it."""
 
@@ -40,3 +41,13 @@ def settled(config: RunConfig, world: World) -> tuple[RunConfig, str]:
             "differ; name one: fp16 runs on all of them"
         )
     return replace(config, train=replace(config.train, precision=mine)), f"what auto takes on {device}"
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """ConfigError when a GPU has no bf16 of its own; ValueError for auto, which `settled` settles before."""
+    if precision == "auto":
+        raise ValueError("train.precision auto is settled before a learner is made: precision.settled")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"train.precision bf16 needs a GPU of compute capability 8.0 or newer, {device} is older: fp16"
+        )
