@@ -32,8 +32,8 @@ from bench.guard import Unavailable
 from bench.options import Options
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
-from mapet.data.subset import Subset
+from mapet.data.images import Subset
+from mapet.data.sources import open_source
 from mapet.demo.folder import DemoFolder, Timings
 from mapet.demo.recipe import FULL, Recipe
 from mapet.demo.run import THREADS, threads

@@ -113,8 +113,8 @@ def loading_arena(setting: step.Setting, workers: int, images: int) -> Iterator[
             return {part: 0.0 if torch.equal(exact, found) else float("inf") for (part, exact), found in same}
 
         ways = {
-            "ours": lambda: entrant(our_loader, 0, lambda batch: (batch.images, batch.tokens)),
-            "ours_workers": lambda: entrant(our_loader, workers, lambda batch: (batch.images, batch.tokens)),
+            "ours": lambda: entrant(our_loader, 0, lambda batch: (batch["images"], batch["tokens"])),
+            "ours_workers": lambda: entrant(our_loader, workers, lambda batch: (batch["images"], batch["tokens"])),
             "official": lambda: entrant(official_loader, workers, lambda batch: (unnormalised(batch[0]), batch[1])),
         }
         yield Arena(ways, judge, images=setting.sizes.batch)

@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.contest import Arena, Contest, Entrant, Timed
 from bench.options import Options
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
+from mapet.data.sources import open_source
 from mapet.tokenizers import KClipTokenizer, make_tokenizer
 from mapet.tokenizers.encode import tokenize
 from mapet.tokenizers.foreign.clip_trunk import TrunkConfig, build_trunk

@@ -1,4 +1,4 @@
-"""The one place that reads files which others may have written, damaged or made up, and that writes files whole.
+"""The one place that reads files which others may have written, damaged or made up, and that writes them whole.
 
 Only regular files are read. No code in a file is run: pickles are read with weights_only=True, and never otherwise, by
 us or by a library on our behalf. Whatever is wrong with a file is an `UnreadableFile`: one line with its path and the
@@ -12,15 +12,17 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from mapet.checked import conform, shown
+from mapet.checked import at_least, conform, shown
 from mapet.errors import DataError
 from mapet_kernels.regular import load_plain, open_regular, read_regular
 
@@ -249,12 +251,26 @@ def map_array(
     return array.view(np.ndarray)
 
 
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest remembers of a file."""
+
+    bytes: Annotated[int, at_least(0)]
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, expected: FileRecord | None = None) -> FileRecord:
+        """Size and hash of a file as it is on disk; one larger than expected is not hashed. UnreadableFile."""
+        return cls(*sha256_of(path, most=expected and expected.bytes))
+
+
+def write_whole(path: Path, content: str | bytes | memoryview) -> FileRecord:
     """Write a file safely to disk, whole or not at all; text as UTF-8, other bytes in names escaped. OSError."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     with replacing(path) as partial:
         partial.write_bytes(content)
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -285,12 +301,33 @@ def replacing(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def write_through(path: Path, content: bytes | memoryview) -> None:
-    """Write a file and wait until it is on the disk. OSError."""
+def write_through(path: Path, content: bytes | memoryview) -> FileRecord:
+    """Write a file and wait until it is on the disk; the record is of what was meant to be written. OSError."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def move_folder(new: Path, place: Path, aside: Path) -> bool:
+    """Put a complete folder in a place; what is there steps `aside` first, and comes back where the move fails.
+
+    Returns:
+        Whether something has stepped aside, which is for the caller to remove. OSError.
+    """
+    sync_folder(new)
+    there = place.exists()  # a folder cannot be renamed onto a full one
+    if there:
+        os.rename(place, aside)
+    try:
+        os.rename(new, place)
+    except OSError:
+        if there:
+            os.rename(aside, place)
+        raise
+    sync_folder(place.parent)
+    return there
 
 
 def sync_folder(folder: Path) -> None:
@@ -302,3 +339,62 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class NpyWriter:
+    """One .npy file of shape (rows, *row_shape) that grows row by row; `close` completes it.
+
+    Rows are written, not mapped: a memory-mapped write to a full disk kills the process with SIGBUS, a plain one raises
+    an error that can be handled. As a context manager it closes a file whose content no longer matters.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype | type, row_shape: Shape) -> None:
+        self.path, self.dtype, self.row_shape, self.rows = path, np.dtype(dtype), row_shape, 0
+        self._file = open_new(path)
+        self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write (b, *row_shape) rows of the file's dtype."""
+        if rows.dtype != self.dtype or rows.shape[1:] != self.row_shape:
+            raise ValueError(f"rows are {rows.dtype} {rows.shape[1:]}, the file holds {self.dtype} {self.row_shape}")
+        self._file.write(memoryview(np.ascontiguousarray(rows)).cast("B") if rows.size else b"")
+        self.rows += len(rows)
+
+    def close(self) -> FileRecord:
+        """Put the final number of rows into the header, and the file safely on disk."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord.of(self.path)
+
+    def _write_header(self) -> None:
+        # numpy pads the header so that a longer first axis does not change its length
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, *self.row_shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def __enter__(self) -> NpyWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._file.close()
+        except OSError:  # flushing fails once more on a full disk
+            self._file.raw.close()
+
+
+def open_new(path: Path) -> BinaryIO:
+    """A new file, open for binary writing."""
+    return open(path, "xb")
+
+
+def write_rows(path: Path, parts: Iterable[np.ndarray]) -> FileRecord:
+    """A .npy file of arrays put one after the other, at least one; a file that is there is replaced."""
+    path.unlink(missing_ok=True)
+    parts = iter(parts)
+    first = next(parts)
+    with NpyWriter(path, first.dtype, first.shape[1:]) as file:
+        for part in chain((first,), parts):
+            file.append(part)
+        return file.close()

@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mapet.errors import ConfigError, DataError
-from mapet.files import UnreadableFile, read_json, sync_folder
+from mapet.files import UnreadableFile, move_folder, read_json, sync_folder
 
 LOCK = ".mapet.lock"
 PARTIAL_FILES = ".*.partial"
@@ -259,26 +259,14 @@ class Staging:
         if files is not None and self.earlier() is None:
             os.rename(self.replaced, self.path)
         else:
-            _remove(self.replaced, files or ())
+            drop(self.replaced, files or ())
 
     def move(self, new: Path) -> None:
         """Put a complete folder in the place. DataError where in the meantime something else came to be there."""
         self.restore()
         files = self.earlier()
-        sync_folder(new)
-        # What is there steps aside first, since a folder cannot be renamed onto a full one.
-        aside = self.path.exists()
-        if aside:
-            os.rename(self.path, self.replaced)
-        try:
-            os.rename(new, self.path)
-        except OSError:
-            if aside:
-                os.rename(self.replaced, self.path)
-            raise
-        sync_folder(self.path.parent)
-        if aside:
-            _remove(self.replaced, files or ())
+        if move_folder(new, self.path, self.replaced):
+            drop(self.replaced, files or ())
 
     @contextmanager
     def making(self) -> Iterator[Path]:
@@ -323,11 +311,11 @@ def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
     return aside
 
 
-def _remove(folder: Path, files: Sequence[str]) -> None:
-    """Delete these files, and the folder unless something else has come to be in it."""
+def drop(folder: Path, names: Sequence[str]) -> None:
+    """Delete the files of these names (patterns) in a folder, and it unless something else has come to be in it."""
     with suppress(OSError):
-        for name in (*files, LOCK):
-            (folder / name).unlink(missing_ok=True)
+        for path in [path for name in (*names, LOCK, PARTIAL_FILES) for path in folder.glob(name)]:
+            path.unlink()
         folder.rmdir()
 
 

@@ -1,20 +1,26 @@
-"""Progress of a run for the person watching: a live bar on a terminal, plain lines anywhere else."""
+"""Progress of a run, and of a long job, for the person watching: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import math
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mapet.training.metrics import StepMetrics
 from mapet.words import printable, say
+
+if TYPE_CHECKING:
+    from mapet.training.metrics import StepMetrics
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressDisplay(Protocol):
@@ -113,3 +119,41 @@ def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how many of `total` images are done, images/s and the time left; yields what adds images."""
+    if sys.stderr.isatty():
+        text = TextColumn("{task.description}", markup=False)
+        columns = (text, BarColumn(), MofNCompleteColumn(), ImageRate(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            task = bars.add_task(what, total=total)
+            yield lambda count: bars.advance(task, count)
+        return
+    start = told = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES:
+            told = now
+            say(progress_line(what, done, total, now - start), file=sys.stderr)
+
+    yield advance
+    say(progress_line(what, done, total, time.monotonic() - start), file=sys.stderr)
+
+
+class ImageRate(ProgressColumn):
+    """Images per second, once they are known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.0f} images/s")
+
+
+def progress_line(what: str, done: int, total: int, seconds: float) -> str:
+    """One line of plain progress, e.g. "tokenising: 512/1797 images, 128 images/s, 0:00:10 left"."""
+    speed = done / max(seconds, 1e-9)
+    left = duration((total - done) / speed if speed else 0)
+    return f"{what}: {done}/{total} images, {speed:.0f} images/s, {left} left"

@@ -24,9 +24,9 @@ from workload import synchronize
 from mapet.data.augment import color_jitter, sample_color_jitter
 from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import CacheWriter
-from mapet.data.images import open_source
 from mapet.data.loader import make_loader
 from mapet.data.manifest import CacheDescription
+from mapet.data.sources import open_source
 from mapet.data.views import ViewConfig, Views
 from mapet.task import Batch, Data
 

@@ -1,5 +1,6 @@
 """Small stand-ins for the data tests: a tokenizer, a source in memory, and a cache of both."""
 
+import errno
 import hashlib
 import os
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from PIL import Image
 
 from mapet.data import cache_writer
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, centre_square
+from mapet.data.decode import centre_square
+from mapet.data.images import ImageSource
 from mapet.data.manifest import CacheDescription
 from mapet.errors import DataError
 
@@ -54,6 +56,12 @@ class NoiseSource(ImageSource):
         return hashlib.sha256(repr(self.names).encode()).hexdigest()
 
 
+def fit_on(tokenizer, images, **settings):
+    """Fit a tokenizer over all patches of prepared images, in memory; the report."""
+    rows = tokenizer.features(images).flatten(0, 1)
+    return tokenizer.fit(rows, images=len(images), patches=len(rows), **settings)
+
+
 def description(**changes):
     values = {
         "image_size": 8,
@@ -87,10 +95,32 @@ def entries(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+class Trap:
+    """A pickle of this makes a file when it is loaded as pickles are."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def flip(path, at=-1):
+    """Change a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def no_space(*_, **__):
+    """In place of something that writes: the disk is full."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @contextmanager
 def without_root():
     """Root may read every file; be nobody for a moment."""
-    root = os.geteuid() == 0
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root:
         os.seteuid(65534)
     try:

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -85,3 +86,33 @@ def _join(processes: list, timeout: float) -> list[int]:
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+def in_fork(task: Callable[[], object]) -> object:
+    """What `task` returns in a process of its own, or name, text and exit code of the error that it raises."""
+    ours, theirs = FORK.Pipe(duplex=False)
+
+    def call() -> None:
+        torch.set_num_threads(1)
+        try:
+            theirs.send(task())
+        except BaseException as error:
+            theirs.send((type(error).__name__, str(error), getattr(error, "exit_code", None)))
+        os._exit(0)
+
+    process = FORK.Process(target=call)
+    process.start()
+    answer = ours.recv()
+    process.join()
+    return answer
+
+
+def waiting(task: Callable[[], object], ready: Path) -> multiprocessing.Process:
+    """A process that runs `task`, when that has made the file `ready`."""
+    process = FORK.Process(target=task)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    return process

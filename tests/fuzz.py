@@ -249,7 +249,7 @@ def outputs(arguments: tuple[str, ...]) -> Written:
     tokenizer = features = None
     if command == "tokenize" and output.name:
         tokenizer = options.codebook or output.with_name(f"{output.name}_tokenizer")
-        features = options.features_dir or output.with_name(f"{output.name}_features")
+        features = options.features_dir
     return Written(
         *(path and relative(path) for path in (output, tokenizer, features)),
         overwrite=getattr(options, "overwrite", False),
@@ -292,8 +292,8 @@ REPLACED: Mapping[str, str] = {
     "export": r"config\.json|model\.safetensors",
 }
 """What a command may replace in the folder that it writes, where that is its own."""
-TOKENIZER_FILES = r"tokenizer\.json|codebook\.safetensors|fit(/(sample\.npy|sample\.json|kmeans))?"
 FEATURE_FILES = r"(plan|features)\.json|part_\d+\.json|features_\d+\.npy|kmeans"
+TOKENIZER_FILES = rf"tokenizer\.json|codebook\.safetensors|fit(/({FEATURE_FILES}))?"
 
 
 def may_replace(path: str, outcome: Outcome, written: Written) -> bool:

@@ -16,22 +16,13 @@ import numpy as np
 import torch
 from clip_weights import SMALL, random_weights
 from command_line import FIT, SIZES, TRAINING, pictures
+from datafakes import Trap
 from safetensors.torch import save_file
 
 from mapet.cli import main
 
 PROBING = ("--methods", "knn", "--neighbours", 3, "--labels-per-class", 0, "--device", "cpu")
 CHECKPOINT = "run/checkpoints/step_000000002"
-
-
-class Trap:
-    """A pickle of this makes a file when it is loaded as pickles are."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple:
-        return open, (str(self.canary), "w")
 
 
 def traps(canary: Path) -> dict[str, bytes]:
@@ -68,18 +59,18 @@ def make_everything(folder: Path) -> None:
 
 
 def stop_fits(folder: Path) -> None:
-    """Fits that were interrupted after an iteration, one in memory and one in files."""
-    from mapet.commands import tokenize as command
+    """Fits that were interrupted after an iteration, their features beside the codebook and elsewhere."""
+    from mapet.tokenizers.fitting import fit
 
     def interrupt(done: Any) -> None:
         raise KeyboardInterrupt
 
-    kept, command.iteration_lines = command.iteration_lines, lambda options: interrupt
+    kept, fit.iteration_lines = fit.iteration_lines, lambda config: interrupt
     try:
         for name in ("fit", "fit from files"):
             assert main([*map(str, COMMANDS[name](folder))]) == 130
     finally:
-        command.iteration_lines = kept
+        fit.iteration_lines = kept
 
 
 def places(folder: Path) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import FIT, PROBE, SIZES, TRAINING, everything_in, pictures, training
+from datafakes import flip, no_space
 from PIL import Image
 
+from mapet import files
 from mapet.cli import main
-from mapet.data import npyfile
 from mapet.data.cache import TokenCache
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.training import checkpoint
@@ -138,10 +138,7 @@ class TestImages:
         assert (cache / "manifest.json").read_bytes() == before
 
     def test_a_disk_that_is_full(self, mapet, tokenize, images, tmp_path, monkeypatch):
-        def full(*_):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(npyfile.NpyAppender, "append", full)
+        monkeypatch.setattr(files.NpyWriter, "append", no_space)
         mapet.fail(*tokenize(images), code=1, names=(tmp_path / "out/cache", "the disk is full"))
         assert not everything_in(tmp_path / "out")
 
@@ -212,7 +209,7 @@ class TestTokens:
     def test_a_token_in_the_cache_out_of_range(self, mapet, copied_cache, tmp_path):
         np.save(copied_cache / "tokens.npy", np.full((40, 16), 16, np.uint16))
         manifest = json.loads((copied_cache / "manifest.json").read_text())
-        manifest["files"]["tokens.npy"] = vars(npyfile.FileRecord.of(copied_cache / "tokens.npy"))
+        manifest["files"]["tokens.npy"] = vars(files.FileRecord.of(copied_cache / "tokens.npy"))
         (copied_cache / "manifest.json").write_text(json.dumps(manifest))
         given = ("--cache", copied_cache, "--output", tmp_path / "run", *TRAINING)
         names = (copied_cache / "tokens.npy", "token 16, allowed are 0 to 15")
@@ -220,9 +217,7 @@ class TestTokens:
         assert not (tmp_path / "run").exists()
 
     def test_a_damaged_cache(self, mapet, copied_cache, tmp_path):
-        content = bytearray((copied_cache / "tokens.npy").read_bytes())
-        content[-1] ^= 1
-        (copied_cache / "tokens.npy").write_bytes(content)
+        flip(copied_cache / "tokens.npy")
         given = ("--cache", copied_cache, "--output", tmp_path / "run", *TRAINING)
         mapet.fail("pretrain", *given, code=1, names=(copied_cache / "tokens.npy", "SHA-256"))
         assert not (tmp_path / "run").exists()
@@ -285,10 +280,7 @@ class TestRuns:
         assert not (run / "timm").exists() and not (run / "p").exists()
 
     def test_a_disk_that_is_full(self, mapet, cache, run, monkeypatch):
-        def full(*_):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(checkpoint, "write_through", full)
+        monkeypatch.setattr(checkpoint, "write_through", no_space)
         arguments = ("pretrain", "--cache", cache, "--output", run, *TRAINING, "--max-steps", 3)
         mapet.fail(*arguments, code=1, names=(run, "the disk is full", "step_000000002"))
         assert CheckpointStore(run / "checkpoints").steps() == [2]
@@ -297,10 +289,7 @@ class TestRuns:
         assert "going on from step 2" in mapet.succeed(*arguments).out
 
     def test_a_disk_that_is_full_for_the_scores(self, mapet, made, cache, tmp_path, monkeypatch):
-        def full(*_, **__):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr("mapet.files.os.replace", full)
+        monkeypatch.setattr("mapet.files.os.replace", no_space)
         given = ("--images", cache, "--output", tmp_path / "p", *PROBE)
         mapet.fail("probe", "--checkpoint", made / "run", *given, code=1, names=(tmp_path / "p", "No space left"))
         assert not [name for name in everything_in(tmp_path / "p") if "scores" in name or name.endswith(".npy")]

@@ -265,7 +265,7 @@ class TestTokenize:
         sizes = ("--image-size", 16, "--vocabulary", 16)
         mapet.succeed("tokenize", "--import-tokens", *shards, *given, *sizes)
         made = TokenCache.open(tmp_path / "c")
-        assert torch.equal(made.tokens(torch.arange(40)).int(), tokens) and made.tokenizer == "kclip"
+        assert torch.equal(made.tokens(torch.arange(40)).int(), tokens) and made.tokenizer == "official"
 
     @pytest.mark.parametrize(
         ("arguments", "names"),

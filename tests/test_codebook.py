@@ -11,23 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datafakes import Trap, description, fit_on, flip, no_space, random_rows
 from safetensors.torch import save_file
 
-from mapet.data.images import open_source
+from mapet.data import cache_writer
+from mapet.data.cache import TokenCache
+from mapet.data.sources import open_source
 from mapet.errors import DataError
-from mapet.tokenizers import (
-    CollapseWarning,
-    load_tokenizer,
-    make_tokenizer,
-    measure_usage,
-    read_official_codebook,
-    write_faiss_index,
-    write_official_centroids,
-)
-from mapet.tokenizers.fitting.sampling import Reservoir
+from mapet.tokenizers import load_tokenizer, make_tokenizer
+from mapet.tokenizers.foreign.official_codebook import read_official_codebook
 from mapet.tokenizers.pixel import PixelTokenizer
 from mapet.tokenizers.store import read_provenance
-from mapet.tokenizers.usage import CodebookUsage, warn_of_collapse
+from mapet.tokenizers.usage import CodebookUsage, CollapseWarning, count_usage, warn_of_collapse
 
 
 def noise_images(count: int = 40, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -36,13 +31,12 @@ def noise_images(count: int = 40, size: int = 16, seed: int = 0) -> torch.Tensor
 
 def fitted(vocabulary: int = 8) -> PixelTokenizer:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=vocabulary)
-    tokenizer.fit([noise_images()], iterations=3, redos=2)
+    fit_on(tokenizer, noise_images(), iterations=3, redos=2)
     return tokenizer
 
 
 def test_usage_of_equally_used_entries() -> None:
-    usage = measure_usage(torch.arange(64).view(4, 16) % 8, 8)
-    assert usage.counts.tolist() == [8] * 8
+    usage = CodebookUsage(np.full(8, 8))
     assert usage.perplexity == pytest.approx(8)
     assert usage.largest_share == 1 / 8
     assert len(usage.dead) == 0
@@ -56,24 +50,12 @@ def test_perplexity_is_two_to_the_entropy_in_bits() -> None:
     assert usage.total == 8
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16])
-def test_usage_takes_every_integer_type(dtype: torch.dtype) -> None:
-    assert measure_usage(torch.tensor([0, 2, 2]).to(dtype), 3).counts.tolist() == [1, 0, 2]
-
-
-def test_usage_of_large_uint16_ids() -> None:
-    assert measure_usage(np.array([65535, 40000], dtype=np.uint16), 65536).dead.size == 65534
-
-
-@pytest.mark.parametrize("bad", [-1, 8])
-def test_tokens_out_of_range_are_refused(bad: int) -> None:
-    with pytest.raises(ValueError, match=r"tokens must be in \[0, 8\), got values from"):
-        measure_usage(torch.tensor([1, bad]), 8)
-
-
-def test_repeated_entries_are_counted() -> None:
-    codebook = torch.tensor([[1.0, 2], [3, 4], [1, 2], [1, 2], [0, 0]])
-    assert measure_usage(torch.arange(5), 5, codebook).repeated == 2
+def test_usage_of_a_cache_counts_large_ids(tmp_path: Path) -> None:
+    tokens = torch.tensor([[65535, 40000, 0, 0]])
+    made = description(vocabulary=65536)
+    cache_writer.write_cache(tmp_path / "cache", made, random_rows(1)[0], tokens, ["a"])
+    usage = count_usage(TokenCache.open(tmp_path / "cache"))
+    assert (usage.total, usage.dead.size, usage.counts[0], usage.counts[65535]) == (4, 65533, 2, 1)
 
 
 COLLAPSED = {
@@ -99,7 +81,7 @@ def test_a_healthy_codebook_does_not_warn() -> None:
 def test_fitting_equal_images_warns_and_says_so_in_the_report() -> None:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
     with pytest.warns(CollapseWarning, match="the codebook of tokenizer pixel has COLLAPSED"):
-        report = tokenizer.fit([torch.full((20, 3, 16, 16), 90, dtype=torch.uint8)], iterations=2, redos=1)
+        report = fit_on(tokenizer, torch.full((20, 3, 16, 16), 90, dtype=torch.uint8), iterations=2, redos=1)
     assert "COLLAPSED: 7 of 8 entries are never used" in report.summary()
 
 
@@ -112,43 +94,6 @@ def test_the_report_describes_the_fit() -> None:
     text = report.summary()
     assert "8 entries of 48 numbers, from 640 of 640 patches of 40 images" in text
     assert f"perplexity {report.usage.perplexity:.1f} of 8, 0 dead, 0 repeated" in text
-
-
-def test_usage_in_the_report_is_that_of_the_final_codebook() -> None:
-    tokenizer = fitted()
-    tokens = tokenizer.encode(noise_images())
-    assert np.array_equal(tokenizer.report.usage.counts, measure_usage(tokens, 8).counts)
-
-
-@pytest.mark.parametrize("batch", [1, 7, 100, 1000])
-def test_the_sample_does_not_depend_on_the_batches(batch: int) -> None:
-    rows = torch.arange(1000.0)[:, None]
-    whole, parts = Reservoir(50, seed=3), Reservoir(50, seed=3)
-    whole.add(rows)
-    for part in rows.split(batch):
-        parts.add(part)
-    assert torch.equal(whole.rows, parts.rows)
-    assert len(whole.rows.unique()) == 50
-    assert parts.seen == 1000
-
-
-def test_the_sample_is_uniform() -> None:
-    counts = np.zeros(40)
-    for seed in range(3000):
-        sample = Reservoir(10, seed)
-        for part in torch.arange(40)[:, None].split(9):
-            sample.add(part)
-        counts[sample.rows.flatten().numpy()] += 1
-    # Binomial(3000, 1/4): standard deviation 23.7.
-    assert np.abs(counts - 750).max() < 4.5 * 23.7
-
-
-def test_a_small_stream_is_kept_whole_in_order() -> None:
-    sample = Reservoir(100, seed=0)
-    for part in torch.arange(30.0).view(30, 1).half().split(4):
-        sample.add(part)
-    assert torch.equal(sample.rows, torch.arange(30.0).view(30, 1).half())
-    assert len(Reservoir(5, seed=0).rows) == 0
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
@@ -174,10 +119,7 @@ def test_a_failed_save_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytes
     fitted(8).save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", full)
+    monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", no_space)
     with pytest.raises(DataError, match=r"cannot save the tokenizer in .*: No space left on device"):
         fitted(9).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -228,10 +170,7 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, me
 
 def test_a_damaged_codebook_is_refused(tmp_path: Path) -> None:
     fitted().save(tmp_path)
-    path = tmp_path / "codebook.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
+    flip(tmp_path / "codebook.safetensors")
     with pytest.raises(DataError, match=r"codebook\.safetensors is damaged"):
         load_tokenizer(tmp_path)
 
@@ -321,14 +260,6 @@ def test_an_index_whose_header_does_not_fit_is_refused(tmp_path: Path, features,
             read_official_codebook(path)
 
 
-class Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_named_npy_is_refused_and_not_run(tmp_path: Path) -> None:
     trap = np.empty(1, dtype=object)
     trap[0] = Trap(tmp_path / "sprung")
@@ -357,40 +288,13 @@ def test_other_arrays_are_refused(tmp_path: Path, content: np.ndarray | bytes, m
         read_official_codebook(path)
 
 
-def test_official_centroids_are_written_and_read(tmp_path: Path) -> None:
-    path = tmp_path / "codebook_centroids_4096_8.npy"
-    codebook = torch.randn(8, 48)
-    write_official_centroids(path, codebook)
-    written = np.load(path)
-    assert written.dtype == np.float32
-    assert np.array_equal(written, codebook.numpy())
-    assert torch.equal(read_official_codebook(path), codebook)
-    assert os.listdir(tmp_path) == [path.name]
-
-
-@pytest.mark.parametrize("write", [write_official_centroids, write_faiss_index])
-def test_a_codebook_that_cannot_be_written(tmp_path: Path, write) -> None:
-    pytest.importorskip("faiss")
-    with pytest.raises(DataError, match=r"cannot write the codebook .*absent"):
-        write(tmp_path / "absent" / "codebook.npy", torch.randn(8, 48))
-    with pytest.raises(DataError, match=r"a codebook is \(entries, features\), got shape \(8,\)"):
-        write(tmp_path / "codebook.npy", torch.randn(8))
-
-
-def test_writing_an_index_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(DataError, match=r"index_8\.npy is to be an index of .*.*: pip install faiss-cpu"):
-        write_faiss_index(tmp_path / "index_8.npy", torch.randn(8, 48))
-
-
-def test_a_faiss_index_is_written_and_read(tmp_path: Path) -> None:
+def test_an_index_that_faiss_wrote_is_read(tmp_path: Path) -> None:
     faiss = pytest.importorskip("faiss")
     path = tmp_path / "codebook_index_4096_8.npy"
     codebook = torch.randn(8, 48)
-    write_faiss_index(path, codebook)
-    index = faiss.read_index(str(path))
-    assert isinstance(index, faiss.IndexFlatL2)
-    assert (index.ntotal, index.d) == (8, 48)
+    index = faiss.IndexFlatL2(48)
+    index.add(codebook.numpy())
+    faiss.write_index(index, str(path))
     assert torch.equal(read_official_codebook(path), codebook)
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
@@ -427,8 +331,8 @@ def test_a_fit_by_faiss_is_used_as_it_is(tmp_path: Path) -> None:
 
 def test_the_codebook_file_says_where_it_comes_from(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
-    report = tokenizer.fit(
-        [noise_images()], seed=7, iterations=3, redos=2, init="k-means++", tolerance=0.1, source="5e" * 32
+    report = fit_on(
+        tokenizer, noise_images(), seed=7, iterations=3, redos=2, init="k-means++", tolerance=0.1, source="5e" * 32
     )
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.json").unlink()

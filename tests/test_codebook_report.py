@@ -21,7 +21,7 @@ from mapet.data.cache import TokenCache
 from mapet.data.cache_writer import write_cache
 from mapet.report.codebook import CodebookStatistics, write_codebook_report
 from mapet.tokenizers import load_tokenizer
-from mapet.tokenizers.usage import class_counts, measure_usage, pointwise_mutual_information, repeated_entries
+from mapet.tokenizers.usage import class_counts, pointwise_mutual_information, repeated_entries
 
 
 @pytest.fixture
@@ -70,7 +70,6 @@ def test_pointwise_mutual_information_is_its_formula():
 def test_repeated_entries_name_the_first():
     codebook = torch.tensor([[1.0, 2], [3, 4], [1, 2], [1, 2], [0, 0], [3, 4]])
     assert repeated_entries(codebook) == {2: 0, 3: 0, 5: 1}
-    assert len(repeated_entries(codebook)) == measure_usage(torch.arange(6), 6, codebook).repeated
     assert repeated_entries(torch.eye(3)) == {}
 
 

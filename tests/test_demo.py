@@ -15,8 +15,8 @@ from PIL import Image
 
 from mapet.cli import main
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
-from mapet.data.subset import Subset
+from mapet.data.images import Subset
+from mapet.data.sources import open_source
 from mapet.demo import run as demo_run
 from mapet.demo import seed as demo_seed
 from mapet.demo.folder import DemoFolder, Timings, read_json

@@ -17,11 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.transforms import v2
 
 import mapet.evaluate.features as features_module
-from mapet.data.images import open_source
+from mapet.data.images import Some, Squares
+from mapet.data.sources import open_source
 from mapet.errors import CheckpointError, ConfigError, DataError
 from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
 from mapet.evaluate.frozen import EvaluationConfig, evaluate, probe_checkpoint
-from mapet.evaluate.images import CacheImages, RandomViews, SourceImages
+from mapet.evaluate.images import RandomViews
 from mapet.evaluate.knn import knn_predict
 from mapet.evaluate.labels import draw_per_class, split
 from mapet.evaluate.probe import LayerClassifiers, ProbeConfig, linear_probe, logistic_probe
@@ -158,11 +159,13 @@ def test_a_probe_runs_on_mapped_features(tmp_path):
 
 def test_raw_pixels_of_a_cache_come_in_the_order_asked_for():
     class Cache:
-        def images(self, ids):
+        size, labels, classes = 16, None, None
+
+        def read(self, ids):
             return pixels[ids]
 
     pixels = make_images(8)
-    chosen = CacheImages(Cache(), np.array([6, 1, 3]))
+    chosen = Some(Cache(), np.array([6, 1, 3]))
     assert len(chosen) == 3 and torch.equal(chosen[1:3], pixels[[1, 3]])
     wanted = pixels[[6, 1, 3]].flatten(1).numpy().astype(np.float32) / 255
     np.testing.assert_array_equal(pixel_features(chosen, batch_size=2).values, wanted[:, None])
@@ -351,7 +354,7 @@ def test_evaluate_on_digits_without_labels_to_spare():
     digits, ids = open_source("digits"), np.arange(0, 1797, 6)
     train, test = (ids[part] for part in split(digits.labels[ids], test_fraction=0.3, seed=0))
     config = EvaluationConfig(labels_per_class=0, probe=ProbeConfig(epochs=2))
-    data = [part for ids in (train, test) for part in (SourceImages(digits, 8, ids), digits.labels[ids])]
+    data = [part for ids in (train, test) for part in (Some(Squares(digits, 8), ids), digits.labels[ids])]
     result = evaluate(pixel_features, *data, config=config, classes=digits.classes)
     assert {score.labels for score in result.scores} == {"all"}
     assert result.accuracy("kNN, k = 1") > 0.9 and result.accuracy("logistic regression") > 0.85

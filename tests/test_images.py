@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datafakes import without_root
+import torch
+from datafakes import NoiseSource, without_root, write_cache
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from mapet.data import builtin
-from mapet.data.decode import decode
-from mapet.data.images import centre_square, folder_source, open_source
+from mapet.data import builtin, sources
+from mapet.data.cache import TokenCache
+from mapet.data.decode import centre_square, decode
+from mapet.data.images import Some, Squares
+from mapet.data.sources import folder_source, open_source
 from mapet.errors import ConfigError, DataError
 
 
@@ -77,14 +80,14 @@ class TestDecode:
         palette.save(tmp_path / "p.png", transparency=1)
         assert np.asarray(decode(tmp_path / "p.png")).tolist() == [[[1, 2, 3], [255, 255, 255]]]
 
-    def test_exif_orientation_is_applied_unless_told_not_to(self, tmp_path):
+    def test_exif_orientation_is_applied_unless_plain(self, tmp_path):
         image = Image.fromarray(noise(8, 4))
         exif = Image.Exif()
         exif[0x0112] = 6  # to be shown turned by 90 degrees
         image.save(tmp_path / "x.png", exif=exif)
         assert decode(tmp_path / "x.png").size == (4, 8)
         assert np.array_equal(np.asarray(decode(tmp_path / "x.png")), np.rot90(np.asarray(image), -1))
-        assert np.array_equal(np.asarray(decode(tmp_path / "x.png", orient=False)), np.asarray(image))
+        assert np.array_equal(np.asarray(decode(tmp_path / "x.png", plain=True)), np.asarray(image))
 
     def test_one_pixel(self, tmp_path):
         png(tmp_path / "x.png", np.full((1, 1, 3), 77, np.uint8))
@@ -212,6 +215,11 @@ class TestFolder:
         (tmp_path / "a.png").rename(tmp_path / "b.png")
         assert len({before, longer, folder_source(tmp_path).fingerprint()}) == 3
 
+    def test_files_are_looked_at_once_for_the_fingerprint(self, tmp_path, monkeypatch):
+        source, stats = folder_source(png(tmp_path / "a.png").parent), []
+        monkeypatch.setattr(sources, "_stat", lambda path: stats.append(path))
+        assert source.fingerprint() == source.fingerprint() and stats == [tmp_path / "a.png"]
+
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
     def test_names_that_are_not_unicode(self, tmp_path):
         png(tmp_path / "a.png").rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")))
@@ -270,3 +278,28 @@ class TestCentreSquare:
     def test_same_size_is_untouched(self):
         pixels = noise(16, 16)
         assert np.array_equal(centre_square(Image.fromarray(pixels), 16), pixels.transpose(2, 0, 1))
+
+
+class TestImages:
+    """Folders and caches, read alike."""
+
+    def test_squares_of_a_source(self):
+        source = NoiseSource(5, bad=[3])
+        images = Squares(source, 8)
+        expected = np.stack([centre_square(source.load(i), 8) for i in (4, 0)])
+        assert np.array_equal(images.read([4, 0]).numpy(), expected)
+        assert torch.equal(images[0:2], images.read([0, 1])) and len(images) == 5
+        assert (images.names, images.classes) == (source.names, source.classes)
+        with pytest.raises(DataError, match="noise_3: broken; take it away, or give a token cache"):
+            images.read([3])
+        assert len({Squares(NoiseSource(n), size).fingerprint() for n, size in ((5, 8), (6, 8), (5, 9))}) == 3
+
+    def test_a_cache_and_some_of_it(self, tmp_path):
+        cache, pixels, _ = write_cache(tmp_path / "cache")
+        some = Some(cache, [7, 2, 4])
+        assert (cache.size, some.size, len(some)) == (8, 8, 3)
+        assert torch.equal(cache.read([1, 0]), pixels[[1, 0]]) and torch.equal(some[1:3], pixels[[2, 4]])
+        assert some.names == ["im/7.png", "im/2.png", "im/4.png"] and some.labels.tolist() == [1, 0, 0]
+        assert cache.fingerprint() == TokenCache.open(cache.path).fingerprint()
+        others = (cache, some, Some(cache, [2, 7, 4]), write_cache(tmp_path / "other", seed=1)[0])
+        assert len({images.fingerprint() for images in others}) == 4

@@ -7,10 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from datafakes import Trap
 from PIL import Image
 
 from mapet.data.cache import TokenCache
-from mapet.data.images import centre_square
+from mapet.data.decode import centre_square, decode
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers.foreign.official_tokens import import_official, ordered_token_files
 
@@ -90,6 +91,32 @@ class TestImport:
         run(folder)
         expected = centre_square(Image.open(path).convert("RGB"), 16)
         assert np.array_equal(TokenCache.open(folder / "cache").images([0])[0].numpy(), expected)
+
+    @pytest.mark.parametrize("kind", ["alpha", "16 bit"])
+    def test_images_are_read_as_pillow_converts_them(self, layout, kind):
+        """As the official code does, and not as everywhere else: no white behind alpha, 16-bit grey is clipped."""
+        folder, _ = layout
+        rng = np.random.default_rng(0)
+        if kind == "alpha":
+            image = Image.fromarray(rng.integers(0, 256, (20, 20, 4), dtype=np.uint8))
+        else:
+            image = Image.fromarray(rng.integers(0, 2**16, (20, 20), dtype=np.uint16))
+        path = folder / "root/n0/n0_0.JPEG"
+        image.save(path, format="PNG")
+        run(folder)
+        stored = TokenCache.open(folder / "cache").images([0])[0].numpy()
+        assert np.array_equal(stored, centre_square(image.convert("RGB"), 16))
+        assert np.abs(stored.astype(int) - centre_square(decode(path), 16)).max() > 50
+
+    @pytest.mark.parametrize(
+        ("name", "label"),
+        [("k_means_processed_ade_0", "kclip"), ("VQKD_train_0", "vqkd"), ("dall-e_0", "dalle"), ("tokens", "official")],
+    )
+    def test_the_cache_names_the_tokenizer_that_the_files_name(self, layout, name, label):
+        folder, tokens = layout
+        torch.save(tokens.int(), folder / f"{name}.pth")
+        run(folder, token_files=folder / f"{name}.pth")
+        assert TokenCache.open(folder / "cache").tokenizer == label
 
     def test_a_bad_image_takes_its_tokens_with_it(self, layout):
         folder, tokens = layout
@@ -197,7 +224,7 @@ class TestRefused:
     @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
     def test_pickle_with_code_is_refused_and_not_run(self, layout, save):
         folder, _ = layout
-        save(Bomb(folder / "ran"), folder / "all.pth")
+        save(Trap(folder / "ran"), folder / "all.pth")
         self.refuse(layout, r"all\.pth \(no code in it was run\)", token_files=folder / "all.pth")
         assert not (folder / "ran").exists()
 
@@ -234,20 +261,10 @@ class TestRefused:
 
     def test_class_names(self, layout):
         folder, _ = layout
-        np.save(folder / "classes.npy", np.array([Bomb(folder / "ran")], dtype=object), allow_pickle=True)
+        np.save(folder / "classes.npy", np.array([Trap(folder / "ran")], dtype=object), allow_pickle=True)
         self.refuse(layout, r"cannot read class names from .*classes\.npy", class_names=folder / "classes.npy")
         assert not (folder / "ran").exists()
         np.save(folder / "classes.npy", np.array(["n0", "n1"]))
         self.refuse(layout, "names 2 classes, the CSV has class numbers up to 2", class_names=folder / "classes.npy")
         np.save(folder / "classes.npy", np.arange(5))
         self.refuse(layout, "not a one-dimensional array of text", class_names=folder / "classes.npy")
-
-
-class Bomb:
-    """A pickle of this leaves a folder behind when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)

@@ -133,7 +133,7 @@ def test_memory_timeline_knows_who_holds_what(tmp_path: Path) -> None:
     step = workload.build()
     weights, batch = 4 * sum(p.numel() for p in step.learner.task.parameters()), step.batch
     # Weights and two moments each; and the step counters, the batch and the buffers, which are small.
-    assert 3 * weights < held[timeline.BEFORE] < 3.05 * weights + batch.images.numel() + 8 * batch.tokens.numel()
+    assert 3 * weights < held[timeline.BEFORE] < 3.05 * weights + batch["images"].numel() + 8 * batch["tokens"].numel()
     first, last = moments.live[0].sum(), moments.live[-1].sum()
     assert held["mlp, forward"] > held["norms, forward"] > 0 and first < moments.live.max(axis=0).sum()
     assert last <= first + weights + 2**20, "a step leaves its gradients and nothing else"

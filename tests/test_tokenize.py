@@ -12,13 +12,15 @@ import torch
 from datafakes import BrightnessTokenizer, NoiseSource, entries
 from PIL import Image
 
-from mapet.data import progress
+from mapet import progress
 from mapet.data.cache import TokenCache
-from mapet.data.images import centre_square, open_source
-from mapet.data.report import TimeUse
+from mapet.data.decode import centre_square
+from mapet.data.sources import open_source
+from mapet.data.stages import TimeUse
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import make_tokenizer
-from mapet.tokenizers.encode import fit_batches, tokenize
+from mapet.tokenizers.encode import tokenize
+from mapet.tokenizers.fitting.fit import FitConfig, fit_tokenizer
 
 TOKENIZER = BrightnessTokenizer()
 
@@ -29,8 +31,9 @@ class TestTokenize:
         source = NoiseSource(11)
         report = tokenize(source, TOKENIZER, tmp_path / "cache", image_size=8, batch_size=4, workers=workers)
         cache = TokenCache.open(tmp_path / "cache")
-        cache.check_source(source)
-        cache.check_tokenizer(TOKENIZER)
+        made = cache.manifest.description
+        assert (made.source_fingerprint, made.tokenizer) == (source.fingerprint(), TOKENIZER.name)
+        assert made.tokenizer_fingerprint == TOKENIZER.fingerprint()
         cache.verify()
         assert cache.names == source.names and cache.labels.tolist() == source.labels.tolist()
         for index in range(11):
@@ -160,7 +163,6 @@ class TestTokenize:
         torch.manual_seed(0)
         before = torch.get_rng_state()
         tokenize(NoiseSource(5), TOKENIZER, tmp_path / "cache", image_size=8, workers=2)
-        list(fit_batches(NoiseSource(5), TOKENIZER, workers=0))
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_ctrl_c_before_a_shard_is_finished_leaves_nothing(self, tmp_path):
@@ -191,42 +193,12 @@ class TestTokenize:
 
     def test_the_report_says_where_the_time_went(self, tmp_path):
         tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
-        tokenizer.fit(fit_batches(NoiseSource(20), tokenizer, workers=0), iterations=1, redos=1)
+        fit_tokenizer(tokenizer, NoiseSource(20), tmp_path / "tokenizer", FitConfig(iterations=1, redos=1), workers=0)
         report = tokenize(NoiseSource(20), tokenizer, tmp_path / "cache", image_size=16, batch_size=4, workers=0)
         assert list(report.time.waited) == ["decode", "network", "assign", "write"]
         assert all(seconds > 0 for seconds in report.time.waited.values())
         assert sum(report.time.shares().values()) == pytest.approx(1) and report.time.shares()["other"] < 1
         assert report.time.images == 20 and f"bottleneck is {report.time.bottleneck}" in report.summary()
-
-
-class TestFitBatches:
-    def test_all_images_once_in_an_order_drawn_from_the_seed(self):
-        source = NoiseSource(10)
-        expected = {TOKENIZER.prepare(source.load(index)).numpy().tobytes() for index in range(10)}
-        batches = fit_batches(source, TOKENIZER, batch_size=4, workers=0, seed=1)
-        once = list(batches)
-        assert [len(batch) for batch in once] == [4, 4, 2] and len(batches) == 3
-        assert once[0].dtype == torch.uint8 and once[0].shape == (4, 3, 16, 16)
-        rows = torch.cat(once)
-        assert {row.numpy().tobytes() for row in rows} == expected
-        assert torch.equal(torch.cat(list(batches)), rows)
-        with_workers = fit_batches(source, TOKENIZER, batch_size=4, workers=2, seed=1)
-        assert torch.equal(torch.cat(list(with_workers)), rows)
-        other_seed = fit_batches(source, TOKENIZER, batch_size=4, workers=0, seed=2)
-        assert not torch.equal(torch.cat(list(other_seed)), rows)
-
-    def test_limit(self):
-        batches = fit_batches(NoiseSource(10), TOKENIZER, batch_size=4, workers=0, limit=5)
-        assert sum(len(batch) for batch in batches) == 5
-        with pytest.raises(ConfigError, match="limit"):
-            fit_batches(NoiseSource(10), TOKENIZER, limit=-1)
-
-    def test_bad_images(self):
-        source = NoiseSource(10, bad=[2])
-        batches = fit_batches(source, TOKENIZER, batch_size=1, workers=0, max_skipped=0.1)
-        assert len(torch.cat(list(batches))) == 9 and [item.name for item in batches.skipped] == ["noise_2"]
-        with pytest.raises(DataError, match="noise_2"):
-            list(fit_batches(source, TOKENIZER, workers=0))
 
 
 class TestTimeUse:
@@ -256,8 +228,8 @@ class TestReport:
             advance(4)
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("tokenising: 4/10 images, ") and lines[0].endswith(" left")
-        assert progress.progress_line("x", 20, 100, 10.0) == "x: 20/100 images, 2 images/s, 0:40 left"
-        assert progress.progress_line("x", 0, 100, 0.0) == "x: 0/100 images, 0 images/s, 0:00 left"
+        assert progress.progress_line("x", 20, 100, 10.0) == "x: 20/100 images, 2 images/s, 0:00:40 left"
+        assert progress.progress_line("x", 0, 100, 0.0) == "x: 0/100 images, 0 images/s, 0:00:00 left"
 
     def test_a_bar_on_a_terminal(self, capsys, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from command_line import SIZES, pictures
+from datafakes import NoiseSource
+from forked import killed_at_sync
 
-from mapet.commands import tokenize as command
-from mapet.tokenizers import PixelTokenizer
+from mapet.errors import DataError
+from mapet.tokenizers import PixelTokenizer, make_tokenizer
+from mapet.tokenizers.fitting import fit
 from mapet_kernels import kmeans
 
 SCRIPT = Path(__file__).parent / "fit_script.py"
+FEATURES = {"plan.json", "part_00000.json", "features_00000.npy", "features.json"}
 FIT = ("--workers", 0, "--batch-size", 16, "--fit", "--fit-redos", 2, "--fit-iterations", 4)
 
 
@@ -31,7 +35,7 @@ def stop(monkeypatch):
     def interrupt(iterations: int) -> None:
         done = []
 
-        def lines(options):
+        def lines(config):
             def tell(iteration: kmeans.Iteration) -> None:
                 done.append(iteration)
                 if len(done) == iterations:
@@ -39,7 +43,7 @@ def stop(monkeypatch):
 
             return tell
 
-        monkeypatch.setattr(command, "iteration_lines", lines)
+        monkeypatch.setattr(fit, "iteration_lines", lines)
 
     return interrupt
 
@@ -62,28 +66,32 @@ def test_fit_saves_a_tokenizer_and_makes_no_cache(mapet, images, tmp_path):
 
 
 def test_every_slow_iteration_is_told_with_the_time_left(mapet, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "SECONDS_BETWEEN_ITERATIONS", 0)
+    monkeypatch.setattr(fit, "SECONDS_BETWEEN_ITERATIONS", 0)
     outcome = mapet.succeed("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
     lines = [line for line in outcome.err.splitlines() if line.startswith("k-means: ")]
     pattern = r"k-means: start (\d)/2, iteration (\d)/4, objective ([\d.e+]+), \d+ splits, \d+\.\d s, ETA \d:\d\d:\d\d"
     found = [re.fullmatch(pattern, line) for line in lines]
     assert [(int(line[1]), int(line[2])) for line in found] == [(s, i) for s in (1, 2) for i in (1, 2, 3, 4)]
-    fit = json.loads((tmp_path / "cache_tokenizer" / "tokenizer.json").read_text())["fit"]
-    assert [line[3] for line in found] == [f"{value:.6g}" for curve in fit["objectives"] for value in curve]
+    fitted = json.loads((tmp_path / "cache_tokenizer" / "tokenizer.json").read_text())["fit"]
+    assert [line[3] for line in found] == [f"{value:.6g}" for curve in fitted["objectives"] for value in curve]
 
 
-def test_a_stopped_fit_goes_on_without_reading_the_images_again(mapet, images, tmp_path, stop, monkeypatch):
-    arguments = ("tokenize", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-6)
-    mapet.succeed(*arguments, "--output", tmp_path / "whole")
+@pytest.mark.parametrize("place", ["t/fit", "features"])
+def test_a_stopped_fit_goes_on_without_reading_the_images_again(place, mapet, images, tmp_path, stop, monkeypatch):
+    kept = place == "features"
+    arguments = ("tokenize", "--images", images, *SIZES, *FIT, "--fit-save-every", 1e-6, "--output", tmp_path / "cache")
+    mapet.succeed(*arguments, "--codebook", tmp_path / "whole")
+    arguments += ("--features-dir", tmp_path / place) if kept else ()
     stop(5)
-    stopped = mapet(*arguments, "--output", tmp_path / "stopped")
+    stopped = mapet(*arguments, "--codebook", tmp_path / "t")
     assert stopped.code == 130
-    assert f"the same command goes on with the fit in {tmp_path / 'stopped_tokenizer'}" in stopped.err
-    assert set(files_in(tmp_path / "stopped_tokenizer")) == {"fit/sample.npy", "fit/sample.json", "fit/kmeans"}
+    assert f"the same command goes on with the fit in {tmp_path / place}" in stopped.err
+    assert set(files_in(tmp_path / place)) == {*FEATURES, "kmeans"}
     stop(0)
     monkeypatch.setattr(PixelTokenizer, "features", lambda self, images: pytest.fail("the images are read again"))
-    mapet.succeed(*arguments, "--output", tmp_path / "stopped")
-    assert files_in(tmp_path / "stopped_tokenizer") == files_in(tmp_path / "whole_tokenizer")
+    mapet.succeed(*arguments, "--codebook", tmp_path / "t")
+    assert files_in(tmp_path / "t") == files_in(tmp_path / "whole")
+    assert set(files_in(tmp_path / place)) == (FEATURES if kept else set())
 
 
 def test_an_unfinished_fit_of_other_settings_is_refused_or_replaced(mapet, images, tmp_path, stop):
@@ -91,34 +99,81 @@ def test_an_unfinished_fit_of_other_settings_is_refused_or_replaced(mapet, image
     stop(3)
     assert mapet(*arguments, "--fit-save-every", 1e-6).code == 130
     stop(0)
-    changed = (*arguments, "--seed", 5, "--fit-iterations", 6)
-    mapet.fail(
-        *changed,
-        code=2,
-        names=(
-            tmp_path / "cache_tokenizer" / "fit",
-            "seed was 1234, is 5; iterations was 4, is 6",
-            "remove that folder",
-        ),
-    )
-    mapet.succeed(*changed, "--overwrite")
+    place, before = tmp_path / "cache_tokenizer/fit", files_in(tmp_path)
+    for changes, code, names in (
+        (("--seed", 5), 1, (place, "seed is 1234, wanted 5", "delete that folder")),
+        (("--fit-iterations", 6), 2, (place / "kmeans", "belongs to another fit", "iterations")),
+    ):
+        mapet.fail(*arguments, *changes, code=code, names=names)
+        assert files_in(tmp_path) == before
+    mapet.succeed(*arguments, "--seed", 5, "--fit-iterations", 6, "--overwrite")
     assert set(files_in(tmp_path / "cache_tokenizer")) == {"codebook.safetensors", "tokenizer.json"}
 
 
-def test_a_damaged_sample_is_named(mapet, images, tmp_path, stop):
+def test_an_unfinished_fit_of_earlier_versions_is_refused_by_name(mapet, images, tmp_path):
+    (tmp_path / "cache_tokenizer/fit").mkdir(parents=True)
+    (tmp_path / "cache_tokenizer/fit/sample.json").write_text("{}")
     arguments = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
+    names = (tmp_path / "cache_tokenizer/fit", "an unfinished fit of an earlier version", "delete that folder")
+    mapet.fail(*arguments, code=1, names=names)
+    assert set(files_in(tmp_path)) == {"cache_tokenizer/fit/sample.json"}
+
+
+def test_a_damaged_sample_is_made_again(mapet, images, tmp_path, stop):
+    arguments = ("tokenize", "--images", images, *SIZES, *FIT)
+    mapet.succeed(*arguments, "--output", tmp_path / "whole")
     stop(3)
-    assert mapet(*arguments, "--fit-save-every", 1e-6).code == 130
-    sample = tmp_path / "cache_tokenizer" / "fit" / "sample.npy"
+    assert mapet(*arguments, "--output", tmp_path / "cache", "--fit-save-every", 1e-6).code == 130
+    stop(0)
+    sample = tmp_path / "cache_tokenizer/fit/features_00000.npy"
     sample.write_bytes(sample.read_bytes()[:-1])
-    mapet.fail(*arguments, code=1, names=("is damaged, remove it", sample, "truncated"))
+    told = mapet.succeed(*arguments, "--output", tmp_path / "cache").err
+    assert "features_00000.npy is not as it was written" in told
+    assert files_in(tmp_path / "cache_tokenizer") == files_in(tmp_path / "whole_tokenizer")
 
 
-def test_without_saves_nothing_is_left(mapet, images, tmp_path, stop):
+def test_without_saves_the_k_means_begins_anew(mapet, images, tmp_path, stop):
     stop(3)
     arguments = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT, "--fit-save-every", 0)
     assert mapet(*arguments).code == 130
-    assert list(tmp_path.iterdir()) == []
+    assert set(files_in(tmp_path)) == {f"cache_tokenizer/fit/{name}" for name in FEATURES}
+
+
+def test_every_moment_of_a_kill(tmp_path):
+    """Sampling, k-means and saving: the next call makes the same codebook and leaves nothing else."""
+    config = fit.FitConfig(iterations=2, redos=1, save_every=1e-9)
+
+    def make(folder: Path) -> None:
+        tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
+        fit.fit_tokenizer(tokenizer, NoiseSource(12), folder, config, workers=0)
+
+    make(tmp_path / "whole")
+    whole, kills = files_in(tmp_path / "whole"), 0
+    for sync in range(1, 40):
+        folder = tmp_path / str(sync)
+        if not killed_at_sync(lambda folder=folder: make(folder), sync):
+            break
+        kills += 1
+        make(folder)
+        assert files_in(folder) == whole, f"after a kill at sync {sync}"
+    assert kills > 8 and set(whole) == {"codebook.safetensors", "tokenizer.json"}
+
+
+def test_features_that_go_are_not_many_more_than_are_used(tmp_path, monkeypatch):
+    made, sample = [], fit.sample_features
+    monkeypatch.setattr(fit, "sample_features", lambda *a, **k: made.append(sample(*a, **k)) or made[-1])
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
+    for features in (None, tmp_path / "features"):
+        config = fit.FitConfig(patches=10, iterations=1, redos=1, features=features)
+        fit.fit_tokenizer(tokenizer, NoiseSource(40), tmp_path / "t", config, workers=0)
+        assert tokenizer.report.rows == 80
+    assert [found.rows for found in made] == [160, 640]
+
+
+def test_too_few_patches(tmp_path):
+    tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=64)
+    with pytest.raises(DataError, match="2 images have 32 patches, too few for a vocabulary of 64"):
+        fit.fit_tokenizer(tokenizer, NoiseSource(2), tmp_path / "t", fit.FitConfig(), workers=0)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +209,7 @@ def test_kill_9_in_mid_fit_and_on_to_the_same_codebook(mapet, images, tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, *map(str, (*arguments, "--output", tmp_path / "killed"))])
     try:
         deadline = time.monotonic() + 60
-        while not (folder / "fit" / "kmeans").exists() and time.monotonic() < deadline:
+        while not (folder / "fit/kmeans").exists() and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(0.3)
@@ -162,7 +217,7 @@ def test_kill_9_in_mid_fit_and_on_to_the_same_codebook(mapet, images, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert set(files_in(folder)) >= {"fit/sample.npy", "fit/sample.json", "fit/kmeans"}
+    assert set(files_in(folder / "fit")) >= {*FEATURES, "kmeans"}
     assert not (folder / "tokenizer.json").exists()
     for name in ("killed", "whole"):
         mapet.succeed(*arguments, "--output", tmp_path / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import FIT, SIZES, pictures
-from datafakes import BrightnessTokenizer, NoiseSource, entries
+from datafakes import BrightnessTokenizer, NoiseSource, entries, flip
 from forked import kill_after, killed_at_sync, run_ranks
 
 from mapet.cli import main
@@ -89,10 +89,7 @@ class TestAfterAnEnd:
     def test_a_damaged_shard_is_made_again(self, whole, tmp_path):
         with pytest.raises(RuntimeError):
             make(tmp_path / "cache", tokenizer=Dying(6, RuntimeError()))
-        path = tmp_path / ".cache.partial/cache/images_00001.npy"
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+        flip(tmp_path / ".cache.partial/cache/images_00001.npy")
         with pytest.warns(UserWarning, match=r"shard 1 of .*is made again: .*images_00001\.npy is not as it was"):
             report = make(tmp_path / "cache")
         assert report.resumed == 1 and entries(tmp_path / "cache") == whole

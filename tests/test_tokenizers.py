@@ -9,14 +9,17 @@ import torch
 open_clip = pytest.importorskip("open_clip")  # the random weights are those of its network
 
 from clip_weights import RN50X64, SMALL, random_weights
+from datafakes import NoiseSource, fit_on
 from PIL import Image
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapet.data.images import centre_square, open_source
+from mapet.data.decode import centre_square
+from mapet.data.sources import open_source
 from mapet.errors import ConfigError, DataError, WeightsMissingError
 from mapet.tokenizers import TOKENIZERS, KClipTokenizer, Tokenizer, kclip, load_tokenizer, make_tokenizer
+from mapet.tokenizers.fitting.sample import sample_features
 from mapet.tokenizers.foreign.clip_trunk import MEAN, STD
 from mapet.tokenizers.kclip import default_precision
 
@@ -75,7 +78,7 @@ def test_pixel_end_to_end_on_digits(tmp_path: Path) -> None:
     source = open_source("digits")
     tokenizer = make_tokenizer("pixel", image_size=8, patch_size=2, vocabulary=32)
     images = torch.stack([tokenizer.prepare(source.load(i)) for i in range(200)])
-    report = tokenizer.fit(images.split(60), redos=2)
+    report = fit_on(tokenizer, images, redos=2)
     assert (report.images, report.patches) == (200, 3200)
     assert len(report.usage.dead) == 0
     assert report.usage.perplexity > 10
@@ -92,19 +95,18 @@ def test_fits_repeat_and_follow_the_seed() -> None:
 
     def codebook(**settings: int) -> torch.Tensor:
         tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
-        tokenizer.fit(images.split(settings.pop("batch", 30)), iterations=3, redos=1, **settings)
+        fit_on(tokenizer, images, iterations=3, redos=1, **settings)
         return tokenizer.codebook
 
-    assert torch.equal(codebook(), codebook(batch=7))
-    assert torch.equal(codebook(max_rows=100), codebook(max_rows=100, batch=7))
+    assert torch.equal(codebook(), codebook())
     assert not torch.equal(codebook(), codebook(seed=5))
 
 
-def test_fit_draws_at_most_max_rows() -> None:
+def test_fit_draws_so_many_rows_per_entry() -> None:
     images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
-    report = tokenizer.fit([images], iterations=2, redos=1, max_rows=100)
-    assert (report.rows, report.patches) == (100, 480)
+    report = fit_on(tokenizer, images, iterations=2, redos=1, rows_per_entry=10)
+    assert (report.rows, report.max_rows, report.patches) == (80, 80, 480)
 
 
 def test_kclip_features_are_those_of_the_trunk(weights: Path) -> None:
@@ -133,7 +135,7 @@ def test_kclip_prepares_images_as_open_clip_does(weights: Path, size: tuple[int,
 def test_kclip_fits_encodes_saves_and_loads(weights: Path, tmp_path: Path) -> None:
     tokenizer = small_kclip(weights)
     images = torch.stack([tokenizer.prepare(photograph(seed=seed)) for seed in range(12)])
-    report = tokenizer.fit(images.split(5), redos=2, iterations=5)
+    report = fit_on(tokenizer, images, redos=2, iterations=5)
     assert (report.patches, report.features) == (108, 512)
     tokens = tokenizer.encode(images)
     assert tokens.shape == (12, 9)
@@ -179,8 +181,10 @@ def test_features_that_overflow_are_a_clear_error(tmp_path: Path) -> None:
     save_file(loud, tmp_path / "loud.safetensors")
     tokenizer = small_kclip(tmp_path / "loud.safetensors", precision="fp16")
     images = torch.stack([tokenizer.prepare(photograph())])
-    with pytest.raises(DataError, match="tokenizer kclip cannot be fitted: features must be finite"):
-        tokenizer.fit([images])
+    with pytest.raises(DataError, match="tokenizer kclip gives features that are not finite in float16"):
+        sample_features(NoiseSource(3), tokenizer, tmp_path / "features", workers=0)
+    with pytest.raises(ConfigError, match="cannot fit tokenizer kclip: x must be finite"):
+        fit_on(tokenizer, images)
     tokenizer.set_codebook(torch.rand(8, 512), "random")
     with pytest.raises(DataError, match="tokenizer kclip cannot encode: x must be finite"):
         tokenizer.encode(images)
@@ -364,19 +368,18 @@ def test_a_tokenizer_without_codebook_says_so(tmp_path: Path) -> None:
 def test_other_images_are_refused(images: torch.Tensor) -> None:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=4, vocabulary=8)
     with pytest.raises(DataError, match=r"takes uint8 images \(b, 3, 16, 16\), got"):
-        tokenizer.fit([images])
+        tokenizer.encode(images)
 
 
 def test_fit_refuses() -> None:
     tokenizer = make_tokenizer("pixel", image_size=16, patch_size=8, vocabulary=8)
     images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(DataError, match="1 images have 4 patches, too few for a vocabulary of 8"):
-        tokenizer.fit([images[:1]])
-    with pytest.raises(DataError, match="0 images have 0 patches"):
-        tokenizer.fit([])
-    with pytest.raises(ConfigError, match="max_rows 7 is less than the vocabulary 8"):
-        tokenizer.fit([images], max_rows=7)
-    with pytest.raises(ConfigError, match="cannot fit tokenizer pixel: redos must be at least 1"):
-        tokenizer.fit([images], redos=0)
-    with pytest.raises(ConfigError, match="unknown init 'best'"):
-        tokenizer.fit([images], init="best")
+        fit_on(tokenizer, images[:1])
+    for settings, message in (
+        ({"redos": 0}, "redos must be at least 1"),
+        ({"init": "best"}, "unknown init 'best'"),
+        ({"rows_per_entry": 0}, "max_points_per_centroid must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot fit tokenizer pixel: {message}"):
+            fit_on(tokenizer, images, **settings)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 OLDEST_TIMM = Path(sys.prefix, "timm_oldest")
 SAFE = "model.safetensors"
 
+FEATURES = ("plan.json", "part_00000.json", "features_00000.npy", "kmeans")
 READ = {
     "resume": [f"{CHECKPOINT}/{name}" for name in ("model.safetensors", "ema.safetensors", "trainer.pt", "config.json")]
     + [f"{CHECKPOINT}/manifest.json"],
@@ -41,9 +42,8 @@ READ = {
     "codebook": ["cache_tokenizer/tokenizer.json", "cache_tokenizer/codebook.safetensors"],
     "tokenize": ["cache_tokenizer/tokenizer.json", "cache_tokenizer/codebook.safetensors"],
     "centroids": ["codebook.npy"],
-    "fit": [f"memory_tokenizer/fit/{name}" for name in ("sample.npy", "sample.json", "kmeans")],
-    "fit from files": [f"files_features/{name}" for name in ("plan.json", "part_00000.json", "features_00000.npy")]
-    + ["files_features/kmeans"],
+    "fit": [f"memory_tokenizer/fit/{name}" for name in FEATURES],
+    "fit from files": [f"files_features/{name}" for name in FEATURES],
     "import": ["tokens/index_1.pth", "list.csv", "classes.npy"],
     "weights": ["clip.pt"],
     "safe weights": ["clip.safetensors"],
@@ -300,24 +300,6 @@ def test_a_tampered_configuration_is_refused(tampering, command, mapet, fresh):
     refused(mapet, command, folder, "step_000000002")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda v: v.update(step=-1),
-        lambda v: v.update(step=True),
-        lambda v: v.update(files=[]),
-        lambda v: v["files"].update({"../x": {"bytes": 0, "sha256": ""}}),
-        lambda v: v["files"]["trainer.pt"].update(bytes="1"),
-        lambda v: v.update(format=2),
-        lambda v: v.update(more=1),
-    ],
-)
-def test_a_tampered_manifest_of_a_checkpoint_is_damage(change, mapet, fresh):
-    folder = fresh()
-    edit(folder / CHECKPOINT / "manifest.json", change)
-    refused(mapet, "resume", folder, "step_000000002", "manifest.json")
-
-
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, name in FILES if name.endswith(".json")])
 @pytest.mark.parametrize(
     "content", first_of_many([DEEP, '{"format": 1}', "{" * 3, "null", '{"a": ' * 5000, "1" * 10_000, "\0"], 2)
@@ -336,26 +318,6 @@ def test_labels_outside_the_classes_are_refused(mapet, fresh):
         np.save(folder / "cache/labels.npy", np.resize(np.array(labels), 20))
         rehash(folder, folder / "cache/labels.npy")
         refused(mapet, "codebook", folder, "labels.npy holds labels")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda v: v.update(images=-1), "images must be at least 1"),
-        (lambda v: v.update(images=10**30, shards=[10**30]), "images_00000.npy"),
-        (lambda v: v.update(shards=[-1, 21]), "shards[0] must be not negative"),
-        (lambda v: v.update(classes=[1, 2]), "classes"),
-        (lambda v: v.update(classes="ab"), "classes"),
-        (lambda v: v["description"].update(image_size=10**9), "image_size must be"),
-        (lambda v: v["description"].update(vocabulary=1e3), "vocabulary must be a whole number"),
-        (lambda v: v.update(labelled="yes"), "labelled must be true or false"),
-        (lambda v: v["files"]["tokens.npy"].update(bytes=-1), "bytes must be not negative"),
-    ],
-)
-def test_a_tampered_manifest_of_a_cache_is_refused(change, message, mapet, fresh):
-    folder = fresh()
-    edit(folder / "cache/manifest.json", change)
-    refused(mapet, "train", folder, message)
 
 
 def test_names_that_are_no_text_are_refused(fresh):
@@ -429,9 +391,31 @@ def test_a_tampered_state_of_a_k_means_is_refused(command, name, tampering, mape
     assert len(outcome.err.split("mapet: error: ")[1].splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+TAMPERED = {
+    f"{CHECKPOINT}/manifest.json": (
+        "resume",
+        (lambda v: v.update(step=-1), "manifest.json"),
+        (lambda v: v.update(step=True), "manifest.json"),
+        (lambda v: v.update(files=[]), "manifest.json"),
+        (lambda v: v["files"].update({"../x": {"bytes": 0, "sha256": ""}}), "manifest.json"),
+        (lambda v: v["files"]["trainer.pt"].update(bytes="1"), "manifest.json"),
+        (lambda v: v.update(format=2), "manifest.json"),
+        (lambda v: v.update(more=1), "manifest.json"),
+    ),
+    "cache/manifest.json": (
+        "train",
+        (lambda v: v.update(images=-1), "images must be at least 1"),
+        (lambda v: v.update(images=10**30, shards=[10**30]), "images_00000.npy"),
+        (lambda v: v.update(shards=[-1, 21]), "shards[0] must be not negative"),
+        (lambda v: v.update(classes=[1, 2]), "classes"),
+        (lambda v: v.update(classes="ab"), "classes"),
+        (lambda v: v["description"].update(image_size=10**9), "image_size must be"),
+        (lambda v: v["description"].update(vocabulary=1e3), "vocabulary must be a whole number"),
+        (lambda v: v.update(labelled="yes"), "labelled must be true or false"),
+        (lambda v: v["files"]["tokens.npy"].update(bytes=-1), "bytes must be not negative"),
+    ),
+    "export/config.json": (
+        "probe",
         (lambda v: v.update(architecture="hf-hub:someone/something"), "hf-hub:someone/something"),
         (lambda v: v.update(architecture="local-dir:/tmp"), "local-dir:/tmp"),
         (lambda v: v.update(architecture=["vit_base_patch16_224"]), "architecture"),
@@ -445,22 +429,30 @@ def test_a_tampered_state_of_a_k_means_is_refused(command, name, tampering, mape
         (lambda v: v["model_args"].update(checkpoint_path="/etc/passwd"), "unknown entry 'checkpoint_path'"),
         (lambda v: v["model_args"].update(act_layer="os.system"), "unknown entry 'act_layer'"),
         (lambda v: v.update(model_args=[]), "model_args must be a mapping"),
-    ],
+    ),
+}
+"""By file, the command that reads it, and changes with what is said of them."""
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "change", "message"),
+    [(name, command, *change) for name, (command, *changes) in TAMPERED.items() for change in changes],
 )
-def test_a_tampered_configuration_of_timm_is_refused(change, message, mapet, fresh):
+def test_tampered_json_is_refused(name, command, change, message, mapet, fresh):
     folder = fresh()
-    edit(folder / "export/config.json", change)
-    refused(mapet, "probe", folder, "export", message)
+    edit(folder / name, change)
+    refused(mapet, command, folder, {"resume": "step_000000002", "probe": "export"}.get(command, ""), message)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda v: v.update(files={}),
-        lambda v: v.update(facts={}),
-        lambda v: v["facts"].update(rows="3"),
-        lambda v: v["facts"].update(rows=-3),
-        lambda v: v["facts"].update(skipped=[1]),
+        lambda v: v.pop("rows"),
+        lambda v: v.update(rows="3"),
+        lambda v: v.update(rows=-3),
+        lambda v: v.update(skipped=[1]),
+        lambda v: v.update(provenance=7),
         lambda v: v["files"].update({"../../list.csv": {"bytes": 1, "sha256": ""}}),
     ],
 )
@@ -469,7 +461,7 @@ def test_a_damaged_record_of_a_journal_is_a_part_that_is_made_again(change, mape
     edit(folder / "files_features/part_00000.json", change)
     shutil.copy(folder / "files_features/part_00000.json", folder / "files_features/part_00099.json")
     mapet.succeed(*COMMANDS["fit from files"](folder))
-    assert json.loads((folder / "files_features/part_00000.json").read_text())["facts"]["images"] == 20
+    assert json.loads((folder / "files_features/part_00000.json").read_text())["rows"] == 320
 
 
 def test_files_are_read_in_one_place():

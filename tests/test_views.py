@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from mapet.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
-from mapet.data.images import open_source
 from mapet.data.loader import Share, make_loader, split_images, step_ids
+from mapet.data.sources import open_source
 from mapet.data.views import STAND_INS, ViewConfig, Views, drawing_from
 from mapet.errors import ConfigError, DataError, FieldError
 from mapet.objectives import OBJECTIVES

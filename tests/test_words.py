@@ -20,7 +20,7 @@ from mapet.commands import doctor
 from mapet.commands.options import Doctor
 from mapet.commands.parsing import as_typed
 from mapet.commands.probe import as_table
-from mapet.data.images import folder_source
+from mapet.data.sources import folder_source
 from mapet.evaluate.frozen import EvaluationResult, Score
 from mapet.machine import Finding
 from mapet.report.loss_curve import read_metrics

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, with torchvision's digits
+LUMA = (19595, 38470, 7471)  # ITU-R BT.601 in parts of 65536, Pillow's integers; sums stay exact in float32
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,12 @@ def sample_color_jitter(
 
 
 def color_jitter(images: Tensor, draws: JitterDraws) -> Tensor:
-    """Apply the draws, each image its own, as torchvision's adjust_* functions do on float images.
+    """Apply the draws, each image its own, to the bit as Pillow does, which the official code jitters with.
 
-    Each operation is factor * image + (1 - factor) * other, clamped to [0, 1], where other is black for brightness, the
-    image's mean grey for contrast and its grey version for saturation. So the whole batch takes three vectorised
-    passes, without a host sync.
-
-    The official code jitters uint8 pictures with Pillow, which rounds after each operation: the same up to about 1/255.
+    Each operation is other + factor * (image - other), clamped to [0, 255] and cut to a whole number, where other is
+    black for brightness, the image's mean grey for contrast and its grey version for saturation. So the whole batch
+    takes three vectorised passes, without a host sync. (Exact up to 256 x 256 pixels; in larger images the mean grey is
+    rounded. Not cutting, as torchvision does on float images, is brighter by 1.2 of 255 in the mean, by 3.7 at most.)
 
     Args:
         images: uint8 (b, 3, S, S).
@@ -59,13 +58,14 @@ def color_jitter(images: Tensor, draws: JitterDraws) -> Tensor:
         raise ValueError(f"images must be uint8 (b, 3, S, S), got {images.dtype} {tuple(images.shape)}")
     if len(draws) != len(images):
         raise ValueError(f"{len(images)} images, but jitter was drawn for {len(draws)}")
-    pixels = images.float().div_(255)
+    pixels = images.float()
     for operation in draws.order.unbind(dim=1):  # (b,)
         factor = draws.factors.gather(1, operation[:, None])[:, :, None, None]  # (b, 1, 1, 1)
         operation = operation[:, None, None, None]
         red, green, blue = pixels.split(1, dim=1)
         grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])  # (b, 1, S, S)
-        mean = grey.mean(dim=(2, 3), keepdim=True)
+        grey = grey.add_(32768).mul_(2**-16).floor_()
+        mean = grey.mean(dim=(2, 3), keepdim=True).add_(0.5).floor_()
         other = grey.mul_(operation == SATURATION).add_(mean * (operation == CONTRAST))
-        pixels = pixels.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
-    return pixels
+        pixels = pixels.sub_(other).mul_(factor).add_(other).clamp_(0, 255).floor_()
+    return pixels.div_(255)

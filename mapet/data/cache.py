@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mapet.config import ModelConfig
+from mapet.data.images import Images
 from mapet.data.manifest import (
     LABELS,
     MANIFEST,
@@ -34,9 +35,8 @@ from mapet.data.manifest import (
     read_manifest,
     shard_name,
 )
-from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, map_array, read_json
+from mapet.files import FileRecord, UnreadableFile, map_array, read_json
 from mapet.task import Batch
 
 if TYPE_CHECKING:
@@ -48,22 +48,21 @@ ANOTHER = "tokenise into another folder, or replace this cache with --overwrite"
 ROWS_BETWEEN_BEATS = 256
 
 
-class TokenCache:
+class TokenCache(Images):
     """A token cache, open for reading. Pickling it, as for a spawned worker, carries the path and maps the files anew.
 
     Attributes:
         path: its folder.
         manifest: its manifest.
-        image_size, grid, vocabulary, tokenizer: as in CacheDescription.
-        labels: (n,) int64 array or None.
-        classes: class names or None.
-        names: the images' names (read when first asked for).
+        image_size, grid, vocabulary, tokenizer: as in CacheDescription; image_size is also called size.
+        names: are read when first asked for.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         made = manifest.description
-        self.image_size, self.grid, self.vocabulary = made.image_size, made.grid, made.vocabulary
+        self.size = self.image_size = made.image_size
+        self.grid, self.vocabulary = made.grid, made.vocabulary
         self.tokenizer, self.classes = made.tokenizer, manifest.classes
         pixels = (3, self.image_size, self.image_size)
         self._shards = [
@@ -85,10 +84,10 @@ class TokenCache:
         path = Path(path)
         manifest = read_manifest(path)
         for name in manifest.file_names():
-            _check_size(path / name, manifest.files[name])
+            _check(path / name, manifest.files[name])
         for name in manifest.file_names():
-            if name.endswith(".json") or name in (TOKENS, LABELS):
-                _check_hash(path / name, manifest.files[name])
+            if name in (TOKENS, LABELS, NAMES):
+                _check(path / name, manifest.files[name], hashed=True)
         cache = cls(path, manifest)
         largest = int(cache._tokens.max(initial=0))
         if largest >= cache.vocabulary:
@@ -103,8 +102,7 @@ class TokenCache:
     def verify(self) -> None:
         """Hash every file, pixels too. DataError naming the first that differs from the manifest."""
         for name, record in self.manifest.files.items():
-            _check_size(self.path / name, record)
-            _check_hash(self.path / name, record)
+            _check(self.path / name, record, hashed=True)
 
     def __len__(self) -> int:
         return self.manifest.images
@@ -134,6 +132,9 @@ class TokenCache:
                 into[here] = self._shards[shard][some[here] - self._starts[shard]]
             beat()
         return torch.from_numpy(images)
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> Tensor:
+        return self.images(ids)
 
     @property
     def token_array(self) -> np.ndarray:
@@ -183,19 +184,14 @@ class TokenCache:
             raise DataError(f"{self.path / MANIFEST}: {what} is {found}, expected {expected}; {ANOTHER}")
 
 
-def _check_size(path: Path, record: FileRecord) -> None:
+def _check(path: Path, record: FileRecord, *, hashed: bool = False) -> None:
+    """DataError unless a file has the size that its record says, and the SHA-256 if that is wanted."""
     try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} of the token cache cannot be read: {error.strerror}; {ANEW}") from error
-    if found != record.bytes:
-        raise DataError(f"{path} has {found} bytes, expected {record.bytes}; copy it again or {ANEW}")
-
-
-def _check_hash(path: Path, record: FileRecord) -> None:
-    try:
-        found = FileRecord.of(path)
-    except UnreadableFile as error:
-        raise DataError(f"{path} of the token cache cannot be read: {error.reason}; {ANEW}") from error
-    if found.sha256 != record.sha256:
+        found = FileRecord.of(path, record) if hashed else FileRecord(path.stat().st_size, record.sha256)
+    except (OSError, UnreadableFile) as error:
+        reason = error.reason if isinstance(error, UnreadableFile) else error.strerror
+        raise DataError(f"{path} of the token cache cannot be read: {reason}; {ANEW}") from error
+    if found.bytes != record.bytes:
+        raise DataError(f"{path} has {found.bytes} bytes, expected {record.bytes}; copy it again or {ANEW}")
+    if found != record:
         raise DataError(f"{path} is damaged: SHA-256 {found.sha256}, expected {record.sha256}; copy it again or {ANEW}")

@@ -1,26 +1,18 @@
-"""Where images come from: a folder, a list of files or a built-in set, all behind one small interface."""
+"""What images are to everybody: pictures of a source, and uint8 squares of one size that are read by number."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from mapet.data.decode import decode
-from mapet.errors import ConfigError, DataError
-from mapet.folders import instead
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-
-PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")
-"""What folders of the parts of a set are called, those to train on first."""
+from mapet.data.decode import centre_square
+from mapet.errors import DataError
 
 
 class ImageSource(ABC):
@@ -48,148 +40,95 @@ class ImageSource(ABC):
         """SHA-256, as hexadecimal text, of what the source consists of."""
 
 
-class FileSource(ImageSource):
-    """A list of files under a root, in the order given.
-
-    Args:
-        root: folder that the names are relative to.
-        names: paths relative to the root.
-        labels, classes: as in ImageSource.
-        orient: apply the EXIF orientation.
-        parts: folders of the root that are the parts of a set, such as train and val; they are no classes.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        names: list[str],
-        labels: np.ndarray | None = None,
-        classes: list[str] | None = None,
-        *,
-        orient: bool = True,
-        parts: tuple[str, ...] = (),
-    ) -> None:
-        self.root, self.names, self.labels, self.classes, self.orient = Path(root), names, labels, classes, orient
-        self.parts = parts
-
-    def load(self, index: int) -> Image.Image:
-        path = self.root / self.names[index]
-        return decode(path, name=str(path), orient=self.orient)
-
-    def fingerprint(self) -> str:
-        """Of names and sizes in bytes: cheap for millions of files, blind to a change that keeps a file's size."""
-        return fingerprint_of(f"{name}\0{_size(self.root / name)}" for name in self.names)
-
-
-def folder_source(root: str | Path) -> FileSource:
-    """All images below a folder, sorted by name.
-
-    Images are labelled by the first folder below the root when every image lies in one, else unlabelled. Where the
-    first folders are the parts of a set (train, val, ...) it is the folder below them, with a warning. Hidden files,
-    files with other extensions, named pipes and devices are left out. Links are followed, but each folder is entered
-    once, with a warning.
+class Subset(ImageSource):
+    """The images `ids` of another source, in that order, with their names and labels; the classes stay as they are.
 
     Raises:
-        DataError: no such folder, no image in it, or a folder that cannot be listed or that links back into itself.
+        IndexError: an id outside the source.
     """
-    root = Path(root)
-    try:
-        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"image folder {root}: {getattr(error, 'strerror', error)}; give a folder of images, or one of {BUILT_IN}"
-        ) from error
-    if not is_folder:
-        raise DataError(f"{root} is a file; give a folder of images, or one of {BUILT_IN}")
-    names, doubled = _walk(root)
-    if doubled:
-        warnings.warn(
-            f"{root}: {len(doubled)} links to folders that were entered already are passed by, such as {doubled[0]}",
-            stacklevel=2,
-        )
-    if not names:
-        looked_for = ", ".join(sorted(EXTENSIONS))
-        raise DataError(f"no image in {root} or its sub-folders{instead(root)}; looked for {looked_for}")
-    parts = _parts_of_a_set(names)
-    if parts:
-        warnings.warn(
-            f"{root} holds the parts of a set ({', '.join(parts)}): its images are taken together, labelled by the "
-            f"folders below these; to take one part, give {root / parts[0]}",
-            stacklevel=2,
-        )
-    folders = [name.split("/")[int(bool(parts)) : -1] for name in names]
-    if not all(folders):
-        return FileSource(root, names, parts=parts)
-    classes = sorted({below[0] for below in folders})
-    number = {name: i for i, name in enumerate(classes)}
-    return FileSource(
-        root, names, np.array([number[below[0]] for below in folders], dtype=np.int64), classes, parts=parts
-    )
+
+    def __init__(self, source: ImageSource, ids: Sequence[int] | np.ndarray) -> None:
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(source):
+            raise IndexError(f"image ids {ids.min()} to {ids.max()}, the source holds 0 to {len(source) - 1}")
+        self.source, self.ids = source, ids
+        self.names = [source.names[i] for i in ids]
+        self.labels = None if source.labels is None else source.labels[ids]
+        self.classes = source.classes
+
+    def load(self, index: int) -> Image.Image:
+        return self.source.load(int(self.ids[index]))
+
+    def fingerprint(self) -> str:
+        return fingerprint_of([self.source.fingerprint(), *map(str, self.ids)])
 
 
-def _parts_of_a_set(names: Sequence[str]) -> tuple[str, ...]:
-    """The first folders, those to train on before the others, where they are called like the parts of a set."""
-    tops = {name.split("/", 1)[0] if "/" in name else "" for name in names}
-    called = {top.lower() for top in tops}
-    if not called <= set(PARTS) or called <= {"test", "testing"}:
-        return ()
-    return tuple(sorted(tops, key=lambda top: PARTS.index(top.lower())))
+class Images(ABC):
+    """Square images in a fixed order, of a source, a token cache or random views.
 
-
-def _walk(root: Path) -> tuple[list[str], list[str]]:
-    """Names of the images below the root, sorted, and of folders passed by, as they were entered under another name.
-
-    Each folder is entered once, under the first of its names in sorted order, so that links cannot multiply.
+    Attributes:
+        size: side in pixels.
+        names, labels, classes: as in ImageSource.
     """
-    names, doubled, entered = [], [], set()
-    waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # a folder, and the real paths from the root down to it
-    while waiting:
-        below, parents = waiting.pop()
-        real = os.path.realpath(root / below)
-        if real in parents:
-            raise DataError(f"image folder {root / below} links back to {real}, which contains it; remove the link")
-        if real in entered:
-            doubled.append(below)
-            continue
-        entered.add(real)
+
+    size: int
+    names: Sequence[str]
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, ids: Sequence[int] | np.ndarray) -> Tensor:
+        """uint8 (b, 3, size, size). DataError for one that cannot be read, IndexError for an id outside."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256, as hexadecimal text, that changes when the images do."""
+
+    def __getitem__(self, which: slice) -> Tensor:
+        return self.read(range(*which.indices(len(self))))
+
+
+class Squares(Images):
+    """The centre squares of a source's images, `size` pixels wide, decoded whenever they are read."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source, self.size = source, size
+        self.names, self.labels, self.classes = source.names, source.labels, source.classes
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> Tensor:
         try:
-            with os.scandir(root / below) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            raise DataError(f"cannot list image folder {root / below}: {error.strerror}") from error
-        folders = []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = f"{below}/{entry.name}" if below else entry.name
-            if _is_folder(entry):
-                folders.append((name, (*parents, real)))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not _is_special(entry):
-                names.append(name)
-        waiting.extend(reversed(folders))
-    return sorted(names), doubled
+            squares = [centre_square(self.source.load(int(i)), self.size) for i in ids]
+        except DataError as error:
+            raise DataError(f"{error}; take it away, or give a token cache of these images, made without it") from error
+        return torch.from_numpy(np.stack(squares))
+
+    def fingerprint(self) -> str:
+        return fingerprint_of([self.source.fingerprint(), str(self.size)])
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: no folder; with an image's name it is reported as a bad image
-        return False
+class Some(Images):
+    """The images `ids` of others, in that order."""
 
+    def __init__(self, images: Images, ids: Sequence[int] | np.ndarray) -> None:
+        self.images, self.ids, self.size = images, np.asarray(ids, dtype=np.int64), images.size
+        self.labels = None if images.labels is None else images.labels[self.ids]
+        self.classes = images.classes
 
-def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a named pipe, a socket or a device, which are passed by; links that lead nowhere are bad images."""
-    try:
-        return not stat.S_ISREG(entry.stat().st_mode)
-    except OSError:
-        return False
+    def __len__(self) -> int:
+        return len(self.ids)
 
+    @property
+    def names(self) -> list[str]:
+        return [self.images.names[i] for i in self.ids]
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # missing or a dangling link: reported by name when it is loaded
-        return -1
+    def read(self, ids: Sequence[int] | np.ndarray) -> Tensor:
+        return self.images.read(self.ids[np.asarray(ids, dtype=np.int64)])
+
+    def fingerprint(self) -> str:
+        return fingerprint_of([self.images.fingerprint(), *map(str, self.ids)])
 
 
 def fingerprint_of(lines: Iterable[str]) -> str:
@@ -198,55 +137,3 @@ def fingerprint_of(lines: Iterable[str]) -> str:
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
-
-
-BUILT_IN = "digits, photos, photos:TILE, photos:TILE:STRIDE"
-
-
-def open_source(spec: str | Path) -> ImageSource:
-    """A source by name.
-
-    "digits" is scikit-learn's 1,797 labelled digits, "photos" scikit-image's bundled photographs, "photos:96" those cut
-    into squares of 96 pixels, "photos:96:48" with a square every 48 pixels. Everything else is a folder
-    (`folder_source`); a folder that is called like a built-in set is given as "./digits".
-
-    Raises:
-        DataError: an empty or missing folder, or an uninstalled package.
-        ConfigError: a tile or stride that is no positive integer.
-    """
-    from mapet.data.builtin import DigitSource, PhotoSource  # these import this file's ImageSource
-
-    name, *sizes = str(spec).split(":")
-    if name == "digits" and not sizes:
-        return DigitSource()
-    if name == "photos" and len(sizes) <= 2:
-        return PhotoSource(*_positive(sizes, spec))
-    return folder_source(spec)
-
-
-def _positive(sizes: Sequence[str], spec: str | Path) -> list[int]:
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ConfigError(f"image source {str(spec)!r}: tile and stride are positive integers, as in photos:96:48")
-    return [int(size) for size in sizes]
-
-
-def centre_square(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square of side min(W, H), resized to `size` pixels (bicubic, antialiased).
-
-    This is the official pre-training crop. The official transform is torchvision's RandomResizedCrop with scale (1, 1)
-    and ratio (1, 1): it asks for a square of area W x H, which fits in no image that is not square, so after ten tries
-    it falls back to the largest centred crop of that ratio: the square taken here, odd margins rounded down alike.
-    Where W and H differ by so little that sqrt(W x H) rounds to the shorter side, the official crop slides along the
-    longer side by those pixels at random; here it stays in the centre, so that pixels and stored tokens always match.
-
-    Args:
-        image: RGB.
-        size: side of the result in pixels.
-    Returns:
-        (3, size, size) uint8, contiguous.
-    """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 from mapet.checked import at_least, check_fields
-from mapet.data.npyfile import FileRecord
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, read_record
+from mapet.files import FileRecord, UnreadableFile, read_record
 
 FORMAT = 1
 CROP = "centre square, bicubic"

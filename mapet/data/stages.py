@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+REMEDIES = {
+    "decode": "more --workers, or a faster disk",
+    "network": "more GPUs, --precision fp16 or --compile",
+    "assign": "more GPUs, or a smaller vocabulary",
+    "write": "a faster disk",
+}
+"""What makes a stage faster."""
 _CLOCK: ContextVar[StageClock | None] = ContextVar("clock", default=None)
 
 
@@ -80,3 +88,53 @@ class StageClock:
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class TimeUse:
+    """Where the time of encoding went, over all processes.
+
+    Attributes:
+        seconds: from the first image to the last, of the slowest process.
+        images: that were read in them, by all processes.
+        waited: seconds by stage that the processes waited for it, added up: decode, network, assign, write.
+        total: seconds of all processes, added up.
+    """
+
+    seconds: float
+    images: int
+    waited: Mapping[str, float]
+    total: float
+
+    @classmethod
+    def over(cls, used: Sequence[TimeUse]) -> TimeUse:
+        """Of all processes, from that of each."""
+        names = dict.fromkeys(name for one in used for name in one.waited)
+        return cls(
+            seconds=max(one.seconds for one in used),
+            images=sum(one.images for one in used),
+            waited={name: sum(one.waited.get(name, 0.0) for one in used) for name in names},
+            total=sum(one.total for one in used),
+        )
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Part of the time by stage, and what is left as "other"; the parts add up to 1, or there are none."""
+        if not self.total:
+            return {}
+        shares = {name: seconds / self.total for name, seconds in self.waited.items()}
+        return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The stage that most of the time was waited for; None where nothing was measured."""
+        return max(self.waited, key=self.waited.__getitem__, default=None)
+
+    def line(self) -> str:
+        """One line of text."""
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in self.shares().items())
+        remedy = REMEDIES.get(self.bottleneck or "")
+        return f"time waited for: {shares}; the bottleneck is {self.bottleneck}" + (f" ({remedy})" if remedy else "")

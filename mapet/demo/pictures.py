@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
-from mapet.data.images import open_source
+from mapet.data.sources import open_source
 from mapet.demo.folder import DemoFolder, SeedResult
 from mapet.demo.recipe import Recipe
 from mapet.demo.seed import fitted
@@ -20,6 +19,7 @@ from mapet.report.picture import Picture
 from mapet.report.who_sees_whom import draw_who_sees_whom
 from mapet.tokenizers import load_tokenizer
 from mapet.tokenizers.encode import tokenize
+from mapet.tokenizers.usage import count_usage
 
 ROWS = 10
 

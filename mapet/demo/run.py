@@ -12,8 +12,8 @@ import torch
 from mapet import words
 from mapet.checked import check
 from mapet.config import Count
-from mapet.data.images import ImageSource, open_source
-from mapet.data.subset import Subset
+from mapet.data.images import ImageSource, Subset
+from mapet.data.sources import open_source
 from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.pictures import draw_pictures
 from mapet.demo.recipe import FULL, QUICK

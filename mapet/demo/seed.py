@@ -6,19 +6,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mapet.config import RunConfig
-from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource
-from mapet.data.subset import Subset
+from mapet.data.images import ImageSource, Squares, Subset
 from mapet.demo.folder import DemoFolder, SeedResult, Timings
 from mapet.demo.recipe import Recipe
 from mapet.evaluate.features import pixel_features
 from mapet.evaluate.frozen import evaluate
-from mapet.evaluate.images import CacheImages, SourceImages
 from mapet.evaluate.labels import split
 from mapet.files import write_json
 from mapet.model.export import to_timm
@@ -26,8 +22,10 @@ from mapet.model.official_names import StateDict
 from mapet.objectives import build_task
 from mapet.rng import seed_global_generators
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from mapet.tokenizers.encode import fit_batches, tokenize
+from mapet.tokenizers.encode import tokenize
+from mapet.tokenizers.fitting.fit import FitConfig, fit_tokenizer
 from mapet.tokenizers.store import MANIFEST
+from mapet.tokenizers.usage import count_usage
 from mapet.training.checkpoint import load_weights
 from mapet.training.loop import pretrain
 
@@ -93,8 +91,8 @@ class SeedJob:
         cache, size = TokenCache.open(self.config.data.cache), self.recipe.model.image_size
         _, _, weights = load_weights(self.config.train.output)
         networks = [to_timm(self.recipe.model, w).to(self.device) for w in (weights, initial_weights(self.config))]
-        train_images = CacheImages(cache, np.arange(len(cache)))
-        test_images = SourceImages(test, size, np.arange(len(test)))
+        train_images = cache
+        test_images = Squares(test, size)
         options = {"config": self.recipe.evaluation(self.seed), "classes": test.classes, "device": self.device}
         scores = [
             evaluate(features, train_images, cache.labels, test_images, test.labels, **options)
@@ -109,8 +107,7 @@ def fitted(
     """The k-means tokenizer of pixels saved in the folder; where there is none, it is fitted and saved."""
     if not (folder / MANIFEST).is_file():
         fresh = make_tokenizer("pixel", image_size=image_size, patch_size=patch_size, vocabulary=vocabulary)
-        fresh.fit(fit_batches(images, fresh, workers=0, seed=seed), seed=seed, redos=1)
-        fresh.save(folder)
+        fit_tokenizer(fresh, images, folder, FitConfig(seed=seed, redos=1), workers=0)
     return load_tokenizer(folder)
 
 

@@ -22,11 +22,12 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.checked import check_fields
 from mapet.config import Count, CountOrNone, PositiveRate, Seed
 from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, fingerprint_of, open_source
+from mapet.data.images import ImageSource, Some, Squares, fingerprint_of
 from mapet.data.manifest import MANIFEST
+from mapet.data.sources import open_source
 from mapet.errors import CheckpointError, ConfigError, DataError
 from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
-from mapet.evaluate.images import CacheImages, Images, RandomViews, SourceImages
+from mapet.evaluate.images import Images, RandomViews
 from mapet.evaluate.knn import check_neighbours, knn_predict
 from mapet.evaluate.labels import check_labels, check_same_classes, draw_per_class, split
 from mapet.evaluate.probe import ProbeConfig, linear_probe, logistic_probe
@@ -197,7 +198,7 @@ def open_labelled(spec: str) -> ImageSource | TokenCache:
 
 def some_of(images: ImageSource | TokenCache, ids: np.ndarray, size: int) -> Images:
     """Some images of a set, for a model of this image size."""
-    return CacheImages(images, ids) if isinstance(images, TokenCache) else SourceImages(images, size, ids)
+    return Some(images if isinstance(images, TokenCache) else Squares(images, size), ids)
 
 
 def probe_checkpoint(
@@ -282,6 +283,4 @@ def _described(images: Images) -> list[str]:
     """What tells images apart from others."""
     if isinstance(images, RandomViews):
         return [*_described(images.images), f"views by torchvision {images.view} {images.seed} {images.smallest_area}"]
-    if isinstance(images, CacheImages):
-        return [repr(images.cache.manifest.files), *map(str, images.ids)]
-    return [images.source.fingerprint(), str(images.size), *map(str, images.ids)]
+    return [images.fingerprint()]

@@ -1,28 +1,21 @@
-"""What evaluation reads images from: anything with a length whose slices are uint8 images (b, 3, S, S)."""
+"""What evaluation reads images from: `mapet.data.images.Images`, tensors, and random views of either."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from mapet.data.cache import TokenCache
-from mapet.data.images import ImageSource, centre_square
+from mapet.data import images as data
 from mapet.data.views import drawing_from
-from mapet.errors import DataError
 from mapet.rng import step_generator
 
-
-class Images(Protocol):
-    """A uint8 tensor or array (n, 3, S, S), or a class that loads a slice of one on request."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, which: slice) -> Tensor | np.ndarray: ...
+Images: TypeAlias = "data.Images | RandomViews | Tensor | np.ndarray"
+"""Anything with a length whose slices are uint8 images (b, 3, S, S)."""
 
 
 def as_tensor(images: Tensor | np.ndarray) -> Tensor:
@@ -33,40 +26,6 @@ def as_tensor(images: Tensor | np.ndarray) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must have shape (n, 3, size, size), got {tuple(images.shape)}")
     return images
-
-
-@dataclass(frozen=True)
-class SourceImages:
-    """The centre squares of an image source, `size` pixels wide, loaded as they are needed."""
-
-    source: ImageSource
-    size: int
-    ids: np.ndarray
-    """Which images of the source, in this order."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, which: slice) -> np.ndarray:
-        try:
-            return np.stack([centre_square(self.source.load(int(i)), self.size) for i in self.ids[which]])
-        except DataError as error:
-            raise DataError(f"{error}; take it away, or give a token cache of these images, made without it") from error
-
-
-@dataclass(frozen=True)
-class CacheImages:
-    """Some of the images of a token cache, as they were cropped for pre-training."""
-
-    cache: TokenCache
-    ids: np.ndarray
-    """Which images of the cache, in this order."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, which: slice) -> Tensor:
-        return self.cache.images(self.ids[which])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from mapet.checked import check
 from mapet.config import Count, Rows
-from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, DataError
 from mapet.files import UnreadableFile, read_bytes, write_whole
@@ -36,7 +35,13 @@ from mapet.folders import LOCK, PARTIAL_FILES, check_place, locked
 from mapet.report.gallery import GalleryRow, draw_gallery, entry_rows
 from mapet.report.markdown import document, plain, table
 from mapet.report.picture import CONTEXT, FAINT, HIDDEN, INK, QUERY, Picture, frame, save
-from mapet.tokenizers.usage import CodebookUsage, class_counts, pointwise_mutual_information, repeated_entries
+from mapet.tokenizers.usage import (
+    CodebookUsage,
+    class_counts,
+    count_usage,
+    pointwise_mutual_information,
+    repeated_entries,
+)
 from mapet.words import in_line
 
 KIND = "codebook report"

@@ -10,32 +10,10 @@ import torch
 from mapet.config import Precision
 from mapet.errors import ConfigError, DataError
 from mapet.tokenizers import store
-from mapet.tokenizers.base import Network, Tokenizer
-from mapet.tokenizers.foreign.official_codebook import (
-    read_official_codebook,
-    write_faiss_index,
-    write_official_centroids,
-)
+from mapet.tokenizers.base import Tokenizer
+from mapet.tokenizers.foreign.official_codebook import read_official_codebook
 from mapet.tokenizers.kclip import KClipTokenizer
 from mapet.tokenizers.pixel import PixelTokenizer
-from mapet.tokenizers.usage import CodebookUsage, CollapseWarning, FitReport, measure_usage
-
-__all__ = [
-    "TOKENIZERS",
-    "CodebookUsage",
-    "CollapseWarning",
-    "FitReport",
-    "KClipTokenizer",
-    "Network",
-    "PixelTokenizer",
-    "Tokenizer",
-    "load_tokenizer",
-    "make_tokenizer",
-    "measure_usage",
-    "read_official_codebook",
-    "write_faiss_index",
-    "write_official_centroids",
-]
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"pixel": PixelTokenizer, "kclip": KClipTokenizer}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,18 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import mapet.tokenizers.store as store
 from mapet.data.stages import stage
 from mapet.errors import ConfigError, DataError
-from mapet.tokenizers import store
-from mapet.tokenizers.fitting.sampling import Reservoir
-from mapet.tokenizers.fitting.unfinished import Sample, UnfinishedFit
-from mapet.tokenizers.usage import CodebookUsage, FitReport, measure_usage, repeated_entries, warn_of_collapse
+from mapet.tokenizers.usage import CodebookUsage, FitReport, repeated_entries, warn_of_collapse
 from mapet_kernels import kmeans, kmeans_assign
-from mapet_kernels.checks import check_finite_rows
 
 ROWS_PER_ENTRY = 512
 """Patches per codebook entry that the k-means uses at most (k-CLIP's max_points_per_centroid)."""
-ROWS_AT_ONCE = 65_536
 LARGEST_IMAGE = 16384
 """Side in pixels."""
 
@@ -112,63 +108,6 @@ class Tokenizer(ABC):
 
     def fit(
         self,
-        batches: Iterable[Tensor],
-        *,
-        seed: int = 1234,
-        iterations: int = 20,
-        redos: int = 5,
-        init: str = "random",
-        tolerance: float = 0.0,
-        max_rows: int | None = None,
-        source: str = "",
-        unfinished: UnfinishedFit | None = None,
-        save_every: float = 0.0,
-        on_iteration: Callable[[kmeans.Iteration], None] | None = None,
-    ) -> FitReport:
-        """Make the codebook: k-means over a uniform sample of the patches of prepared images.
-
-        Args:
-            batches: uint8 (b, 3, input_size, input_size) tensors, each as `prepare` makes them; not read where
-                `unfinished` has the sample already.
-            max_rows: patches to sample; 512 per codebook entry when not given.
-            source: fingerprint of the images, for the record.
-            unfinished: where sample and k-means are kept while they are made, the latter every `save_every` seconds;
-                a fit that was killed goes on from there, to the same codebook. The caller removes it in the end.
-            seed, iterations, redos, init, tolerance, on_iteration: as in `mapet_kernels.kmeans.fit`.
-
-        Returns:
-            The report, also kept as `report`. A collapsed codebook is reported there and as a CollapseWarning.
-
-        Raises:
-            DataError: fewer patches than codebook entries, or features that are not finite.
-            ConfigError: settings of the k-means out of range.
-        """
-        capacity = ROWS_PER_ENTRY * self.vocabulary if max_rows is None else max_rows
-        if capacity < self.vocabulary:
-            raise ConfigError(f"max_rows {max_rows} is less than the vocabulary {self.vocabulary}")
-        try:
-            kmeans.Settings(self.vocabulary, iterations, redos, init, seed, tolerance=tolerance)
-            sample = self._sample(batches, capacity, seed, unfinished)
-        except ValueError as error:
-            raise ConfigError(f"cannot fit tokenizer {self.name}: {error}") from error
-        rows = on_device_if_it_fits(sample.rows, self.device)
-        settings = {"seed": seed, "iterations": iterations, "redos": redos, "init": init, "tolerance": tolerance}
-        result = self._k_means(
-            rows,
-            **settings,
-            max_points_per_centroid=None,
-            alone=True,
-            checkpoint=unfinished and unfinished.kmeans,
-            checkpoint_seconds=save_every,
-            on_iteration=on_iteration,
-        )
-        self.set_codebook(result.centroids, _source_of(result, sample.images, seed))
-        ids = torch.cat([kmeans_assign(part.to(self.device), self.codebook) for part in rows.split(ROWS_AT_ONCE)])
-        usage = measure_usage(ids, self.vocabulary, self.codebook)
-        return self._reported(result, sample.images, sample.patches, usage, settings, capacity, source)
-
-    def fit_rows(
-        self,
         rows: Tensor | kmeans.RowSource,
         *,
         images: int,
@@ -184,86 +123,67 @@ class Tokenizer(ABC):
         save_every: float = 0.0,
         on_iteration: Callable[[kmeans.Iteration], None] | None = None,
     ) -> FitReport:
-        """As `fit`, over features (n, F) in memory or in files: a sample of so many `patches` of so many `images`.
+        """Make the codebook: k-means over features (n, F), a sample of so many `patches` of so many `images`.
 
         Under torch.distributed every process calls this with its share of the rows, and all get the same codebook.
 
         Args:
             rows_per_entry: of more rows per codebook entry so many are used, drawn at random.
-            checkpoint: file for the state of the k-means, as in `mapet_kernels.kmeans.fit`.
+            source: fingerprint of the images, for the record.
+            checkpoint: file for the state of the k-means, written every `save_every` seconds; a fit that was killed
+                goes on from there, to the same codebook. The caller removes it in the end.
+            seed, iterations, redos, init, tolerance, on_iteration: as in `mapet_kernels.kmeans.fit`.
 
         Returns:
-            The report; the usage in it is that of the last iteration.
-        """
-        settings = {"seed": seed, "iterations": iterations, "redos": redos, "init": init, "tolerance": tolerance}
-        result = self._k_means(
-            rows,
-            **settings,
-            max_points_per_centroid=rows_per_entry,
-            checkpoint=checkpoint,
-            checkpoint_seconds=save_every,
-            on_iteration=on_iteration,
-        )
-        self.set_codebook(result.centroids, _source_of(result, images, seed))
-        usage = CodebookUsage(result.counts.cpu().numpy(), len(repeated_entries(self.codebook)))
-        capacity = rows_per_entry * self.vocabulary
-        return self._reported(result, images, patches, usage, settings, capacity, source)
+            The report, also kept as `report`; the usage in it is that of the last iteration. A collapsed codebook is
+            reported there and as a CollapseWarning.
 
-    def _k_means(self, rows: Tensor | kmeans.RowSource, **settings: Any) -> kmeans.KMeansResult:
-        """K-means on the tokenizer's device; ConfigError where it cannot be run so."""
+        Raises:
+            DataError: fewer patches than codebook entries.
+            ConfigError: settings of the k-means out of range, or rows that it does not take.
+        """
+        settings = {"seed": seed, "iterations": iterations, "init": init, "tolerance": tolerance}
+        self.check_enough(images, patches)
         try:
-            return kmeans.fit(rows, self.vocabulary, device=self.device, **settings)
+            result = kmeans.fit(
+                rows,
+                self.vocabulary,
+                device=self.device,
+                redos=redos,
+                **settings,
+                max_points_per_centroid=rows_per_entry,
+                checkpoint=checkpoint,
+                checkpoint_seconds=save_every,
+                on_iteration=on_iteration,
+            )
         except ValueError as error:
             raise ConfigError(f"cannot fit tokenizer {self.name}: {error}") from error
-
-    def _reported(
-        self,
-        result: kmeans.KMeansResult,
-        images: int,
-        patches: int,
-        usage: CodebookUsage,
-        settings: dict[str, Any],
-        max_rows: int,
-        source: str,
-    ) -> FitReport:
-        """Keep and return the report of a fit, with a warning of a collapse."""
+        self.set_codebook(result.centroids, f"k-means of {result.rows} patches of {images} images, seed {seed}")
+        usage = CodebookUsage(result.counts.cpu().numpy(), len(repeated_entries(self.codebook)))
         self.report = FitReport(
             tokenizer=self.name,
             features=self.feature_size,
             images=images,
             patches=patches,
             rows=result.rows,
-            **{name: settings[name] for name in ("seed", "init", "iterations", "tolerance")},
+            **settings,
             objectives=result.objectives,
             redo=result.redo,
             splits=result.splits,
             usage=usage,
-            max_rows=max_rows,
+            max_rows=rows_per_entry * self.vocabulary,
             source=source,
         )
         warn_of_collapse(usage, self.name)
         return self.report
 
-    def _sample(self, batches: Iterable[Tensor], capacity: int, seed: int, unfinished: UnfinishedFit | None) -> Sample:
-        """Features of at most `capacity` patches, checked: those an unfinished fit has, or drawn from the batches."""
-        if unfinished is not None and (sample := unfinished.load()) is not None:
-            return sample
-        reservoir, images = Reservoir(capacity, seed), 0
-        for batch in batches:
-            reservoir.add(self._features(batch).flatten(0, 1))
-            images += len(batch)
-        if len(reservoir.rows) < self.vocabulary:
+    def check_enough(self, images: int, patches: int) -> None:
+        """DataError where these are too few to fit on."""
+        if patches < self.vocabulary:
             raise DataError(
-                f"{images} images have {reservoir.seen} patches, too few for a vocabulary of {self.vocabulary}: "
+                f"{images} images have {patches} patches, too few for a vocabulary of {self.vocabulary}: "
                 "give more images or lower the vocabulary"
             )
-        self._check_finite(reservoir.rows)
-        rows = reservoir.rows
-        # A .npy file has no bfloat16; float32 holds its numbers exactly.
-        sample = Sample(rows.float() if rows.dtype == torch.bfloat16 else rows, images, reservoir.seen)
-        if unfinished is not None:
-            unfinished.save(sample)
-        return sample
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (b, 3, input_size, input_size) -> int64 (b, P), raster order: the nearest entries by squared L2.
@@ -343,20 +263,3 @@ class Tokenizer(ABC):
                 f"got {images.dtype} {tuple(images.shape)}"
             )
         return self.features(images.to(self.device, non_blocking=True))
-
-    def _check_finite(self, rows: Tensor) -> None:
-        try:
-            check_finite_rows("features", rows)
-        except ValueError as error:
-            raise DataError(f"tokenizer {self.name} cannot be fitted: {error}") from error
-
-
-def _source_of(result: kmeans.KMeansResult, images: int, seed: int) -> str:
-    return f"k-means of {result.rows} patches of {images} images, seed {seed}"
-
-
-def on_device_if_it_fits(rows: Tensor, device: torch.device) -> Tensor:
-    """The rows on the device; where they would take more than half of a GPU's free memory, as they are."""
-    if device.type == "cuda" and rows.numel() * rows.element_size() > torch.cuda.mem_get_info(device)[0] // 2:
-        return rows
-    return rows.to(device)

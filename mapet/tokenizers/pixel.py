@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mapet.data.images import centre_square
+from mapet.data.decode import centre_square
 from mapet.tokenizers.base import Tokenizer
 
 

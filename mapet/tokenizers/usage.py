@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mapet.data.cache import TokenCache
+
 DEAD_LIMIT = 0.1
 """A codebook has collapsed when a larger part of its entries is never used, or repeats another entry,"""
 PERPLEXITY_LIMIT = 0.1
@@ -73,16 +75,12 @@ class CodebookUsage:
         return tuple(reasons)
 
 
-def measure_usage(tokens: Tensor | np.ndarray, vocabulary: int, codebook: Tensor | None = None) -> CodebookUsage:
-    """Usage of the entries by tokens of any shape and integer type, repeats counted where the codebook is given.
-
-    ValueError for a token outside [0, vocabulary).
-    """
-    flat = np.asarray(tokens.cpu() if isinstance(tokens, Tensor) else tokens).reshape(-1).astype(np.int64)
-    if flat.size and not 0 <= flat.min() <= flat.max() < vocabulary:
-        raise ValueError(f"tokens must be in [0, {vocabulary}), got values from {flat.min()} to {flat.max()}")
-    repeated = 0 if codebook is None else len(codebook) - len(torch.unique(codebook, dim=0))
-    return CodebookUsage(np.bincount(flat, minlength=vocabulary), repeated)
+def count_usage(cache: TokenCache) -> CodebookUsage:
+    """Usage of the codebook's entries by all tokens of a cache."""
+    counts = np.zeros(cache.vocabulary, dtype=np.int64)
+    for first in range(0, len(cache), 65536):
+        counts += np.bincount(cache.token_array[first : first + 65536].reshape(-1), minlength=len(counts))
+    return CodebookUsage(counts)
 
 
 def repeated_entries(codebook: Tensor) -> dict[int, int]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import io
 import json
 import re
@@ -33,15 +32,15 @@ from torch import Tensor
 
 from mapet.checked import at_least
 from mapet.config import MAY_CHANGE, ModelConfig, ObjectiveConfig, RunConfig, field_notes, from_dict, to_dict
-from mapet.data.npyfile import FileRecord
 from mapet.errors import CheckpointError, MapetError
 from mapet.files import (
+    FileRecord,
     UnreadableFile,
+    move_folder,
     one_line,
     read_pickle,
     read_record,
     read_tensors,
-    sync_folder,
     write_through,
 )
 from mapet.folders import CHECKPOINT, CHECKPOINTS, a, kind_of
@@ -346,13 +345,9 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_files(folder: Path, step: int, state: CheckpointState) -> None:
-    files = {}
-    for name, payload in _payloads(state):
-        write_through(folder / name, payload)
-        files[name] = FileRecord(len(payload), hashlib.sha256(payload).hexdigest())
+    files = {name: write_through(folder / name, payload) for name, payload in _payloads(state)}
     manifest = dataclasses.asdict(Manifest(FORMAT, step, files))
     write_through(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    sync_folder(folder)
 
 
 def _payloads(state: CheckpointState) -> Iterator[tuple[str, bytes | memoryview]]:
@@ -383,12 +378,11 @@ def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
 
 def _rename_over(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`. A folder in the way is a damaged checkpoint of the same step, and goes."""
-    if target.is_dir():
-        _remove(target)
-    elif target.exists():
+    if target.exists() and not target.is_dir():
         raise FileExistsError(errno.EEXIST, "a file is in its place; move it away")
-    partial.rename(target)
-    sync_folder(target.parent)
+    removed = target.with_name(f"{REMOVED}{target.name}")
+    if move_folder(partial, target, removed):
+        _delete(removed)
 
 
 def _remove(folder: Path) -> None:

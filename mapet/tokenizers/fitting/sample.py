@@ -1,46 +1,37 @@
-"""Features of a random sample of patches, in files: what a k-means over more than memory holds is fitted on.
+"""Features of a random sample of patches, in files: what every codebook is fitted on.
 
 The sample is k-CLIP's (aimagelab/MaPeT, data/kmeans): images in random order, in groups of 40, and of the vectors of
 each group a fixed part at random. The folder:
 
     features_00007.npy   float16 (rows, F), the sample of 100 groups
     features.json        the files in order, with their hashes, and what they are a sample of; written last
-    plan.json, part_*.json   the journal (mapet/data/jobs.py): a killed run goes on with the same call
+    plan.json, part_*.json   the records of the job (mapet/data/jobs.py): a killed run goes on with the same call
     kmeans               state of the k-means over it, while that runs
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mapet.checked import at_least
-from mapet.data.feed import PATIENCE
 from mapet.data.images import ImageSource
-from mapet.data.jobs import Journal
+from mapet.data.jobs import Preparation, Prepared, Reading, Rows, ShardedJob, in_batches
 from mapet.data.manifest import Skipped
-from mapet.data.npyfile import FileRecord, NpyAppender
-from mapet.data.prepare import Prepared, SkipLog, in_batches, prepared_batches
-from mapet.data.progress import progress
-from mapet.data.report import TimeUse
-from mapet.data.stages import StageClock, stage
+from mapet.data.stages import TimeUse, stage
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
-from mapet.files import map_array, one_line, write_whole
-from mapet.folders import SAMPLE, check_place
+from mapet.files import FileRecord, one_line, write_whole
+from mapet.folders import SAMPLE
 from mapet.rng import step_generator
-from mapet.words import say
 from mapet_kernels.kmeans import NpyRows
 
 GROUP = 40
@@ -48,8 +39,11 @@ GROUP = 40
 GROUPS_OF_A_SHARD = 100
 MAX_PATCHES = 5_000_000
 """Vectors to aim at: 2 % of those of ImageNet's 1,281,167 training images, as in the paper."""
-MANIFEST = "features.json"
-FORMAT = 1
+MANIFEST, STATE = "features.json", "kmeans"
+OWN_FILES = ("plan.json", "part_*.json", "features_*.npy", MANIFEST, STATE)
+BEFORE = "sample.json"
+"""What an unfinished fit of earlier versions had in place of all these."""
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -82,20 +76,11 @@ class SamplePlan:
         """Part of a group's vectors that is kept, to three decimals as in the official code; at most 1."""
         return min(1.0, round(self.max_patches / (self.images * self.patches), 3))
 
-    @property
-    def expected_rows(self) -> int:
-        """About how many vectors the sample will have."""
-        return int(self.images * self.patches * self.rate)
-
     @cached_property
     def order(self) -> list[int]:
         """Positions in the source of the images, in the order in which they are read."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(self.source_images, generator=generator)[: self.images].tolist()
-
-    def groups(self) -> list[list[int]]:
-        """Positions in the source, by group."""
-        return [list(group) for group in in_batches(self.order, GROUP)]
 
     def kept(self, group: int, readable: int) -> Tensor:
         """Ascending indices of the vectors kept of a group with so many readable images, of readable * P; int64."""
@@ -111,7 +96,7 @@ class FeatureFiles:
     Attributes:
         folder: where it is.
         files: records of the .npy files, by name, in order.
-        rows: vectors in each.
+        rows: vectors in all of them.
         features: numbers in a vector, F.
         images, patches: readable images, and all their vectors, that the sample is of.
         skipped: the images that could not be read.
@@ -120,41 +105,28 @@ class FeatureFiles:
 
     folder: Path
     files: dict[str, FileRecord]
-    rows: list[int]
+    rows: int
     features: int
     images: int
     patches: int
     skipped: list[Skipped]
     time: TimeUse
 
-    @property
-    def paths(self) -> list[Path]:
-        """The .npy files in order."""
-        return [self.folder / name for name in self.files]
-
     def open(self) -> NpyRows:
         """All vectors, read when they are needed. DataError names a file that is damaged."""
         try:
-            found = NpyRows(self.paths)
+            found = NpyRows([self.folder / name for name in self.files])
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read the features in {self.folder}: {one_line(error)}") from error
-        if found.shape != (sum(self.rows), self.features):
-            wanted = (sum(self.rows), self.features)
+        if found.shape != (wanted := (self.rows, self.features)):
             raise DataError(f"the features in {self.folder} are of shape {found.shape}, their records say {wanted}")
         return found
-
-    def load(self) -> Tensor:
-        """All vectors, (n, F) float16, in memory."""
-        rows = torch.empty(sum(self.rows), self.features, dtype=torch.float16)
-        for part, path, count in zip(rows.split(self.rows), self.paths, self.rows, strict=True):
-            part.copy_(torch.from_numpy(np.array(map_array(path, np.float16, (count, self.features)))))
-        return rows
 
     def summary(self) -> str:
         """One line of text."""
         size = sum(record.bytes for record in self.files.values())
         return (
-            f"{self.folder}: {sum(self.rows)} of {self.patches} patches of {self.images} images, {size / 1e9:.2f} GB; "
+            f"{self.folder}: {self.rows} of {self.patches} patches of {self.images} images, {size / 1e9:.2f} GB; "
             f"{self.time.images_per_second:.1f} images/s"
         )
 
@@ -167,11 +139,9 @@ def sample_features(
     seed: int = 1234,
     limit: int = 0,
     max_patches: int = MAX_PATCHES,
-    batch_size: int = 64,
-    workers: int = 2,
-    patience: float = PATIENCE,
-    max_skipped: float = 0.01,
+    restart: bool = False,
     world: World | None = None,
+    **reading: Any,
 ) -> FeatureFiles:
     """Write the features of a random sample of the patches of a source; go on with, or reuse, what is in the folder.
 
@@ -181,8 +151,8 @@ def sample_features(
         tokenizer: a `mapet.tokenizers.Tokenizer`, fitted or not.
         limit: draw from so many images, themselves drawn at random; 0 for all.
         max_patches: about how many vectors to keep; the part kept is rounded to 0.1 %.
-        batch_size: images of a pass through the network, at most a group of 40.
-        patience: seconds that a worker may take for one image.
+        restart: delete another sample in the folder instead of refusing it.
+        reading: fields of `mapet.data.jobs.Reading`; batch_size is that of a pass through the network.
     Returns:
         The sample, the same in every process.
     Raises:
@@ -192,204 +162,72 @@ def sample_features(
     """
     if limit < 0:
         raise ConfigError(f"limit must not be negative, got {limit}")
-    check_place(folder, SAMPLE, option="--features-dir")
-    world = world or World(torch.device("cpu"))
+    folder, how = Path(folder), Reading(**reading)
+    if (folder / BEFORE).exists():
+        raise DataError(
+            f"{folder} holds an unfinished fit of an earlier version of mapet ({BEFORE}), which this one cannot go on "
+            "with: delete that folder"
+        )
     images = min(limit or len(source), len(source))
     plan = SamplePlan(len(source), images, tokenizer.grid**2, max_patches, seed)
-    job = _Job(source, tokenizer, Path(folder), plan, min(batch_size, GROUP), workers, patience, max_skipped, world)
-    try:
-        with job.disk_errors():
-            found = world.on_main(job.begin)
-            missing = job.missing(found)
-            used = job.write(missing[world.rank :: world.size])
-            return world.on_main(lambda: job.finish(used))
-    finally:
-        job.journal.end()
+    network = tokenizer.network
+    made_from = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.name,
+        **{name: value for name, value in tokenizer.settings().items() if name != "vocabulary"},
+        "network": network and network.sha256,
+        "source_fingerprint": source.fingerprint(),
+        "group": GROUP,
+    }
+    job = ShardedJob(
+        folder,
+        {**made_from, **asdict(plan), "rate": plan.rate},
+        in_batches(plan.order, GROUP * GROUPS_OF_A_SHARD),
+        {"features_{}.npy": (np.float16, (tokenizer.feature_size,))},
+        SAMPLE,
+        names=(MANIFEST, STATE),
+        world=world,
+    )
 
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """What the record of a file says of it: vectors, readable images, and the others."""
-
-    rows: Annotated[int, at_least(0)]
-    images: Annotated[int, at_least(0)]
-    skipped: list[Skipped]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The steps of `sample_features`."""
-
-    source: ImageSource
-    tokenizer: Any
-    folder: Path
-    plan: SamplePlan
-    batch_size: int
-    workers: int
-    patience: float
-    max_skipped: float
-    world: World
-
-    @cached_property
-    def journal(self) -> Journal:
-        settings = {name: value for name, value in self.tokenizer.settings().items() if name != "vocabulary"}
-        network = self.tokenizer.network
-        made_from = {
-            "format": FORMAT,
-            "tokenizer": self.tokenizer.name,
-            **settings,
-            "network": network and network.sha256,
-            "source_fingerprint": self.source.fingerprint(),
-            "group": GROUP,
-        }
-        return Journal(
-            self.folder,
-            {**made_from, **asdict(self.plan), "rate": self.plan.rate},
-            SAMPLE,
-            ("features_*.npy", MANIFEST, "kmeans"),
-            parts=len(self.shards()),
-            files=lambda number: (_file_name(number),),
-            facts=ShardFacts,
-        )
-
-    @cached_property
-    def groups(self) -> list[list[int]]:
-        return self.plan.groups()
-
-    @cached_property
-    def log(self) -> SkipLog:
-        return SkipLog(self.plan.images, self.max_skipped)
-
-    def begin(self) -> list[int]:
-        with self.disk_errors():
-            self.journal.begin()
-        found = list(self.journal.parts())
-        if found:
-            say(f"going on from {len(found)} of {len(self.shards())} files in {self.folder}")
-        return found
-
-    def shards(self) -> list[range]:
-        """Numbers of the groups of each shard."""
-        return in_batches(range(len(self.groups)), GROUPS_OF_A_SHARD)
-
-    def missing(self, found: Sequence[int]) -> list[int]:
-        """Shards to be written; the processes share the checking of those found."""
-        parts, damaged = self.journal.parts(), []
-        for number in found[self.world.rank :: self.world.size]:
-            if damage := self.journal.damage(parts[number]):
-                warnings.warn(f"{self.folder}: {damage}, and is made again", stacklevel=2)
-                self.journal.forget(number)
-                damaged.append(number)
-        intact = set(found) - {number for numbers in self.world.gather(damaged) for number in numbers}
-        return [number for number in range(len(self.shards())) if number not in intact]
-
-    def write(self, numbers: Sequence[int]) -> TimeUse:
-        shards = self.shards()
-        groups = [group for number in numbers for group in shards[number]]
-        clock, start = StageClock(), time.perf_counter()
-        images = sum(len(self.groups[group]) for group in groups)
-        # The workers are forked before the progress bar starts its thread.
-        with (
-            prepared_batches(
-                self.source,
-                [self.groups[group] for group in groups],
-                prepare=self.tokenizer.prepare,
-                input_size=self.tokenizer.input_size,
-                workers=self.workers,
-                pin_memory=self.world.device.type == "cuda",
-                patience=self.patience,
-            ) as prepared,
-            torch.inference_mode(),
-            clock.running(),
-            progress(images, "features for the fit") as advance,
-        ):
-            for number in numbers:
-                self._write_shard(number, shards[number], prepared, advance)
-        waited = clock.seconds()
-        seconds = time.perf_counter() - start
-        return TimeUse.over(self.world.gather(TimeUse(seconds, images, waited, seconds)))
-
-    def finish(self, used: TimeUse) -> FeatureFiles:
-        """Write the manifest; for the main process, when all shards are written."""
-        parts = self.journal.parts()
-        self.log.replace([skipped for part in parts.values() for skipped in part.facts.skipped])
-        files = {name: record for part in parts.values() for name, record in part.files.items()}
-        found = FeatureFiles(
-            folder=self.folder,
-            files=files,
-            rows=[part.facts.rows for part in parts.values()],
-            features=self.tokenizer.feature_size,
-            images=sum(part.facts.images for part in parts.values()),
-            patches=sum(part.facts.images for part in parts.values()) * self.plan.patches,
-            skipped=list(self.log.skipped),
-            time=used,
-        )
-        shards = [
-            {"name": name, "rows": rows, **asdict(record)}
-            for (name, record), rows in zip(files.items(), found.rows, strict=True)
-        ]
-        values = {
-            **self.journal.plan,
-            "dtype": "float16",
-            "features": found.features,
-            "rows": sum(found.rows),
-            "readable_images": found.images,
-            "skipped": [asdict(skipped) for skipped in found.skipped],
-            "shards": shards,
-        }
-        with self.disk_errors():
-            write_whole(self.folder / MANIFEST, json.dumps(values, indent=1))
-        return found
-
-    @contextmanager
-    def disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"cannot write features into {self.folder}: {error.strerror or error}; finished files are kept, and "
-                "the same command goes on from them"
-            ) from error
-
-    def _write_shard(
-        self, number: int, groups: range, prepared: Iterator[Prepared], advance: Callable[[int], None]
-    ) -> None:
-        # Every process adds up its own unreadable images to those in the shards that all have finished.
-        self.log.replace([skipped for part in self.journal.parts().values() for skipped in part.facts.skipped])
-        path, images, skipped = self.folder / _file_name(number), 0, []
-        path.unlink(missing_ok=True)  # of a run that was killed
-        with NpyAppender(path, np.float16, (self.tokenizer.feature_size,)) as file:
-            for group in groups:
-                with stage("decode"):
-                    batch = next(prepared)
-                self.log.add(batch.skipped)
-                for rows in self._vectors(group, batch):
-                    with stage("write"):
-                        file.append(rows)
-                images += len(batch.ids)
-                skipped += batch.skipped
-                advance(len(self.groups[group]))
-            with stage("write"):
-                facts = ShardFacts(file.rows, images, skipped)
-                self.journal.finish(number, {path.name: file.close()}, facts)
-
-    def _vectors(self, group: int, batch: Prepared) -> Iterator[np.ndarray]:
-        """The vectors kept of a group, float16 (n, F), one array for each pass through the network."""
-        kept = self.plan.kept(group, len(batch.ids))
-        for first in range(0, len(batch.ids), self.batch_size):
-            inputs = batch.inputs[first : first + self.batch_size]
-            start, end = (self.plan.patches * i for i in (first, first + len(inputs)))
+    @torch.inference_mode()
+    def rows_of(group: Prepared, number: int) -> Iterator[Rows]:
+        kept = plan.kept(number, len(group.ids))
+        for first in range(0, len(group.ids), how.batch_size):
+            inputs = group.inputs[first : first + how.batch_size]
+            start, end = (plan.patches * i for i in (first, first + len(inputs)))
             here = kept[(kept >= start) & (kept < end)] - start
-            with stage("network", self.tokenizer.device):
-                features = self.tokenizer.features(inputs.to(self.tokenizer.device, non_blocking=True)).flatten(0, 1)
-                chosen = features[here.to(features.device)].half()
-            rows = chosen.cpu().numpy()
+            with stage("network", tokenizer.device):
+                features = tokenizer.features(inputs.to(tokenizer.device, non_blocking=True)).flatten(0, 1)
+                rows = features[here.to(features.device)].half().cpu().numpy()
             if not np.isfinite(rows).all():
                 raise DataError(
-                    f"tokenizer {self.tokenizer.name} gives features that are not finite in float16; check its weights"
+                    f"tokenizer {tokenizer.name} gives features that are not finite in float16; check its weights"
                 )
-            yield rows
+            yield (rows,)
+
+    try:
+        with job.disk_errors():
+            missing = job.missing(job.world.on_main(lambda: job.begin(restart=restart)))
+            preparation = Preparation(source, prepare=tokenizer.prepare, input_size=tokenizer.input_size)
+            groups = dataclasses.replace(how, batch_size=GROUP)
+            used = job.write(missing, preparation, rows_of, groups, "features for the fit")
+            return job.world.on_main(lambda: _complete(job, how, plan, tokenizer.feature_size, used))
+    finally:
+        job.end(remove=job.world.size == 1 and not job.parts())
 
 
-def _file_name(number: int) -> str:
-    return f"features_{number:05d}.npy"
+def _complete(job: ShardedJob, how: Reading, plan: SamplePlan, features: int, used: TimeUse) -> FeatureFiles:
+    """Write features.json; for the main process, when all shards are written."""
+    parts, skipped = job.parts().values(), job.skipped()
+    how.check_skipped(skipped, plan.images)
+    files = {name: record for part in parts for name, record in part.files.items()}
+    images, rows = plan.images - len(skipped), [part.rows for part in parts]
+    shards = [
+        {"name": name, "rows": count, **asdict(record)}
+        for (name, record), count in zip(files.items(), rows, strict=True)
+    ]
+    made = {"dtype": "float16", "features": features, "rows": sum(rows), "readable_images": images}
+    listed = [asdict(item) for item in skipped]
+    values = {**job.plan, **made, "skipped": listed, "shards": shards}
+    write_whole(job.folder / MANIFEST, json.dumps(values, indent=1))
+    return FeatureFiles(job.folder, files, sum(rows), features, images, images * plan.patches, skipped, used)

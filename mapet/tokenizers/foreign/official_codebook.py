@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, map_array, replacing, unreadable
+from mapet.files import UnreadableFile, map_array, unreadable
 from mapet_kernels.regular import open_regular
 
 FLAT_L2 = b"IxF2"
@@ -48,23 +45,6 @@ def read_official_codebook(path: str | Path) -> Tensor:
     return torch.from_numpy(centroids)
 
 
-def write_official_centroids(path: str | Path, codebook: Tensor) -> None:
-    """Write a codebook (K, F) as the official codebook_centroids_*.npy: float32. DataError where it cannot be."""
-    with _replacing(Path(path)) as partial, partial.open("wb") as file:
-        np.save(file, _array(codebook))
-
-
-def write_faiss_index(path: str | Path, codebook: Tensor) -> None:
-    """Write a codebook (K, F) as the official codebook_index_*.npy, a faiss IndexFlatL2. DataError where it cannot be,
-    and without the faiss package."""
-    faiss = _faiss(f"{path} is to be an index of the faiss library")
-    values = _array(codebook)
-    index = faiss.IndexFlatL2(values.shape[1])
-    index.add(values)
-    with _replacing(Path(path)) as partial:
-        faiss.write_index(index, str(partial))
-
-
 def _read_index(file: BinaryIO, kind: bytes) -> np.ndarray:
     """The vectors of an index whose file is at the end of its first four bytes. ValueError where there are none.
 
@@ -85,27 +65,3 @@ def _read_index(file: BinaryIO, kind: bytes) -> np.ndarray:
             f"{numbers} numbers in all, and {left} bytes of them"
         )
     return np.frombuffer(bytearray(file.read()), "<f4").reshape(entries, features)
-
-
-def _faiss(why: str) -> ModuleType:
-    try:
-        import faiss
-    except ImportError as error:
-        raise DataError(f"{why}: pip install faiss-cpu") from error
-    return faiss
-
-
-def _array(codebook: Tensor) -> np.ndarray:
-    if codebook.dim() != 2:
-        raise DataError(f"a codebook is (entries, features), got shape {tuple(codebook.shape)}")
-    return codebook.detach().to("cpu", torch.float32).contiguous().numpy()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """As `mapet.files.replacing`, with DataError."""
-    try:
-        with replacing(path) as partial:
-            yield partial
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"cannot write the codebook {path}: {error}") from error

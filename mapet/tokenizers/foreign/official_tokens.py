@@ -15,24 +15,27 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mapet.data.build import build_cache
-from mapet.data.feed import PATIENCE
-from mapet.data.images import FileSource
+from mapet.data.jobs import Preparation
 from mapet.data.manifest import CacheDescription
-from mapet.data.npyfile import FileRecord
-from mapet.data.prepare import Prepared
-from mapet.data.report import TokenizeReport
-from mapet.distributed import World
+from mapet.data.sources import FileSource
 from mapet.errors import DataError
-from mapet.files import UnreadableFile, map_array, read_bytes, read_pickle, unreadable
+from mapet.files import FileRecord, UnreadableFile, map_array, read_bytes, read_pickle, unreadable
+from mapet.tokenizers.encode import TokenizeReport, build_cache
 
 HEADER = ["path", "class"]
 MOST_CLASSES = 2**20
+NAMES = {
+    "kclip": ("k_means", "kmeans", "kclip"),
+    "vqkd": ("vqkd", "vq_kd", "vq-kd"),
+    "dalle": ("dalle", "dall-e", "dall_e"),
+}
+"""What occurs in the names of token files, by tokenizer."""
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 
@@ -44,15 +47,9 @@ def import_official(
     *,
     image_size: int = 224,
     vocabulary: int = 8192,
-    tokenizer: str = "kclip",
+    tokenizer: str | None = None,
     class_names: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int = 2,
-    patience: float = PATIENCE,
-    max_skipped: float = 0.01,
-    overwrite: bool = False,
-    shard_images: int = 0,
-    world: World | None = None,
+    **options: Any,
 ) -> TokenizeReport:
     """Make a token cache of official token files and the images they were made from.
 
@@ -60,10 +57,11 @@ def import_official(
         token_files: the shards in the order of the CSV's rows; or one folder, whose .pth and .pt files are taken in the
             order of `ordered_token_files`; or one file. Each is an int16, int32 or int64 tensor (n, P).
         csv_file: header `path,class`; the path below `root` and the class number of each image.
-        root: folder of the images. They are read as the official code does, without their EXIF orientation.
+        root: folder of the images. They are read as the official code reads them, by Pillow's convert("RGB") alone:
+            no EXIF orientation, no background behind alpha, no scaling of 16-bit grey.
         vocabulary: tokens must be in [0, vocabulary).
-        tokenizer: the name the cache gives for the tokenizer.
-        patience, shard_images, world: as for `mapet.tokenizers.encode.tokenize`.
+        tokenizer: the name the cache gives for the tokenizer; by default what the files' names say, else "official".
+        options: overwrite, shard_images, world, batch_size and others of `mapet.tokenizers.encode.build_cache`.
         class_names: label_encoder_classes.npy, an array of text; without it classes are called by their numbers.
     Raises:
         DataError: naming the file: not a token tensor (files are loaded without running code), more or fewer rows than
@@ -73,32 +71,25 @@ def import_official(
     names, labels = read_csv(Path(csv_file), Path(root))
     tokens = _read_tokens(files, len(names), Path(csv_file), vocabulary)
     classes = _class_names(class_names, int(labels.max()) + 1)
-    source = FileSource(Path(root), names, labels, classes, orient=False)
+    source = FileSource(Path(root), names, labels, classes, plain=True)
     description = CacheDescription(
         image_size=image_size,
         grid=math.isqrt(tokens.shape[1]),
         vocabulary=vocabulary,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or tokenizer_of(files),
         tokenizer_fingerprint=_fingerprint([*files, Path(csv_file)]),
         source_fingerprint=source.fingerprint(),
     )
 
-    def rows(batch: Prepared) -> Tensor:
-        return tokens[batch.ids]
+    preparation = Preparation(source, image_size)
+    return build_cache(preparation, output, description, lambda batch: tokens[batch.ids], **options)
 
-    return build_cache(
-        source,
-        output,
-        description,
-        rows,
-        batch_size=batch_size,
-        workers=workers,
-        patience=patience,
-        max_skipped=max_skipped,
-        overwrite=overwrite,
-        shard_images=shard_images,
-        world=world,
-    )
+
+def tokenizer_of(files: Sequence[Path]) -> str:
+    """What made the tokens, as far as the names of the files and of their folder say."""
+    said = " ".join(f"{path.parent.name} {path.name}" for path in files).lower()
+    found = [name for name, words in NAMES.items() if any(word in said for word in words)]
+    return found[0] if len(found) == 1 else "official"
 
 
 def ordered_token_files(folder: str | Path) -> list[Path]:
