@@ -236,8 +236,14 @@ class Plan:
     """GPUs that share a step."""
     gpu_memory: Annotated[str | None, _wanted("16GB", "no limit")] = None
     """Memory of one GPU: GB is 10^9 bytes, GiB 2^30."""
-    gpu: Annotated[Literal["V100"] | None, _wanted("V100")] = None
+    gpu: Annotated[
+        Literal["V100", "T4", "A100", "H100", "H200", "B200", "RTX 4090"] | None, _wanted("V100|T4|A100|...")
+    ] = None
     """Adds images per second on this GPU, computed from its data sheet; its memory is the limit where none is given."""
+    peak: Annotated[str | None, _wanted("312T")] = None
+    """FLOP per second of another GPU, in the precision of the run, for the same."""
+    bandwidth: Annotated[str | None, _wanted("2.0TB")] = None
+    """Bytes per second of its memory."""
     interconnect: Annotated[str | None, _wanted("400Gb")] = None
     """Bits (Gb) or bytes (GB) per second of one GPU's slowest link: adds traffic and times of several GPUs."""
     images: Annotated[str, arg(metavar="1.28M")] = "1281167"

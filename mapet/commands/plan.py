@@ -12,9 +12,8 @@ from mapet.commands.options import Plan as Options
 from mapet.commands.pretrain import changed, given
 from mapet.config import Parallel, RunConfig
 from mapet.errors import ConfigError
-from mapet.planning.estimate import GPUS, expectation_rows
+from mapet.planning.estimate import GPUS, Cluster, Gpu, expectation_rows, gpu_of, scaling_rows
 from mapet.planning.memory import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
-from mapet.planning.scaling import Cluster, scaling_rows
 from mapet.recipes import recipe
 from mapet.units import gib, parse_bytes, parse_count, parse_link
 from mapet.words import say
@@ -27,7 +26,7 @@ PARTS = {
     "images": "images and tokens of the step",
     "activations": "activations: residual stream, norms, MLP",
     "attention": "attention: q, kv, result, log-sum-exp",
-    "head": "head: a chunk of logits, its gradients",
+    "head": "after the last block: head, loss, gradients",
     "temporary": "gradients of activations, recomputed parts",
     "workspace": "workspace of cuBLAS",
 }
@@ -43,8 +42,8 @@ def run(options: Options) -> int:
     console = Console()
     console.print(memory_table(plan.memory))
     say("\n".join(summary(config, options, plan)))
-    if options.gpu:
-        console.print(expectation_table(config, options, plan))
+    if gpu := gpu_of(options.gpu, options.peak, options.bandwidth):
+        console.print(expectation_table(config, options, plan, gpu))
     if options.interconnect:
         console.print(scaling_table(config, options))
     return 0
@@ -110,18 +109,18 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
     return lines
 
 
-def expectation_table(config: RunConfig, options: Options, plan: Plan) -> Table:
+def expectation_table(config: RunConfig, options: Options, plan: Plan, gpu: Gpu) -> Table:
     """mapet/planning/estimate.py for this GPU."""
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch, recompute=plan.recompute)
-    title = f"one {options.gpu}, {config.train.precision}"
+    title = f"one {gpu.name}, {config.train.precision}"
     table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
-    for row in expectation_rows(size, GPUS[options.gpu], parse_count(options.images), config.optim.epochs):
+    for row in expectation_rows(size, gpu, parse_count(options.images), config.optim.epochs):
         table.add_row(*row)
     return table
 
 
 def scaling_table(config: RunConfig, options: Options) -> Table:
-    """mapet/planning/scaling.py for these GPUs."""
+    """mapet/planning/estimate.py for these GPUs."""
     cluster = Cluster(
         options.gpus,
         parse_link(options.interconnect),
@@ -131,6 +130,6 @@ def scaling_table(config: RunConfig, options: Options) -> Table:
     )
     title = f"{options.gpus} GPUs, {options.interconnect} per second each, global batch {cluster.global_batch}"
     table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
-    for name, value in scaling_rows(config.model, cluster):
+    for name, value in scaling_rows(config, cluster):
         table.add_row(name, value)
     return table

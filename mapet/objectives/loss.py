@@ -27,7 +27,7 @@ _planned: ContextVar[str] = ContextVar("planned", default="")
 
 @contextmanager
 def chunks_as_on(kind: str) -> Iterator[None]:
-    """Within: chunks are those of this kind of device, whatever holds the tensors, so that a CPU traces a GPU's step."""
+    """Within: chunks are those of this kind of device, whatever holds the tensors: a CPU traces a GPU's step."""
     token = _planned.set(kind)
     try:
         yield

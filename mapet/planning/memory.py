@@ -22,7 +22,7 @@ from typing import get_args
 
 from mapet.config import Parallel, Recompute, RunConfig
 from mapet.errors import ConfigError
-from mapet.planning.trace import Trace, trace
+from mapet.planning.trace import Network, Trace, trace
 from mapet.units import gib
 
 LEVELS: tuple[Recompute, ...] = get_args(Recompute)
@@ -110,23 +110,23 @@ def moments(size: StepSize) -> list[Memory]:
     """Memory at each moment that can be the peak."""
     traced, found = size.trace(), []
     for (name, unit), parts in traced.peaks.items():
-        at = name if unit is None else f"{name}, unit {unit + 1} of {len(traced.weights) - 1}"
+        at = name if unit is None else f"{name}, unit {unit + 1} of {len(traced.network.weights) - 1}"
         memory = Memory(**parts, moment=at)
-        found.append(in_parts(size, memory, traced) if size.sharded else memory)
+        found.append(in_parts(size, memory, traced.network) if size.sharded else memory)
     return found
 
 
-def in_parts(size: StepSize, memory: Memory, traced: Trace) -> Memory:
+def in_parts(size: StepSize, memory: Memory, network: Network) -> Memory:
     """A moment of copies as one of parts (top of the file)."""
     n, ema = size.processes, memory.average > 0
-    (around, *units), learning = traced.weights, sum(traced.learning)
-    part, learned = -(-sum(traced.weights) // n), -(-learning // n)
+    (around, *units), learning = network.weights, sum(network.learning)
+    part, learned = -(-sum(network.weights) // n), -(-learning // n)
     parts = replace(memory, weights=part, gradients=learned, optimizer=2 * learned, average=learned if ema else 0)
     if memory.moment == "update":
         return replace(parts, temporary=learned if ema else 0)
     largest = max(units, default=0)
     weights = around + min(3, len(units) + 1) * largest
-    around, *units = traced.learning
+    around, *units = network.learning
     largest = max(units, default=0)
     gradients = learning + largest if size.share > size.micro_batch else around + min(2, len(units)) * largest
     return replace(parts, weights=part + weights, gradients=learned + gradients)
@@ -242,8 +242,10 @@ def _largest(size: StepSize, limit: int, micro_batch: int) -> Plan | None:
             best, first = Plan(micro, size.share // micro, size.recompute, memory), at + 1
         else:
             last = at
-        growing = (memory.activations + memory.attention) / micro
-        expected = [memory.total + growing * (choice - micro) for choice in choices[first:last]]
+        # At least so much, as more images take more of what is kept, and fewer take less of nothing but of these parts.
+        kept = memory.activations + memory.attention
+        per_image = [kept / micro, (kept + memory.images + memory.head + memory.temporary) / micro]
+        expected = [memory.total + per_image[c < micro] * (c - micro) for c in choices[first:last]]
         last = first + bisect_right(expected, CLEARLY * usable)
         at = max(first + bisect_right(expected, usable) - 1, first)
     return best

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import mapet_kernels.registry  # noqa: F401  # FLOP of our operators
+import mapet_kernels.flops  # noqa: F401
 from mapet.config import RunConfig, SpeedConfig
 from mapet.errors import ConfigError
 from mapet.objectives import build_task
@@ -41,12 +41,49 @@ from mapet.training.precision import AUTOCAST
 SHALLOW = (3, 4)
 """Units of the networks that stand for a deeper one: the first, the last, and one or two between them."""
 
+FEW_IMAGES = (128, 256, 384)
+"""Images of micro-batches that stand for a larger one, of blocks computed again in parts, if they are on one line."""
+LARGEST_TRACED = 512
+OFF_THE_LINE = 0.005
+"""Most that the last of them may differ."""
+
 Moment = tuple[str, int | None]
 """A pass of the step, and the unit that it is at."""
 Parts = dict[str, int]
 """Bytes by part of the memory, see memory.Memory."""
 Work = Counter[tuple[str, float, float]]
 """How often an operator of a kind (product, attention, attention backward, pass) has so many FLOP and bytes."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a task is made of.
+
+    Attributes:
+        weights, learning: bytes of all parameters, and of those that learn: around the units, then of each unit.
+        image_bytes: of one image of a batch, whole numbers as the uint16 that they are stored as.
+        repeats: whether there are model.depth units, all alike.
+    """
+
+    weights: tuple[int, ...]
+    learning: tuple[int, ...]
+    image_bytes: int
+    repeats: bool
+
+    @classmethod
+    def of(cls, task: Task) -> Network:
+        units = task.units()
+        kinds = {(type(u), *((n, p.shape, p.dtype, p.requires_grad) for n, p in u.named_parameters())) for u in units}
+
+        def sizes(learning: bool) -> tuple[int, ...]:
+            around, *each = (
+                sum(p.nbytes for p in module.parameters() if p.requires_grad or not learning)
+                for module in (task, *units)
+            )
+            return (around - sum(each), *each)
+
+        image = sum(x.numel() * (2 if x.dtype == torch.int64 else x.element_size()) for x in task.example(1).values())
+        return cls(sizes(False), sizes(True), image, len(kinds) == 1 and len(units) == task.config.depth)
 
 
 @dataclass(frozen=True)
@@ -57,16 +94,21 @@ class Trace:
         peaks: the most that exists during each moment.
         work: operators of a micro-batch's forward and backward pass.
         update: operators of the update.
-        rows: of the tensors that go into the first unit, or into the network where it has no units.
-        weights, learning: bytes of all parameters, and of those that learn: around the units, then of each unit.
+        rows: of the tensors that go into the first unit; 0 without units.
+        calls: of the first unit: several where a task takes a micro-batch in parts.
     """
 
     peaks: dict[Moment, Parts]
     work: Work
     update: Work
     rows: int
-    weights: tuple[int, ...]
-    learning: tuple[int, ...]
+    calls: int
+    network: Network
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the moment at which there are most."""
+        return max(sum(parts.values()) for parts in self.peaks.values())
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,6 +121,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
+        if function.namespace == "prim":  # asks a fake tensor for its device
+            return result
         self.add_all(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self.peak = max(self.peak, self.live)
         return result
@@ -118,7 +162,7 @@ class Counting(LiveBytes):
         self.part_of: dict[int, str] = {}
         self.peaks: dict[Moment, Parts] = {}
         self.work: Work = Counter()
-        self.rows, self.forward = 0, True
+        self.rows, self.calls, self.forward = 0, 0, True
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if self.part == "weights" and function is torch.ops.aten._local_scalar_dense.default:
@@ -127,7 +171,7 @@ class Counting(LiveBytes):
             return arguments[0]  # what fills a tensor leaves its shape
         options = options or {}
         result = super().__torch_dispatch__(function, types, arguments, options)
-        if self.moment is None or function.is_view:
+        if self.moment is None or function.is_view or function.namespace == "prim":
             return result
         if self.live > sum(self.peaks.get(self.moment, {}).values()):
             self.peaks[self.moment] = dict(self.parts)
@@ -169,8 +213,9 @@ class Counting(LiveBytes):
         def entering(i: int, module: nn.Module, arguments: tuple, options: dict) -> None:
             if self.forward:
                 self.moment, self.part = ("forward", i), "activations"
-                first = tensors((arguments, options))[:1] if i == 0 else []
-                self.rows += sum(x.numel() // x.shape[-1] for x in first)
+                if i == 0:
+                    self.calls += 1
+                    self.rows += sum(x.numel() // x.shape[-1] for x in tensors((arguments, options))[:1])
 
         def leaving(i: int, module: nn.Module, arguments: tuple, result: Any) -> None:
             for tensor in tensors(result):
@@ -197,23 +242,50 @@ def trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tra
     Raises:
         ConfigError: the task cannot be traced; the text says why.
     """
+    try:
+        return _trace(_planned(config), micro_batch, share, adds_up)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a task's own code says to tensors without values
+        raise ConfigError(
+            f"objective {config.objective.name} cannot be planned: its step, tried on tensors without values, ends "
+            f"with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+@functools.lru_cache(maxsize=16)
+def network(config: RunConfig) -> Network:
+    """What the task of a configuration is made of; nothing is allocated."""
+    with _faked() as live:
+        return Network.of(_build(_planned(config), live))
+
+
+def _planned(config: RunConfig) -> RunConfig:
+    """As it is traced: whatever kernels there are, with the switches of section speed off."""
     precision = "bf16" if config.train.precision == "auto" else config.train.precision  # fp16 takes as much
     train = replace(config.train, backend="auto", precision=precision)
-    config = replace(config, train=train, speed=SpeedConfig(skip_dropped=False))
-    step, depth = (micro_batch, share, adds_up), config.model.depth
-    try:
-        if depth > SHALLOW[-1] and (units := alike(config)):
-            with suppress(Exception):  # fewer units may not work: then all of them are traced
-                few, more = (_step(replace(config, model=replace(config.model, depth=d)), *step) for d in SHALLOW)
-                deep = continued(few, more, depth)
-                if [sum(sizes) for sizes in units] == [sum(deep.weights), sum(deep.learning)]:
-                    return replace(deep, weights=units[0], learning=units[1])
-        return _step(config, *step)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"objective {config.objective.name} cannot be planned: traced without values, its step says "
-            f"{str(error).partition(chr(10))[0]!r}"
-        ) from error
+    return replace(config, train=train, speed=SpeedConfig(skip_dropped=False))
+
+
+def _trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Trace:
+    """By fewer units and fewer images, where these say as much."""
+    if config.train.recompute == "blocks" and micro_batch > LARGEST_TRACED:
+        *few, last = (_trace(config, images, share, adds_up) for images in FEW_IMAGES)
+        expected = continued(*few, last.network, *FEW_IMAGES)
+        # In parts, if at all, of the same size: so many images go through the first unit at a time.
+        sizes = {images / (t.calls or 1) for images, t in zip(FEW_IMAGES, (*few, last), strict=True)}
+        in_parts = len(sizes) == 1 and micro_batch % max(sizes) == 0
+        if (in_parts or last.calls <= 1) and abs(expected.peak / last.peak - 1) <= OFF_THE_LINE:
+            return continued(few[-1], last, last.network, *FEW_IMAGES[1:], micro_batch)
+    step, depth, whole = (micro_batch, share, adds_up), config.model.depth, network(config)
+    if whole.repeats and depth > SHALLOW[-1]:
+        with suppress(Exception):  # what fails for fewer units may do for all
+            few, more = (_step(replace(config, model=replace(config.model, depth=d)), *step) for d in SHALLOW)
+            sizes = zip(*((sum(n.weights), sum(n.learning)) for n in (few.network, more.network, whole)), strict=True)
+            if all(_line(a, b, *SHALLOW, depth) == size for a, b, size in sizes):
+                few, more = (by_end(deep, units, depth) for deep, units in zip((few, more), SHALLOW, strict=True))
+                return continued(few, more, whole, *SHALLOW, depth)
+    return _step(config, *step)
 
 
 def _step(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Trace:
@@ -250,7 +322,7 @@ def _step(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tra
         if average:
             average.update(task, skip)
         live.moment = None
-        return Trace(live.peaks, work, live.work, live.rows, sizes(task), sizes(task, learning=True))
+        return Trace(live.peaks, work, live.work, live.rows, live.calls, Network.of(task))
 
 
 @contextmanager
@@ -265,51 +337,33 @@ def _build(config: RunConfig, live: Counting) -> Task:
     return build_task(config).train()
 
 
-@functools.lru_cache(maxsize=16)
-def alike(config: RunConfig) -> tuple[tuple[int, ...], ...]:
-    """Bytes of all parameters and of those that learn, see `sizes`, of a task with model.depth units that are alike.
-
-    Nothing for another task.
-    """
-    with _faked() as live:
-        task = _build(config, live)
-        units = task.units()
-        kinds = {(type(u), *((n, p.shape, p.dtype, p.requires_grad) for n, p in u.named_parameters())) for u in units}
-        same = len(units) == config.model.depth and len(kinds) == 1
-        return (sizes(task), sizes(task, learning=True)) if same else ()
-
-
-def continued(few: Trace, more: Trace, depth: int) -> Trace:
-    """The trace of `depth` units from those of SHALLOW numbers of them."""
-    a, b = SHALLOW
-    ends = {0: (0, 0), 1: (1, 1), depth - 2: (a - 2, b - 2), depth - 1: (a - 1, b - 1)}
-    peaks = {}
-    for name, unit in few.peaks:
-        for whole, (i, j) in ({None: (None, None)} if unit is None else ends).items():
-            peaks[name, whole] = _lines(few.peaks[name, i], more.peaks[name, j], depth)
-    work, update = _lines(few.work, more.work, depth), _lines(few.update, more.update, depth)
-    weights, learning = (
-        (_line(sum(x), sum(y), depth),) for x, y in ((few.weights, more.weights), (few.learning, more.learning))
+def by_end(found: Trace, units: int, depth: int) -> Trace:
+    """The trace of a few units with the first two and the last two of them numbered as those of a deep network."""
+    ends = {0: 0, 1: 1, depth - 2: units - 2, depth - 1: units - 1, None: None}
+    return replace(
+        found,
+        peaks={
+            (name, k): found.peaks[name, i]
+            for name, _ in found.peaks
+            for k, i in ends.items()
+            if (name, i) in found.peaks
+        },
     )
-    return Trace(peaks, work, update, few.rows, weights, learning)
 
 
-def _lines(few: Mapping, more: Mapping, depth: int) -> Counter:
-    return Counter({name: _line(few.get(name, 0), more.get(name, 0), depth) for name in {*few, *more}})
+def continued(few: Trace, more: Trace, network: Network, a: int, b: int, x: int) -> Trace:
+    """The trace at x, of traces at a and b."""
+
+    def line(few: Mapping, more: Mapping) -> Counter:
+        return Counter({name: _line(few.get(name, 0), more.get(name, 0), a, b, x) for name in {*few, *more}})
+
+    peaks = {moment: line(few.peaks[moment], more.peaks[moment]) for moment in few.peaks}
+    rows, calls = (_line(getattr(few, n), getattr(more, n), a, b, x) for n in ("rows", "calls"))
+    return Trace(peaks, line(few.work, more.work), line(few.update, more.update), rows, calls, network)
 
 
-def _line(few: int, more: int, depth: int) -> int:
-    return few + (depth - SHALLOW[0]) * (more - few) // (SHALLOW[1] - SHALLOW[0])
-
-
-def sizes(task: Task, *, learning: bool = False) -> tuple[int, ...]:
-    """Bytes of the parameters around the units, then of each unit; of those that learn, or of all."""
-
-    def size(module: nn.Module) -> int:
-        return sum(p.nbytes for p in module.parameters() if p.requires_grad or not learning)
-
-    units = [size(unit) for unit in task.units()]
-    return (size(task) - sum(units), *units)
+def _line(few: int, more: int, a: int, b: int, x: int) -> int:
+    return few + (x - a) * (more - few) // (b - a)
 
 
 def tensors(values: Any) -> list[Tensor]:
