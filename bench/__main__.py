@@ -29,12 +29,10 @@ from bench import (
     kmeans,
     kmeans_fit,
     plot,
-    random_shapes,
     records,
     report,
     suites,
     tokenize_suite,
-    tune,
 )
 from bench.options import Options
 
@@ -50,12 +48,6 @@ def run_aot(options: aot.AotReport) -> None:
     """Compile, print and record; then exit with status 1 if a 16-bit kernel spills or waits for its tensor cores."""
     if aot.run(options):
         sys.exit(1)
-
-
-def run_random_shapes(options: random_shapes.RandomShapes) -> None:
-    """Run the random shapes and record the outcome."""
-    results = random_shapes.run(options)
-    print(f"record: {records.write('random_shapes', f'two_stream_attention_{options.count}', results)}")
 
 
 def run_kmeans_fit(options: kmeans_fit.KMeansFitBenchmark) -> None:
@@ -84,9 +76,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "plot": (plot.Plot, plot.run),
     "compare": (compare.Compare, compare.run),
     "curves": (curves.CurvesBenchmark, curves.CurvesBenchmark.run),
-    "tune": (tune.Tune, tune.run),
     "aot": (aot.AotReport, run_aot),
-    "random-shapes": (random_shapes.RandomShapes, run_random_shapes),
 }
 """Name -> (options, what runs them)."""
 

@@ -23,14 +23,9 @@ from mapet_kernels.launch import Target
 from mapet_kernels.triton_launch import Launch
 
 TYPE_NAMES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 """The compiler options among a launch's constants."""
 
@@ -80,13 +75,8 @@ class Compiled:
         return found
 
 
-def compile_launch(part: Launch, size: int, dtype: str, variant: str, target: Target) -> Compiled:
-    """Compile one launch and read what ptxas reports."""
-    return compile_with_code(part, size, dtype, variant, target)[0]
-
-
-def compile_with_code(part: Launch, size: int, dtype: str, variant: str, target: Target) -> tuple[Compiled, bytes]:
-    """As `compile_launch`, and the machine code (cubin)."""
+def compile_launch(part: Launch, size: int, dtype: str, variant: str, target: Target) -> tuple[Compiled, bytes]:
+    """Compile one launch; what ptxas reports, and the machine code (cubin)."""
     options = {name: part.constants[name] for name in OPTIONS if name in part.constants}
     compiled = triton.compile(source(part), target=GPUTarget("cuda", target.architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
@@ -125,12 +115,12 @@ def source(part: Launch) -> ASTSource:
             continue
         if isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype][1:]}[{block}]>"
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}[{block}]>"
             continue
         if isinstance(value, float):
             signature[name] = "fp32"
             continue
-        signature[name] = TYPE_NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
+        signature[name] = f"*{TYPE_NAMES[value.dtype]}" if isinstance(value, Tensor) else "i32"
         number = value.data_ptr() if isinstance(value, Tensor) else value
         if specialised and number % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]

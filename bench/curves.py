@@ -100,8 +100,8 @@ def run(options: CurvesBenchmark) -> dict[str, Any]:
     return {
         "steps": options.steps,
         "recipe": "quick" if options.quick else "full",
-        "batch": recipe.global_batch,
-        "parameters": {"width": recipe.width, "depth": recipe.depth, "vocabulary": recipe.vocabulary},
+        "batch": recipe.optim.global_batch,
+        "parameters": {**{name: getattr(recipe.model, name) for name in ("width", "depth", "vocabulary")}},
         "device_type": options.device,
         "smoothed_over": SMOOTHED,
         **verdict,
@@ -128,7 +128,7 @@ def run_config(
     config = recipe.run(seed, cache, output, options.device)
     if precision == FP8:
         precision, config = "bf16", replace(config, speed=replace(config.speed, fp8=True))
-    epochs = -(-options.steps // (len(TokenCache.open(cache)) // recipe.global_batch))
+    epochs = -(-options.steps // (len(TokenCache.open(cache)) // recipe.optim.global_batch))
     return replace(
         config,
         optim=replace(config.optim, epochs=epochs, warmup_epochs=epochs // 5),

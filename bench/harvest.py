@@ -10,15 +10,17 @@ those after it. After each part DIR, which must not hold a harvest yet, has what
     profile.txt     the profiler's table of a step
 
 `--second DIR` is the second call: what failed in the first, whose DIR this is, the tuned configurations, what a V100
-would run, compute-sanitizer. `--dry-run` goes through every part on a CPU. `--report DIR [SECOND]` makes records and a
-page of what came back, of both calls together where both are given; it writes them into bench/results/, or of a dry run
-into its DIR. Needs a Python with torch, triton and numpy, and this checkout; this process itself needs none of them.
-The exit code is 0 where all went well, 1 where a part failed or nothing was measured, 2 where nothing was begun.
+would run, compute-sanitizer. `--parts tune` times all tiles that can work; `--dry-run` takes every part on a CPU.
+`--report DIR [SECOND]` makes a record and a page of what came back, of both calls together where both are given; it
+writes them into bench/results/, or of a dry run into its DIR. Needs a Python with torch, triton and numpy, and this
+checkout; this process itself needs none of them. The exit code is 0 where all went well, 1 where a part failed or
+nothing was measured, 2 where nothing was begun.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -29,8 +31,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
@@ -41,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from bench.harvest_data import ARCHIVE, Refused  # noqa: E402  the checkout is on the path only now
+from bench.harvest_data import ARCHIVE, Refused, read  # noqa: E402  the checkout is on the path only now
 from bench.harvesting import parts as registry  # noqa: E402
 from bench.harvesting.part import (  # noqa: E402
     FAILED,
@@ -49,8 +51,8 @@ from bench.harvesting.part import (  # noqa: E402
     OK,
     SKIPPED,
     TIMED_OUT,
-    End,
     Part,
+    end_file,
     read_records,
     ready_file,
     records_file,
@@ -94,13 +96,12 @@ class Process:
     """A part's process, started ahead of its turn, and what became of it."""
 
     def __init__(self, part: Part, call: Call, work: Path) -> None:
-        self.part, self.work = part, work
-        self.end_file, self.log_file = work / "ends" / f"{part.name}.json", work / "logs" / f"{part.name}.log"
+        self.part, self.work, self.log = part, work, work / "logs" / f"{part.name}.log"
         self.limit = self.seconds = 0.0
         self.started = self.stopped = False
         task = {"name": part.name, "call": part.call, "arguments": dict(part.arguments)}
         task |= {"folder": str(work), "dry": call.dry}
-        with self.log_file.open("wb") as log:
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bench.harvesting.child", json.dumps(task)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, process_group=0,
@@ -147,23 +148,31 @@ class Process:
 
     def outcome(self) -> dict[str, Any]:
         """Its entry of the summary."""
-        # A process that was not started has been killed, which tells nothing of its part.
-        code = self.process.returncode if self.started else None
-        log = middle_out(self.log_file, LARGEST_LOG).decode(errors="replace")
-        if not self.started:
-            end = End(SKIPPED, "the harvest ended before this part's turn")
-        elif self.end_file.exists():
-            end = End(**json.loads(self.end_file.read_text()))
+        if not self.started:  # it was killed, which tells nothing of its part
+            return outcome(SKIPPED, "the harvest ended before this part's turn")
+        code, told = self.process.returncode, end_file(self.work, self.part.name)
+        if told.exists():
+            end = json.loads(told.read_text())
         elif self.stopped or code is None:
-            end = End(TIMED_OUT, "killed at its limit" if code is not None else "killed, and did not go")
+            end = {
+                "status": TIMED_OUT,
+                "reason": "killed at its limit" if code is not None else "killed, and did not go",
+            }
         elif code < 0:
-            end = End(KILLED, f"killed by {signal_name(-code)}")
+            end = {"status": KILLED, "reason": f"killed by {signal_name(-code)}"}
         else:
-            end = End(FAILED, f"ended with exit code {code} without a word")
-        return {
-            "status": end.status, "seconds": round(self.seconds, 2), "limit": round(self.limit, 2), "returncode": code,
-            "reason": end.reason, "traceback": end.traceback, "log_tail": log[-LOG_TAIL:],
-        }  # fmt: skip
+            end = {"status": FAILED, "reason": f"ended with exit code {code} without a word"}
+        tail = clipped(self.log, LARGEST_LOG).decode(errors="replace")[-LOG_TAIL:]
+        spent = {"seconds": round(self.seconds, 2), "limit": round(self.limit, 2), "returncode": code}
+        return outcome(**end) | spent | {"log_tail": tail}
+
+
+def outcome(status: str, reason: str | None, traceback: str | None = None) -> dict[str, Any]:
+    """The entry of a part in the summary; of one that never began, but for what `Process.outcome` adds."""
+    return {
+        "status": status, "seconds": 0.0, "limit": 0.0, "returncode": None, "reason": reason, "traceback": traceback,
+        "log_tail": "",
+    }  # fmt: skip
 
 
 def signal_name(number: int) -> str:
@@ -178,7 +187,7 @@ def environment(part: Part, call: Call, work: Path) -> dict[str, str]:
     """Variables of a part's process: the checkout on its path, kernels interpreted in a dry run and only there."""
     given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     path = [str(work / "path"), str(ROOT), *given]
-    added = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1", **part.environment}
+    added = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **part.environment}
     if call.dry:
         added |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         added |= {"TRITON_INTERPRET": "1"} if part.kernels else {}
@@ -201,41 +210,33 @@ def run(parts: Sequence[Part], call: Call) -> dict[str, Any]:
         for name in ("parts", "ends", "logs", "path"):
             (work / name).mkdir()
         (work / "path" / "mapet_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
-        stages = in_stages(parts, together=not call.dry)
         waiting: list[Process] = []
-        with interruptible():
-            try:
-                run_stages(stages, call, work, waiting, summary)
-            except KeyboardInterrupt:
-                print("interrupted: packing what there is", flush=True)
-                signal_handlers(signal.SIG_IGN)
-            finally:
-                stop(waiting)
-                for process in waiting:
-                    summary["parts"][process.part.name] = process.outcome() | (
-                        {"status": TIMED_OUT, "reason": "the harvest was interrupted"} if process.started else {}
-                    )
-                for part in parts:
-                    summary["parts"].setdefault(part.name, not_started(part))
-                if not pack(summary, call, work):
-                    kept = tempfile.mkdtemp(prefix="harvest-kept-")
-                    shutil.copytree(work, kept, symlinks=True, dirs_exist_ok=True)
-                    print(f"harvest: all of it is kept in {kept}", flush=True)
+        end_by(signal.default_int_handler)
+        try:
+            run_stages(parts, call, work, waiting, summary)
+        except KeyboardInterrupt:
+            print("interrupted: packing what there is", flush=True)
+            end_by(signal.SIG_IGN)
+        finally:
+            stop(waiting)
+            for process in waiting:
+                interrupted = {"status": TIMED_OUT, "reason": "the harvest was interrupted"}
+                summary["parts"][process.part.name] = process.outcome() | (interrupted if process.started else {})
+            for part in parts:
+                summary["parts"].setdefault(part.name, outcome(SKIPPED, "no time was left for it"))
+            if not pack(summary, call, work):
+                kept = tempfile.mkdtemp(prefix="harvest-kept-")
+                shutil.copytree(work, kept, symlinks=True, dirs_exist_ok=True)
+                print(f"harvest: all of it is kept in {kept}", flush=True)
     return summary
 
 
-def in_stages(parts: Sequence[Part], *, together: bool) -> list[list[Part]]:
-    """Parts that run side by side; a dry run, on few cores, takes one after the other."""
-    return [list(group) for _, group in groupby(parts, key=lambda part: (together and part.stage) or part.name)]
-
-
-def run_stages(
-    stages: Sequence[Sequence[Part]], call: Call, work: Path, waiting: list[Process], summary: dict[str, Any]
-) -> None:
-    """Each stage in its slice of what is left; in a dry run all slices are alike, as it shrinks all to much the same.
+def run_stages(parts: Sequence[Part], call: Call, work: Path, waiting: list[Process], summary: dict[str, Any]) -> None:
+    """Each stage in its slice of what is left; a dry run, on few cores, takes one part after the other, in like slices.
 
     `waiting` holds the processes that have not ended, for the caller to end. Without a GPU nothing follows the machine.
     """
+    stages = [list(x) for _, x in groupby(parts, key=lambda part: (not call.dry and part.stage) or part.name)]
     for number, stage in enumerate(stages):
         present = {process.part.name for process in waiting}
         waiting += [Process(part, call, work) for part in stage if part.name not in present]
@@ -284,42 +285,16 @@ def stop(processes: Sequence[Process]) -> None:
 
 def tell(process: Process, summary: dict[str, Any], call: Call) -> None:
     """A line for whoever watches."""
-    name = process.part.name
-    outcome, rows = summary["parts"][name], len(read_records(records_file(process.work, name)))
-    reason = f": {outcome['reason']}" if outcome["reason"] else ""
-    print(
-        f"[{time.monotonic() - call.began:5.1f} s] {name}: {outcome['status']} after {outcome['seconds']:.1f} of "
-        f"{outcome['limit']:.1f} s, {rows} figures{reason}",
-        flush=True,
-    )
+    name, spent = process.part.name, time.monotonic() - call.began
+    found, rows = summary["parts"][name], len(read_records(records_file(process.work, name)))
+    ended = f"{found['status']} after {found['seconds']:.1f} of {found['limit']:.1f} s, {rows} figures"
+    print(f"[{spent:5.1f} s] {name}: {ended}{': ' if found['reason'] else ''}{found['reason'] or ''}", flush=True)
 
 
-def not_started(part: Part) -> dict[str, Any]:
-    """The entry of a part for which there was no time."""
-    return {
-        "status": SKIPPED, "seconds": 0.0, "limit": 0.0, "returncode": None, "reason": "no time was left for it",
-        "traceback": None, "log_tail": "",
-    }  # fmt: skip
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal_handlers(interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def signal_handlers(handler: Any) -> dict[int, Any]:
-    """Set the handler of the signals that end a program; returns those before."""
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def end_by(handler: Any) -> None:
+    """What SIGTERM, SIGHUP and Ctrl-C do: raise KeyboardInterrupt, or nothing."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 def pack(summary: dict[str, Any], call: Call, work: Path) -> bool:
@@ -327,18 +302,17 @@ def pack(summary: dict[str, Any], call: Call, work: Path) -> bool:
 
     Where it cannot be written, that is said, and the parts go on: the folder may have room later.
     """
-    rows = read_records(records_file(work, "machine"))
+    rows = read_records(records_file(work, registry.MACHINE))
     machine = next((row for row in rows if row["kind"] == "machine"), {})
     summary |= {"device": machine.get("device"), "versions": machine.get("versions", {})}
     try:
         (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        replaced(call.output / "harvest.tar.gz", lambda draft: pack_records(draft, work))
-        replaced(call.output / "harvest.log", lambda draft: draft.write_bytes(logs(work)))
-        for name in ("ncu.csv", "profile.txt"):
-            if (work / name).exists():
-                replaced(
-                    call.output / name, lambda draft, name=name: draft.write_bytes(head(work / name, LARGEST_FILE))
-                )
+        replaced(call.output / ARCHIVE, lambda draft: pack_records(draft, work))
+        logs = sorted((work / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
+        texts = {"harvest.log": b"".join(b"==== %s\n%s\n" % (x.stem.encode(), clipped(x, LARGEST_LOG)) for x in logs)}
+        texts |= {x: clipped(work / x, LARGEST_FILE) for x in ("ncu.csv", "profile.txt") if (work / x).exists()}
+        for name, text in texts.items():
+            replaced(call.output / name, lambda draft, text=text: draft.write_bytes(text))
     except OSError as error:
         print(f"harvest: what there is could not be written to {call.output}: {error}", flush=True)
         return False
@@ -353,40 +327,23 @@ def replaced(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def pack_records(archive: Path, work: Path) -> None:
-    """summary.json and the records of every part, whole lines up to LARGEST_RECORDS."""
+    """summary.json and the records of every part, up to LARGEST_RECORDS; a line that was cut costs itself alone."""
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(work / "summary.json", "summary.json")
-        for path in sorted((work / "parts").glob("*.jsonl")):
-            if path.stat().st_size > LARGEST_RECORDS:
-                kept = head(path, LARGEST_RECORDS)
-                path = work / "parts" / f"{path.name}.head"
-                path.write_bytes(kept[: kept.rfind(b"\n") + 1])
-            tar.add(path, f"parts/{path.name.removesuffix('.head')}")
+        for path in [work / "summary.json", *sorted((work / "parts").glob("*.jsonl"))]:
+            text, member = clipped(path, LARGEST_RECORDS), tarfile.TarInfo(path.relative_to(work).as_posix())
+            member.size, member.mtime = len(text), int(path.stat().st_mtime)
+            tar.addfile(member, io.BytesIO(text))
 
 
-def logs(work: Path) -> bytes:
-    """The parts' logs one after another, the middle of a long one left out."""
-    pieces = []
-    for path in sorted((work / "logs").iterdir(), key=lambda path: path.stat().st_mtime):
-        pieces += [f"==== {path.stem}\n".encode(), middle_out(path, LARGEST_LOG), b"\n"]
-    return b"".join(pieces)
-
-
-def middle_out(path: Path, most: int) -> bytes:
+def clipped(path: Path, most: int) -> bytes:
     """A file's bytes, of more than `most` the first fourth and the last three fourths of them."""
     size = path.stat().st_size
-    if size <= most:
-        return path.read_bytes()
     with path.open("rb") as file:
+        if size <= most:
+            return file.read()
         first = file.read(most // 4)
         file.seek(size - 3 * most // 4)
         return first + f"\n[{size - most} bytes left out]\n".encode() + file.read()
-
-
-def head(path: Path, most: int) -> bytes:
-    """The first `most` bytes of a file."""
-    with path.open("rb") as file:
-        return file.read(most)
 
 
 def commit() -> str:
@@ -400,46 +357,21 @@ def commit() -> str:
     return answer.stdout.strip()
 
 
-def read_summary(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(summary, all rows) of an earlier call, from its folder or the archive in it.
-
-    Raises:
-        Refused: neither summary.json nor harvest.tar.gz is there, or it cannot be read.
-    """
-    try:
-        if (folder / "summary.json").exists():
-            rows = [row for path in sorted((folder / "parts").glob("*.jsonl")) for row in read_records(path)]
-            return json.loads((folder / "summary.json").read_text()), rows
-        with tempfile.TemporaryDirectory() as inside, tarfile.open(folder / ARCHIVE) as tar:
-            tar.extractall(inside, filter="data")
-            return read_summary(Path(inside))
-    except FileNotFoundError:
-        raise Refused(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/") from None
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"the harvest in {folder} cannot be read: {why}") from None
-
-
 def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--minutes", type=float, default=6, help=f"the whole ends before, at most {MOST_MINUTES} (default 6)"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for what comes back, without a harvest in it"
-    )
-    parser.add_argument("--commit", default="", help="of the checkout, where git and a file COMMIT are missing")
-    parser.add_argument("--second", type=Path, metavar="DIR", help="second call, after the one whose output DIR is")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="these parts alone; an unknown name lists them")
+    for name, options in {
+        "--minutes": {"type": float, "help": f"the whole ends before, at most {MOST_MINUTES} (default 6)"},
+        "--output": {"type": Path, "help": "folder for what comes back, without a harvest in it"},
+        "--commit": {"help": "of the checkout, where git and a file COMMIT are missing"},
+        "--second": {"type": Path, "help": "second call, after the one whose output this is"},
+        "--parts": {"nargs": "+", "help": "these parts alone; an unknown name lists them"},
+        "--report": {"type": Path, "nargs": "+", "help": "a record and a page of what came back, of one or both calls"},
+    }.items():
+        metavar = {"--minutes": "MINUTES", "--commit": "COMMIT", "--parts": "NAME"}.get(name, "DIR")
+        parser.add_argument(name, metavar=metavar, **options)
     parser.add_argument("--dry-run", action="store_true", help="every part on a CPU, small")
-    parser.add_argument(
-        "--report",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="records and a page of what came back in DIR, or of both calls; in bench/results/, of a dry run in DIR",
-    )
+    parser.set_defaults(minutes=6.0, commit="")
     given = parser.parse_args()
     if given.report is None and given.output is None:
         parser.error("give --output DIR, or --report DIR")
@@ -448,25 +380,21 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def empty_of_harvests(folder: Path) -> None:
-    """Whether a call may write there.
-
-    Raises:
-        Refused: it would replace what an earlier call brought home.
-    """
-    if held := [name for name in (ARCHIVE, "summary.json", "parts") if (folder / name).exists()]:
-        raise Refused(f"{folder} holds a harvest already ({held[0]}), which is never replaced; give another --output")
-
-
 def chosen(given: argparse.Namespace) -> list[Part]:
     """The parts of the call.
 
     Raises:
         Refused: a part is not known, or the first call cannot be read.
     """
-    parts = list(registry.FIRST) if given.second is None else registry.second(*read_summary(given.second))
+    parts = list(registry.FIRST)
+    if given.second is not None:
+        first = read(given.second)
+        if not first.summary:
+            raise Refused(f"the harvest in {given.second} cannot be read: {' '.join(first.damage[0].split())}")
+        parts = registry.second(first)
     if given.parts is None:
         return parts
+    parts += registry.ALONE
     if unknown := set(given.parts) - {part.name for part in parts}:
         known = ", ".join(part.name for part in parts)
         raise Refused(f"unknown parts {', '.join(sorted(unknown))}; there are {known}")
@@ -477,13 +405,15 @@ def measure(given: argparse.Namespace) -> int:
     """Run the parts and tell what became of them; returns the exit code.
 
     Raises:
-        Refused: nothing was begun.
+        Refused: nothing was begun, as with a folder that has what an earlier call brought home.
     """
-    empty_of_harvests(given.output)
+    if held := [name for name in (ARCHIVE, "summary.json", "parts") if (given.output / name).exists()]:
+        raise Refused(
+            f"{given.output} holds a harvest already ({held[0]}), which is never replaced; give another --output"
+        )
     parts, command = chosen(given), shlex.join(["python", "bench/harvest.py", *sys.argv[1:]])
     number = 1 if given.second is None else 2
-    call = Call(60 * given.minutes, given.output, given.commit, given.dry_run, number, command)
-    summary = run(parts, call)
+    summary = run(parts, Call(60 * given.minutes, given.output, given.commit, given.dry_run, number, command))
     found = [outcome["status"] for outcome in summary["parts"].values()]
     bad = len(found) - found.count(OK) - found.count(SKIPPED)
     print(f"{found.count(OK)} parts ok, {found.count(SKIPPED)} skipped, {bad} failed: {given.output}/{ARCHIVE}")

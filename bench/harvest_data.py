@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
-import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 ARCHIVE = "harvest.tar.gz"
+MEMBER = re.compile(r"summary\.json|parts/[\w-]+\.jsonl")
 LARGEST_MEMBER, LARGEST_TOTAL = 64 << 20, 256 << 20
 """Bytes that an archive may unpack to; what comes back is a few MiB."""
 LARGEST_NUMBER, LARGEST_SIZE = 1e18, 1 << 13
-MOST_DIGITS = 19
 """Above all that a GPU of today can bring, in FLOP and bytes a second; above every size of a shape or a tile."""
 LEAST_REPEATS = 3
 """Samples below which a median says nothing of its noise, and nothing is advised."""
 UNKNOWN_DEVICE = "unknown device"
-NO_FIGURES = {"failure", "warm"}
-"""Kinds of rows that hold no figure."""
 HEAD_SIZE_FLOP = {"forward": 4, "backward": 10}
 """FLOP of a visible pair and head size: two products forward, five backward."""
+CALL = ", call "
+"""Between the name of a part and the number of its call, where several calls are put together."""
 
 
 class Refused(ValueError):
@@ -62,11 +61,6 @@ class Shape(NamedTuple):
         """Pairs of a row and a key it sees, over images and heads: each of the N + 2 T rows sees N keys."""
         return self.batch * self.heads * self.tokens * (3 * self.tokens - 2 * self.cut)
 
-    @property
-    def short(self) -> str:
-        """Without the head size, for the head of a column."""
-        return f"B x H {self.batch * self.heads}, N {self.tokens}, c {self.cut}"
-
     def __str__(self) -> str:
         return f"N {self.tokens} c {self.cut} B {self.batch} H {self.heads} D {self.size}"
 
@@ -88,14 +82,9 @@ class Timing:
     repeats: int
 
     @property
-    def noise(self) -> float:
-        """(p80 - p20) / p50."""
-        return (self.p80 - self.p20) / self.p50
-
-    @property
-    def shown_noise(self) -> str:
-        """For a page."""
-        return noise_words(self.noise, self.repeats)
+    def noise(self) -> str:
+        """(p80 - p20) / p50, for a page."""
+        return noise_words((self.p80 - self.p20) / self.p50, self.repeats)
 
     @property
     def flop_per_s(self) -> float:
@@ -114,8 +103,8 @@ class Harvest:
 
     Attributes:
         summary: summary.json; empty where it is missing or damaged.
-        rows: of each kind but "time", in the order they were written.
-        times: the newest with the most repeats of what was timed several times.
+        rows: of each kind, in the order they were written.
+        times: of the rows "time", the newest with the most repeats of what was timed several times.
         damage: a line for everything that could not be read.
         calls: of several calls together, each alone; empty where this is one.
     """
@@ -133,12 +122,6 @@ class Harvest:
         return next((name for name in names if isinstance(name, str) and name), UNKNOWN_DEVICE)
 
     @property
-    def versions(self) -> dict[str, str]:
-        """Of Python and the packages that matter."""
-        found = self.summary.get("versions")
-        return found if isinstance(found, dict) else {}
-
-    @property
     def dry_run(self) -> bool:
         """Whether it went through the parts on a CPU and measured nothing."""
         return bool(self.summary.get("dry_run"))
@@ -153,13 +136,6 @@ class Harvest:
         """Whether it is a second call."""
         return self.summary.get("call") == 2
 
-    @property
-    def found_no_gpu(self) -> bool:
-        """Whether no GPU is named and no figure came back, as from a machine without one."""
-        return (
-            not self.dry_run and self.device == UNKNOWN_DEVICE and not self.times and not self.rows.keys() - NO_FIGURES
-        )
-
     def of(self, kind: str, **wanted: Any) -> list[dict[str, Any]]:
         """Rows of a kind with these values."""
         return [row for row in self.rows.get(kind, []) if all(row.get(name) == value for name, value in wanted.items())]
@@ -170,22 +146,12 @@ class Harvest:
 
     def ceiling(self, name: str) -> float | None:
         """The best of a ceiling's values."""
-        values = [row["value"] for row in self.of("ceiling", name=name)]
-        return max(values) if values else None
+        return max((row["value"] for row in self.of("ceiling", name=name)), default=None)
 
 
-IN_CALL = ", call "
-"""Between the name of a part and the number of its call, where several calls are put together."""
-
-
-def base_part(part: str | None) -> str | None:
+def base_part(part: str | None) -> str:
     """The name of a part without its call."""
-    return part and part.partition(IN_CALL)[0]
-
-
-def in_call(*parts: str | None) -> str:
-    """Which calls figures of these parts are of, as words to be appended: ", call 2"; none where there is one call."""
-    return "".join(dict.fromkeys("".join((part or "").partition(IN_CALL)[1:]) for part in parts))
+    return str(part).partition(CALL)[0]
 
 
 def together(calls: Sequence[Harvest]) -> Harvest:
@@ -203,7 +169,7 @@ def together(calls: Sequence[Harvest]) -> Harvest:
     calls = sorted(calls, key=lambda call: str(call.summary.get("started")))
     whole = Harvest(calls[-1].summary | {"parts": {}, "device": calls[-1].device}, calls=calls)
     for number, call in enumerate(calls, 1):
-        suffix = f"{IN_CALL}{number}"
+        suffix = f"{CALL}{number}"
         whole.summary["parts"] |= {f"{name}{suffix}": outcome for name, outcome in call.outcomes.items()}
         for kind, rows in call.rows.items():
             named = [row | {"part": f"{row.get('part') or 'unknown part'}{suffix}"} for row in rows]
@@ -219,68 +185,49 @@ def read(folder: Path) -> Harvest:
     Raises:
         Refused: neither is there.
     """
-    if (folder / "summary.json").exists() or (folder / "parts").is_dir():
-        return read_files(folder)
-    if not (folder / ARCHIVE).exists():
-        raise Refused(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
-    with tempfile.TemporaryDirectory() as inside:
-        damage = unpack(folder / ARCHIVE, Path(inside))
-        harvest = read_files(Path(inside))
-    harvest.damage = damage + harvest.damage
-    return harvest
-
-
-def unpack(archive: Path, folder: Path) -> list[str]:
-    """Unpack what belongs to a harvest, as far as the archive is whole; returns what was left out."""
-    left_out, total = [], 0
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                known = str(path) == "summary.json" or (path.parent.name, path.suffix) == ("parts", ".jsonl")
-                total += member.size if known else 0
-                if not member.isfile() or not known:
-                    left_out += [] if member.isdir() else [f"{ARCHIVE}: {member.name} is no file of a harvest"]
-                elif member.size > LARGEST_MEMBER or total > LARGEST_TOTAL:
-                    left_out.append(f"{ARCHIVE}: {member.name} is too large ({member.size} bytes)")
-                else:
-                    try:
-                        tar.extract(member, folder, filter="data")
-                    except (tarfile.FilterError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-                        left_out.append(f"{ARCHIVE}: {member.name} cannot be unpacked: {error}")
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        left_out.append(f"{ARCHIVE} cannot be read to its end: {type(error).__name__}: {error}")
-    return left_out
-
-
-def read_files(folder: Path) -> Harvest:
-    """summary.json and parts/*.jsonl."""
     harvest = Harvest()
+    if (folder / "summary.json").exists() or (folder / "parts").is_dir():
+        paths = [folder / "summary.json", *sorted((folder / "parts").glob("*.jsonl"))]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.exists()}
+    elif (folder / ARCHIVE).exists():
+        files = unpacked(folder / ARCHIVE, harvest.damage)
+    else:
+        raise Refused(f"{folder} holds no harvest: neither {ARCHIVE} nor summary.json and parts/")
     try:
-        harvest.summary = as_summary(parsed((folder / "summary.json").read_bytes()), harvest.damage)
-    except FileNotFoundError:
+        harvest.summary = as_summary(json.loads(files.pop("summary.json")))
+    except KeyError:
         harvest.damage.append("summary.json is missing: what failed is not known")
     except (ValueError, RecursionError) as error:
         harvest.damage.append(f"summary.json is damaged: {error}")
     times: dict[tuple[Any, ...], Timing] = {}
-    for path in sorted((folder / "parts").glob("*.jsonl")):
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for name, text in sorted(files.items()):
+        for number, line in enumerate(text.splitlines(), 1):
             try:
-                row = as_row(parsed(line))
+                row = as_row(json.loads(line))
                 if row["kind"] == "time":
-                    time = as_timing(row)
-                    keep_better(times, time)
-                else:
-                    harvest.rows.setdefault(row["kind"], []).append(row)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                harvest.damage.append(f"{path.name}, line {number}: {type(error).__name__}: {error}")
+                    keep_better(times, as_timing(row))
+                harvest.rows.setdefault(row["kind"], []).append(row)
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+                harvest.damage.append(f"{Path(name).name}, line {number}: {type(error).__name__}: {error}")
     harvest.times = list(times.values())
     return harvest
 
 
-def parsed(text: bytes) -> Any:
-    """JSON, with integers that no size or time has as floats, infinite if need be, so that all of them can be shown."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
+def unpacked(archive: Path, damage: list[str]) -> dict[str, bytes]:
+    """What belongs to a harvest, by name, as far as the archive is whole; what was left out is added to the damage."""
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if not member.isfile() or not MEMBER.fullmatch(member.name):
+                    damage += [] if member.isdir() else [f"{ARCHIVE}: {member.name} is no file of a harvest"]
+                elif member.size > LARGEST_MEMBER or sum(map(len, files.values())) + member.size > LARGEST_TOTAL:
+                    damage.append(f"{ARCHIVE}: {member.name} is too large ({member.size} bytes)")
+                else:
+                    files[member.name] = tar.extractfile(member).read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        damage.append(f"{ARCHIVE} cannot be read to its end: {type(error).__name__}: {error}")
+    return files
 
 
 def keep_better(times: dict[tuple[Any, ...], Timing], time: Timing) -> None:
@@ -290,37 +237,26 @@ def keep_better(times: dict[tuple[Any, ...], Timing], time: Timing) -> None:
         times[key] = time
 
 
-def as_summary(value: Any, damage: list[str]) -> dict[str, Any]:
-    """The summary without parts of which it does not say what became of them; those are added to the damage.
-
-    Raises:
-        ValueError: it is no summary.
-    """
-    parts = value.get("parts", {}) if isinstance(value, dict) else None
-    if not isinstance(parts, dict):
+def as_summary(value: Any) -> dict[str, Any]:
+    """The summary, without parts of which it does not say what became of them; ValueError where it is none."""
+    if not isinstance(value, dict) or not isinstance(value.get("parts", {}), dict):
         raise ValueError("not an object with parts")
-    told = {name: x for name, x in parts.items() if isinstance(x, dict) and isinstance(x.get("status"), str)}
-    damage += [f"summary.json: the entry of part {name} has no status" for name in parts.keys() - told.keys()]
-    return value | {"parts": told}
+    parts = value.get("parts", {}).items()
+    return value | {"parts": {name: x for name, x in parts if isinstance(x, dict) and isinstance(x.get("status"), str)}}
 
 
-FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+MEDIANS = {"p20_ms": float, "p50_ms": float, "p80_ms": float}
+FIELDS: Mapping[str, Mapping[str, type]] = {
+    "time": {"part": str, "op": str, "way": str, "dtype": str, "shape": dict, "repeats": float, **MEDIANS},
     "ceiling": {"name": str, "value": float},
     "check": {"what": str, "ok": bool},
     "counters": {"kernel": str, "metrics": dict},
     "bandwidth": {"op": str, "bytes_per_s": float},
-    "step": {"model": str, "mode": str, "way": str, "images_per_s": float, "p20_ms": float, "p50_ms": float,
-             "p80_ms": float},
-    "kmeans": {"way": str, "shape": dict, "flops_per_s": float, "p20_ms": float, "p50_ms": float, "p80_ms": float},
+    "step": {"model": str, "mode": str, "way": str, "images_per_s": float, **MEDIANS},
+    "kmeans": {"way": str, "shape": dict, "flops_per_s": float, **MEDIANS},
     "memory": {"model": str, "recompute": str, "micro_batch": float, "planned_bytes": float},
-}  # fmt: skip
+}
 """What the page reads of a row of a kind; a float is a number above 0."""
-OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
-    "part": str, "dtype": str, "batch": int, "backend": str, "reason": str, "peak_bytes": float, "noise": float,
-    "repeats": int, "configs": dict,
-    "extra_bytes": (int, float), "error": (int, float), "allowed": (int, float), "device": str,
-}  # fmt: skip
-"""What may be there and may be null, of rows of those kinds."""
 
 
 def as_row(value: Any) -> dict[str, Any]:
@@ -328,57 +264,30 @@ def as_row(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value["kind"], str):
         raise ValueError("not an object with a kind")
     for name, kind in FIELDS.get(value["kind"], {}).items():
-        check(value, name, kind)
-    for name, kind in OPTIONAL.items():
-        if value["kind"] != "time" and value.get(name) is not None and value[name] != 0:
-            check(value, name, kind)
-    if value["kind"] == "step":
-        for config in (value.get("configs") or {}).values():
-            as_config(config)
+        if kind is float:
+            positive(value, name)
+        elif not isinstance(value[name], kind):
+            raise ValueError(f"{name} is {value[name]!r}")
     return value
-
-
-def check(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> None:
-    """ValueError where a field is of another kind."""
-    if kind is float:
-        positive(row, name)
-    elif not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
-        raise ValueError(f"{name} is {row[name]!r}")
 
 
 def as_timing(row: Mapping[str, Any]) -> Timing:
     """A row "time"."""
-    for name in ("part", "op", "way", "dtype"):
-        check(row, name, str)
     config = row.get("config")
     return Timing(
-        part=row["part"],
-        op=row["op"],
-        way=row["way"],
-        shape=Shape(**{name: int(positive(row["shape"], name, LARGEST_SIZE)) for name in Shape._fields}),
-        dtype=row["dtype"],
-        config=None if config is None else as_config(config),
-        default=bool(row.get("default", True)),
-        p20=positive(row, "p20_ms"),
-        p50=positive(row, "p50_ms"),
-        p80=positive(row, "p80_ms"),
-        repeats=int(positive(row, "repeats")),
+        *(row[name] for name in ("part", "op", "way")),
+        Shape(**{name: int(positive(row["shape"], name, LARGEST_SIZE)) for name in Shape._fields}),
+        row["dtype"],
+        None if config is None else as_config(config),
+        bool(row.get("default", True)),
+        *(float(row[name]) for name in MEDIANS),
+        int(row["repeats"]),
     )
 
 
 def as_config(value: Mapping[str, Any]) -> Config:
     """ValueError, KeyError or TypeError for what is none."""
     return Config(**{name: int(positive(value, name, LARGEST_SIZE)) for name in Config._fields})
-
-
-def timings_of(rows: Iterable[Any]) -> list[Timing]:
-    """Of all rows "time" that are whole, as `Harvest.times`."""
-    times: dict[tuple[Any, ...], Timing] = {}
-    for row in rows:
-        with suppress(ValueError, KeyError, TypeError):
-            if as_row(row)["kind"] == "time":
-                keep_better(times, as_timing(row))
-    return list(times.values())
 
 
 def positive(row: Mapping[str, Any], name: str, most: float = LARGEST_NUMBER) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CURVES = "curves"
-HARVEST = tuple(f"harvest_{kind}" for kind in ("attention", "step", "kmeans", "memory", "device"))
+HARVEST = ("harvest", *(f"harvest_{kind}" for kind in ("attention", "step", "kmeans", "memory", "device")))
 NOT_SHOWN = ("aot", "tune", "random_shapes", "kmeans_fit", "fuzz", *HARVEST, CURVES)
 """Suites whose records are no contests of ways in time, or have a page of their own (bench/harvest_report.py); they are
 listed, but for curves, which have a section."""

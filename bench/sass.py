@@ -10,10 +10,11 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import networkx as nx
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:(@!?\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+|[$\w.]+):\s*$")
@@ -24,6 +25,8 @@ SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)|\.(16)(8)(8|16|32)\b")
 ENDS = ("EXIT", "RET", "KILL")
 INDIRECT = ("BRX", "BRXU", "JMX", "JMXU")
 TENSOR = ("HGMMA", "HMMA", "IGMMA", "IMMA", "QGMMA", "DMMA")
+SPIN = {"SYNCS", "BRA", "NANOSLEEP", "NOP"}
+"""Of a loop that does nothing but try again whether a barrier was passed; such a loop is not counted as one."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ class Instruction:
         return found[1] if found and self.name in ("BRA", "BSSY", "CALL") else None
 
     @property
-    def always_jumps(self) -> bool:
-        """Whether what stands below it is never next: BRA without a condition (P, UP or convergence)."""
-        return self.name == "BRA" and not self.predicate and self.operands == f"`({self.target})"
+    def ends(self) -> bool:
+        """Whether what stands below it is never next: EXIT, or BRA without a condition (P, UP or convergence)."""
+        jumps = self.name == "BRA" and self.operands == f"`({self.target})"
+        return not self.predicate and (jumps or self.name in ENDS)
 
     @property
     def flop(self) -> int:
@@ -125,61 +129,44 @@ class Code:
         if indirect := [x.opcode for x in self.instructions if x.name in INDIRECT]:
             raise ValueError(f"the kernel jumps to where a register points ({indirect[0]}), which is not followed")
 
-    def successors(self, place: int) -> list[int]:
-        """Places that may come next.
+    @cached_property
+    def flow(self) -> nx.DiGraph:
+        """From each place that can be executed, and so neither from padding nor the trap behind the end, to the next.
 
         A call goes on behind it and at its target; what is called ends at its return, and so belongs to no loop. BSYNC
         goes on where the BSSY of its barrier says. The way of a warp whose threads are apart (BRA.DIV) is not followed.
         """
-        x, after = self.instructions[place], []
-        if not (x.always_jumps or (x.name in ENDS and not x.predicate)) and place + 1 < len(self.instructions):
-            after.append(place + 1)
-        if x.name in ("BRA", "CALL") and x.target and ".DIV" not in x.opcode:
-            if x.target not in self.labels:
-                raise ValueError(f"the listing has no label {x.target}, to which an instruction jumps")
-            after.append(self.labels[x.target])
-        if x.name == "BSYNC":
-            after += self._meetings.get(x.operands, [])
-        return after
-
-    @cached_property
-    def _meetings(self) -> dict[str, list[int]]:
-        """Where the threads of a convergence barrier meet, by its name."""
-        meetings: dict[str, list[int]] = {}
+        graph, meetings = nx.DiGraph(), {}
+        graph.add_nodes_from(range(len(self.instructions)))
         for x in self.instructions:
             if x.name == "BSSY":
                 meetings.setdefault(x.operands.split(",")[0], []).append(self.labels[x.target])
-        return meetings
-
-    @cached_property
-    def reached(self) -> frozenset[int]:
-        """Places that can be executed: neither the padding nor the trap behind the end."""
-        return frozenset(_reachable(0, self.successors))
+        for place, x in enumerate(self.instructions):
+            after = [] if x.ends or place + 1 == len(self.instructions) else [place + 1]
+            if x.name in ("BRA", "CALL") and x.target and ".DIV" not in x.opcode:
+                if x.target not in self.labels:
+                    raise ValueError(f"the listing has no label {x.target}, to which an instruction jumps")
+                after.append(self.labels[x.target])
+            if x.name == "BSYNC":
+                after += meetings.get(x.operands, [])
+            graph.add_edges_from((place, other) for other in after)
+        return graph.subgraph({0} | nx.descendants(graph, 0)).copy()
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """All loops in the order of their heads.
-
-        A loop is found by its back edge: a jump to an instruction without which the jump cannot be reached.
-        """
-        before: dict[int, list[int]] = {}
-        for place in self.reached:
-            for after in self.successors(place):
-                before.setdefault(after, []).append(place)
+        """All loops in the order of their heads. A jump back to a place that dominates it closes a loop."""
+        before = dict(nx.immediate_dominators(self.flow, 0))
         bodies: dict[int, set[int]] = {}
-        for head, tails in before.items():
-            if len(tails) == 1 and head:  # a loop's head is come to from inside and outside
-                continue
-            around = _reachable(0, self.successors, stop=head) if head else set()
-            for tail in tails:
-                if tail == head or tail not in around:
-                    bodies.setdefault(head, set()).update(_reachable(tail, lambda x: before.get(x, []), stop=head))
-        bodies = {head: body for head, body in bodies.items() if not self._spins(body)}
+        for tail, head in self.flow.edges:
+            place: int | None = tail
+            while place not in (head, 0, None):
+                place = before[place]
+            if place == head:
+                inside = self.flow.subgraph(self.flow.nodes - {head})
+                body = {tail} | (nx.ancestors(inside, tail) if tail != head else set())
+                bodies.setdefault(head, {head}).update(body)
+        bodies = {h: body for h, body in bodies.items() if not {self.instructions[i].name for i in body} <= SPIN}
         return tuple(self._loop(head, body, bodies) for head, body in sorted(bodies.items()))
-
-    def _spins(self, body: set[int]) -> bool:
-        """Whether a loop does nothing but try again whether a barrier was passed; such a loop is not counted as one."""
-        return {self.instructions[place].name for place in body} <= {"SYNCS", "BRA", "NANOSLEEP", "NOP"}
 
     def _loop(self, head: int, body: set[int], bodies: dict[int, set[int]]) -> Loop:
         inner = {place for other, places in bodies.items() if other != head and other in body for place in places}
@@ -194,14 +181,15 @@ class Code:
 
         Others are copies for some threads: some warp executes them in every trip.
         """
-        inside = set(own)
-        jumps = [place for place in own if self.instructions[place].name == "BRA"]
         runs = []
-        for place in jumps:
+        inside = self.flow.subgraph(self.flow.nodes - {own[0]})
+        for place in own:
             stop = self.labels.get(self.instructions[place].target or "", 0)
-            run = inside.intersection(range(place + 1, stop)) if stop in inside else set()
-            left_out = run.isdisjoint(_reachable(stop, self.successors, stop=own[0]))
-            if left_out and any(self.instructions[i].name == "FSEL" for i in run):
+            if self.instructions[place].name != "BRA" or stop not in own:
+                continue
+            run = set(own).intersection(range(place + 1, stop))
+            later = {stop} | (nx.descendants(inside, stop) if stop in inside else set())
+            if run.isdisjoint(later) and any(self.instructions[i].name == "FSEL" for i in run):
                 runs.append(len(run))
         return tuple(runs)
 
@@ -214,19 +202,7 @@ class Code:
     def outside(self) -> tuple[Instruction, ...]:
         """Instructions in no loop."""
         inside = {place for loop in self.loops for place in loop.places}
-        return tuple(self.instructions[place] for place in sorted(self.reached - inside))
-
-
-def _reachable(start: int, neighbours: Callable[[int], Iterable[int]], stop: int | None = None) -> set[int]:
-    """Places reached from `start`, itself included. The walk ends at `stop`, which is among them if it was met."""
-    seen, waiting = {start}, [start]
-    while waiting:
-        place = waiting.pop()
-        if place != stop:
-            fresh = [after for after in neighbours(place) if after not in seen]
-            seen.update(fresh)
-            waiting += fresh
-    return seen
+        return tuple(self.instructions[place] for place in sorted(self.flow.nodes - inside))
 
 
 def disassemble(cubin: bytes) -> str:

@@ -6,7 +6,6 @@ times are above all of them. Floors are of a kernel with its tiles, not of the G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.sass import Code, Loop
@@ -87,11 +86,6 @@ def floors(work: Work, instructions: int, gpu: Gpu = H200) -> dict[str, float]:
     return {name: round(1e6 * value, 2) for name, value in seconds.items()}
 
 
-def tensor_floor(pairs: int, flop: int, gpu: Gpu = H200) -> float:
-    """Microseconds that the tensor cores need for `flop` operations of each pair."""
-    return round(1e6 * pairs * flop / (gpu.tensor_flop * gpu.processors * gpu.clock), 2)
-
-
 def executed(code: Code, loops: dict[str, Loop], work: Work, programs: int, warps: int) -> int:
     """Instructions that all warps execute together: once what is in no loop, and the named loops as often as given.
 
@@ -124,31 +118,3 @@ def product_loops(code: Code) -> dict[str, Loop]:
     if not around:
         return {"tile": products[0]}
     return {"product": products[0], "tile": max(around, key=lambda x: len(x.places))}
-
-
-def unrolled(loop: Loop, warps: int, trip_flop: int) -> float:
-    """How many trips of the source's loop one trip of the compiled loop does, by its tensor-core instructions."""
-    return loop.flop(warps) / trip_flop
-
-
-def binding(floor: dict[str, float]) -> str:
-    """The name of the largest."""
-    return max(floor, key=floor.__getitem__)
-
-
-def loop_record(loop: Loop, trips: int) -> dict[str, int | list[int]]:
-    """What the record says of a loop: a trip begins `copies`, and at its head `copies_in_flight` are on their way."""
-    return {
-        "instructions": len(loop.own) - sum(loop.branches),
-        "branches": list(loop.branches),
-        "tensor": loop.tensor,
-        "copies": loop.groups,
-        "copies_in_flight": loop.in_flight,
-        "waits": list(loop.waits),
-        "trips": trips,
-    }
-
-
-def distinct(values: Sequence[object]) -> list[object]:
-    """Each object once."""
-    return list({id(value): value for value in values}.values())

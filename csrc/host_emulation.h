@@ -1,6 +1,6 @@
 // A block of GPU threads on the CPU, so that the kernels' own source is tested without a GPU.
 //
-// Compile: c++ -O1 -std=c++17 -shared -fPIC -x c++ csrc/two_stream_attention.cu (tests/test_cuda_source.py does).
+// Compile: c++ -O1 -std=c++17 -shared -fPIC -x c++ csrc/two_stream_attention.cu (tests/emulation.py does).
 //
 // Threads are fibers that run one at a time from barrier to barrier, in ascending or descending order: a missing
 // barrier gives another result in one of the two, unless a matrix product or a shuffle, which are barriers here, hides

@@ -20,7 +20,7 @@
 //
 // Shared memory of a block, in bytes: 2 * 2 * (128 + 128) * 40 operands, rows padded from 32 elements to 40 so that 8
 // of them lie in different banks, and 8 * 1024 scores: 49152, which every GPU gives without being asked.
-// Registers: 64 of sums, at most 200 a thread in all, nothing spilled (tests/test_cuda_kmeans.py checks it): one block
+// Registers: 64 of sums, at most 200 a thread in all, nothing spilled (tests/test_cuda_compile.py checks it): one block
 // of 8 warps a processor, as a product kernel of this tile has it.
 #pragma once
 

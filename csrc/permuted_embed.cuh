@@ -16,7 +16,7 @@
 //
 // Shared memory of a block: of uint8 images the 3 * 256 values that a pixel can become, 3072 bytes (6144 in double), so
 // that the two divisions are done once for a block and not for each pixel; nothing else, and nothing elsewhere.
-// Registers: at most 64 a thread, so that 32 warps fit a processor, and nothing spilled: tests/test_cuda_embed.py.
+// Registers: at most 64 a thread, so that 32 warps fit a processor, and nothing spilled: tests/test_cuda_compile.py.
 #pragma once
 
 #include "device.cuh"

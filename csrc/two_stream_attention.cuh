@@ -17,7 +17,7 @@
 //                    90112 for 344 keys of size 64, and 98304 with the scratch of 4 warps, all that a V100 has), or
 //                    stage_keys(BD) times the number of stages (streamed). And scratch for each warp.
 //     dK, dV         Q and dO of 32 rows: 128 BD a stage; scratch for each of 4 warps.
-// Registers: at most 255 a thread everywhere with nothing spilled, which tests/test_cuda_source.py checks. At BD = 128
+// Registers: at most 255 a thread everywhere with nothing spilled, which tests/test_cuda_compile.py checks. At BD = 128
 // the operands that a warp keeps lie in its scratch and not in registers.
 #pragma once
 

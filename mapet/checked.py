@@ -43,9 +43,12 @@ class Range:
 
     def allowed_near(self, value: float) -> str:
         """What would be allowed, for a value that is not."""
-        if not self.absurd_above:
-            return str(self)
-        return f"at most {self.high}" if self._high_enough(value) else str(Range(self.low, open_low=self.open_low))
+        return f"at most {self.high}" if self.absurd_above and self._high_enough(value) else self.allowed
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, without a limit that only keeps out absurd values."""
+        return str(Range(self.low, open_low=self.open_low) if self.absurd_above else self)
 
     def _high_enough(self, value: float) -> bool:
         return self.low is None or value > self.low or (value == self.low and not self.open_low)
@@ -81,7 +84,7 @@ SEED = Range(0, 2**63 - 1)
 
 def check_fields(values: Any, prefix: str = "") -> None:
     """FieldError unless every field of a dataclass fits its annotation; `prefix` goes before its name in the text."""
-    for name, hint in _hints(type(values)).items():
+    for name, hint in hints(type(values)).items():
         check(hint, getattr(values, name), f"{prefix}{name}")
 
 
@@ -180,13 +183,13 @@ def environment_number(name: str, default: int | None = 1) -> int:
 def _build(kind: type, values: Any, name: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be a mapping, got {shown(values)}")
-    hints = _hints(kind)
-    if unknown := [key for key in values if key not in hints]:
+    kinds = hints(kind)
+    if unknown := [key for key in values if key not in kinds]:
         raise ValueError(f"{name} has an unknown entry {shown(unknown[0])}")
     needed = {field.name for field in dataclasses.fields(kind) if not _has_default(field)}
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{name} lacks {', '.join(missing)}")
-    return kind(**{key: conform(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+    return kind(**{key: conform(kinds[key], value, f"{name}.{key}") for key, value in values.items()})
 
 
 def _has_default(field: dataclasses.Field) -> bool:
@@ -194,9 +197,10 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+def hints(kind: type) -> dict[str, Any]:
+    """The annotation of every field of a dataclass."""
+    found = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(kind)}
 
 
 def shown(value: Any) -> str:

@@ -16,19 +16,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from mapet import __version__
-from mapet.commands.options import COMMANDS, check_options, in_options
+from mapet.commands.options import COMMANDS, Run
+from mapet.commands.parsing import as_typed, parse
 from mapet.errors import MapetError
 from mapet.words import printable
 
-ABOUT = "Pre-train vision transformers by masked and permuted visual tokens (MaPeT)."
 INTERRUPTED, BROKEN_PIPE = 130, 141
 OUT_OF_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|storage size calculation overflowed", re.I
@@ -62,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
         except MapetError as error:
             kind = COMMANDS.get(arguments[0])
-            complain("error", in_options(str(error), kind) if hasattr(kind, "set") else error)
+            complain("error", as_typed(str(error)) if kind and issubclass(kind, Run) else error)
             return error.exit_code
         except KeyboardInterrupt as interrupt:
             if is_process:
@@ -109,23 +104,6 @@ def nobody_reads() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes it once more when it ends, and would complain
     return True
-
-
-def parse(arguments: Sequence[str]) -> tuple[str, object]:
-    """The name of the sub-command and its options. SystemExit after --help, and with code 2 for what is no option.
-
-    FieldError for a value out of its range: after tyro, which turns errors from within a dataclass into its own.
-    """
-    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
-    options = tyro.cli(
-        reduce(or_, kinds),
-        prog="mapet",
-        description=ABOUT,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    check_options(options)
-    return next(name for name, kind in COMMANDS.items() if type(options) is kind), options
 
 
 def complain(what: str, text: object) -> None:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mapet.checked import SEED, above, at_least, check_fields, conform, fraction
+from tyro.conf import arg
+
+from mapet.checked import SEED, above, at_least, check_fields, conform, fraction, hints
 from mapet.errors import ConfigError, FieldError
-from mapet.objectives import objective, options
+from mapet.objectives import OBJECTIVES, objective, options
 from mapet.units import parse_bytes, parse_duration
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -38,6 +40,14 @@ Seed = Annotated[int, SEED]
 Rows = Annotated[int, at_least(1, 1000)]
 """Of a picture."""
 
+MAY_CHANGE = "a resumed run may set it differently"
+"""Marks such a field in its annotation. Any other field changes what is learned."""
+
+
+def short(option: str) -> Any:
+    """Gives a field an option of one word on the command line, beside --section.field."""
+    return arg(aliases=(option,))
+
 
 def _require(condition: bool, field: str, rest: str) -> None:
     if not condition:
@@ -51,13 +61,13 @@ class ModelConfig:
     image_size: Side = 224
     """Side of the images in pixels."""
     patch_size: Side = 16
-    """Side of a patch in pixels; a token is a patch."""
+    """Side of a patch in pixels; every patch is a token."""
     width: Annotated[int, at_least(1, 65536)] = 192
     """Numbers in a token."""
     depth: Annotated[int, at_least(1, 1024)] = 12
     """Transformer blocks."""
     heads: Annotated[int, at_least(1, 1024)] = 3
-    """Attention heads; they divide the width."""
+    """Attention heads, whose number divides the width."""
     mlp_ratio: Annotated[float, above(0, 64)] = 4.0
     """Hidden width of the MLP, relative to the width."""
     class_token: bool = True
@@ -69,7 +79,7 @@ class ModelConfig:
     vocabulary: Vocabulary = 8192
     """Codebook entries of the tokenizer."""
     norm_eps: Annotated[float, above(0, 1)] = 1e-6
-    """Added to the variance in LayerNorm; timm's models allow no other."""
+    """What LayerNorm adds to the variance; timm's models allow no other."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model.")
@@ -131,7 +141,7 @@ class ObjectiveConfig:
     """Options of a pre-training method. Each method has its own, beside its Task in mapet/objectives/."""
 
     name: str
-    """Of the method: what is predicted from what (paper, section 4.1 and Table 1)."""
+    """Name of the method, which says what is predicted from what (paper, sections 3 and 4.1, Table 1)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective.")
@@ -144,14 +154,17 @@ class ObjectiveConfig:
 class DataConfig:
     """Where the tokenised images are, and how they are fed."""
 
-    cache: Path = Path("runs/cache")
-    """Folder that `mapet tokenize` made: cropped uint8 images, uint16 tokens and a manifest."""
-    workers: Workers = 2
-    """Processes that read images ahead; 0 reads them in the process itself."""
-    patience: Annotated[float, above(0, 1e6)] = 20.0
+    cache: Annotated[Path, MAY_CHANGE, short("--cache")] = Path("runs/cache")
+    """Token cache that `mapet tokenize` made; it may move, but a resumed run needs the same content."""
+    workers: Annotated[Workers, MAY_CHANGE, short("--workers")] = 2
+    """Processes that read images ahead; with 0 the run reads them itself."""
+    patience: Annotated[float, above(0, 1e6), MAY_CHANGE] = 20.0
     """Seconds without progress after which a process that reads images counts as stalled, and the run ends."""
     color_jitter: Annotated[float, fraction()] = 0.4
     """Largest relative change of brightness, contrast and saturation, drawn per image; 0 turns it off."""
+    held_out: Annotated[float, fraction(one=False)] = 0.0
+    """Share of the images that is not learned from: loss and metrics on it are computed after every epoch. Which images
+    is drawn from the seed, at least one where this is not 0. The paper trains on all."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
@@ -161,26 +174,30 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its schedule (paper, Table 8)."""
 
-    epochs: Count = 300
+    epochs: Annotated[Count, short("--epochs")] = 300
     """Length of the schedule in passes over the images, the warm-up included."""
-    global_batch: BatchSize = 2048
-    """Images per optimizer step over all processes and accumulated micro-batches."""
-    lr: PositiveRate = 1.5e-3
+    global_batch: Annotated[BatchSize, short("--batch")] = 2048
+    """Images of an optimizer step, over all processes and accumulated micro-batches."""
+    lr: Annotated[PositiveRate, short("--lr")] = 1.5e-3
     """Peak learning rate."""
     min_lr: Rate = 1e-5
-    """At the end of the cosine."""
+    """Learning rate at the end of the cosine."""
     warmup_lr: Rate = 1e-6
-    """At the start of the linear warm-up."""
-    warmup_epochs: CountOrNone = 10
+    """Learning rate at the start of the linear warm-up."""
+    warmup_epochs: Annotated[CountOrNone, short("--warmup-epochs")] = 10
+    """Epochs with a rising learning rate."""
     cooldown_epochs: CountOrNone = 0
-    """Epochs at min_lr after the cosine; the official code runs 10, which the paper does not mention."""
+    """Epochs at the smallest rate after the cosine; the official code runs 10, which the paper does not mention."""
     schedule_per: Literal["step", "epoch"] = "step"
-    """The official code changes the learning rate once per epoch; per step is smoother and the default here."""
+    """How often the learning rate changes: per step, or per epoch, as in the official code, which is less smooth."""
     weight_decay: Rate = 0.05
-    """Not applied to biases, norms, positions and the class token."""
+    """Weight decay, of all but biases, norms, positions and the class token."""
     beta1: Annotated[float, fraction(one=False)] = 0.9
+    """Decay of AdamW's mean of the gradients."""
     beta2: Annotated[float, fraction(one=False)] = 0.999
+    """Decay of AdamW's mean of their squares."""
     eps: Annotated[float, above(0, 1e3)] = 1e-8
+    """What AdamW adds to the root of that mean."""
     clip: Annotated[float, at_least(0)] = 3.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -197,47 +214,48 @@ class OptimConfig:
 class TrainConfig:
     """How the loop runs: none of this changes what is learned, except precision and ema."""
 
-    output: Path = Path("runs/pretrain")
+    output: Annotated[Path, MAY_CHANGE, short("--output")] = Path("runs/pretrain")
     """Folder for checkpoints and metrics."""
-    seed: Seed = 0
-    """Of everything random: weights, order, permutations, drop-path, colour jitter."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."""
-    precision: PrecisionChoice = "fp32"
-    """Of the forward pass; weights stay fp32. fp16 scales the loss. auto takes bf16 on a GPU of compute capability 8.0
-    or newer, fp16 on an older one and fp32 on a CPU; a checkpoint holds what it took."""
-    parallel: Parallel = "ddp"
-    """With several processes: ddp keeps all weights and the optimizer's state in each, fsdp shares them out (FSDP2,
-    block by block), for models that are large beside the memory of a GPU. What is learned is the same."""
-    micro_batch: Annotated[int, at_least(0, 2**22)] = 0
-    """Images per forward pass and process; 0 means the process's whole share of the global batch."""
-    recompute: Recompute = "none"
-    """What the backward pass computes again instead of keeping it: nothing; norms and GELU (cheap); or all of every
-    block (blocks). Less memory, more time, the same gradients."""
-    backend: str = "auto"
-    """Attention backend of mapet_kernels."""
+    seed: Annotated[Seed, short("--seed")] = 0
+    """Seed of everything random: weights, order, permutations, drop-path, colour jitter."""
+    device: Annotated[str, MAY_CHANGE, arg(metavar="NAME"), short("--device")] = "auto"
+    """Device of the run: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    precision: Annotated[PrecisionChoice, short("--precision")] = "fp32"
+    """Precision of the forward pass; weights stay fp32, and fp16 scales the loss. auto takes bf16 on a GPU of compute
+    capability 8.0 or newer, fp16 on an older one and fp32 on a CPU; a checkpoint holds what it took."""
+    parallel: Annotated[Parallel, MAY_CHANGE, short("--parallel")] = "ddp"
+    """How several processes share a run: ddp keeps all weights and the optimizer's state in each, fsdp shares them out
+    (FSDP2, block by block), for models that are large beside the memory of a GPU. What is learned is the same."""
+    micro_batch: Annotated[int, at_least(0, 2**22), MAY_CHANGE, short("--micro-batch")] = 0
+    """Images of a forward pass and process; 0 means all of the process's share of a step, or with a limit on memory the
+    most that fit."""
+    recompute: Annotated[Recompute, MAY_CHANGE] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, norms and GELU (cheap), or all of every
+    block (blocks). It takes less memory and more time, for the same gradients; with a limit on memory it is chosen."""
+    backend: Annotated[str, MAY_CHANGE, arg(metavar="NAME")] = "auto"
+    """Attention backend of mapet_kernels, such as sdpa, triton, flash or cuda; auto takes the fastest that runs."""
     ema_decay: Annotated[float, fraction(one=False)] = 0.0
-    """Decay of an exponential moving average of the weights; 0 keeps none (the paper keeps none)."""
-    save_every: Count = 1000
+    """Decay of an exponential moving average of the weights; 0 keeps none, and the paper keeps none."""
+    save_every: Annotated[Count, MAY_CHANGE, short("--save-every")] = 1000
     """Optimizer steps between checkpoints; one is always written at the end."""
-    keep: Count = 2
-    """Checkpoints kept, the newest ones."""
-    resume: bool = True
-    """Go on from the newest valid checkpoint in `output`, where there is one."""
-    gpu_memory: str = ""
-    """Most memory that the process may take of its GPU, such as 16GB; empty for all of it."""
-    auto_batch: bool = False
-    """When memory runs out, halve the micro-batch and go on with the same step."""
-    budget: str = ""
-    """Time for the run from its first start, such as 24h: a measurement then sets optim.epochs and the warm-up."""
-    max_steps: CountOrNone = 0
-    """Stop after so many optimizer steps in all, with a checkpoint; 0 means run to the end of the last epoch."""
-    log_every: Count = 10
+    keep: Annotated[Count, MAY_CHANGE] = 2
+    """Checkpoints to keep, the newest ones."""
+    resume: Annotated[bool, MAY_CHANGE] = True
+    """Whether to go on from the newest valid checkpoint in the output folder, where there is one."""
+    gpu_memory: Annotated[str, MAY_CHANGE, arg(metavar="16GB"), short("--gpu-memory")] = ""
+    """Most memory to take of a GPU, in GB (10^9 bytes) or GiB (2^30)."""
+    auto_batch: Annotated[bool, MAY_CHANGE, short("--auto-batch")] = False
+    """Whether to halve the micro-batch when memory runs out, and go on with the same step."""
+    budget: Annotated[str, MAY_CHANGE, arg(metavar="24h"), short("--budget")] = ""
+    """Time for the run from its first start; a measurement then sets the epochs and the warm-up, which stay so."""
+    max_steps: Annotated[CountOrNone, MAY_CHANGE, short("--max-steps")] = 0
+    """Optimizer steps in all after which to stop, with a checkpoint; 0 means the end of the last epoch."""
+    log_every: Annotated[Count, MAY_CHANGE] = 10
     """Optimizer steps between reports."""
-    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
-    """Also report to these; metrics.jsonl and TensorBoard are written in any case."""
-    deterministic: bool = False
-    """Only algorithms that give the same bits every time; slower on a GPU."""
+    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], MAY_CHANGE, arg(metavar="wandb|trackio")] = ()
+    """Services to report to as well; metrics.jsonl and TensorBoard are written in any case."""
+    deterministic: Annotated[bool, MAY_CHANGE] = False
+    """Whether to use only algorithms that give the same bits every time, which is slower on a GPU."""
 
     def __post_init__(self) -> None:
         check_fields(self, "train.")
@@ -253,16 +271,17 @@ class TrainConfig:
 class SpeedConfig:
     """What makes a step faster on some machines. None of it changes what is learned beyond rounding, except fp8."""
 
-    compile: bool = False
-    """Fuse the elementwise work (additions, norms, GELU, drop-path) by torch.compile."""
-    skip_dropped: bool = True
-    """Stochastic depth leaves out the work of dropped images; off, or with compile or cuda_graphs, whose shapes must
-    stay the same, it multiplies by zero."""
-    cuda_graphs: bool = False
-    """Record the micro-batch's forward and backward pass once and replay them: for small models, whose kernels are
-    shorter than it takes to launch them. Needs a GPU and one process."""
+    compile: Annotated[bool, MAY_CHANGE] = False
+    """Whether to fuse the elementwise work (additions, norms, GELU, drop-path) by torch.compile."""
+    skip_dropped: Annotated[bool, MAY_CHANGE] = True
+    """Whether stochastic depth leaves out the work of dropped images. If not, or with compile or cuda_graphs, whose
+    shapes must stay the same, it multiplies by zero."""
+    cuda_graphs: Annotated[bool, MAY_CHANGE] = False
+    """Whether to record the micro-batch's forward and backward pass once and replay them, which is for small models,
+    whose kernels are shorter than it takes to launch them. It needs a GPU and one process."""
     fp8: bool = False
-    """Matrix products of the blocks in fp8 (package torchao; compute capability 8.9 or newer). Changes the rounding."""
+    """Whether the blocks multiply matrices in fp8 (package torchao, compute capability 8.9 or newer), which changes the
+    rounding."""
 
     def __post_init__(self) -> None:
         check_fields(self, "speed.")
@@ -311,6 +330,21 @@ def from_dict(values: Any) -> RunConfig:
     values = conform(dict[str, dict[str, Any]], values, "config")
     method = values.get("objective", {}).get("name")
     kinds = {**typing.get_type_hints(RunConfig), "objective": objective(str(method)).Options}
-    if unknown := sorted(values.keys() - kinds.keys()):
-        raise ConfigError(f"config has an unknown entry {unknown[0]!r}")
+    for names, what in (
+        (values.keys() - kinds.keys(), "has an unknown entry"),
+        (kinds.keys() - values.keys(), "lacks"),
+    ):
+        if names:
+            raise ConfigError(f"config {what} {min(names)!r}")
     return RunConfig(**{name: conform(kinds[name], part, name) for name, part in values.items()})
+
+
+def field_notes() -> dict[str, tuple[Any, ...]]:
+    """What the annotation of each field of a run says beyond its type, by dotted name; the options of every method."""
+    kinds = [pair for pair in typing.get_type_hints(RunConfig).items() if pair[0] != "objective"]
+    kinds += [("objective", objective(name).Options) for name in OBJECTIVES]
+    return {
+        f"{section}.{name}": getattr(hint, "__metadata__", ())
+        for section, kind in kinds
+        for name, hint in hints(kind).items()
+    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol, TextIO
 
 from rich.console import Console, Group
@@ -57,6 +59,7 @@ class LiveProgress:
         self.bar = Progress(TextColumn("pre-training"), BarColumn(None), MofNCompleteColumn(), console=console)
         self.task = self.bar.add_task("", total=total, completed=start)
         self.live = Live(Group(self.bar, Text("starting")), console=console, refresh_per_second=4)
+        self.validated: dict[str, float] = {}  # stays until the next epoch's
 
     def __enter__(self) -> LiveProgress:
         self.live.start()
@@ -68,6 +71,8 @@ class LiveProgress:
 
     def show(self, metrics: StepMetrics) -> None:
         self.bar.update(self.task, completed=metrics.step)
+        self.validated |= {name: value for name, value in metrics.metrics.items() if name.startswith("val_")}
+        metrics = replace(metrics, metrics={**metrics.metrics, **self.validated})
         self.live.update(Group(self.bar, Text(describe(metrics))))
 
     def note(self, text: str) -> None:
@@ -82,16 +87,20 @@ def make_progress(total: int, start: int, stream: TextIO | None = None) -> Progr
 
 
 def describe(metrics: StepMetrics) -> str:
-    """The numbers of a report in one line."""
+    """The numbers of a report in one line; without those of steps where none was taken since the last one."""
+    stepped = not math.isnan(metrics.eta_seconds)
     parts = [
         f"epoch {metrics.epoch:.2f}",
-        f"loss {metrics.loss:.4f}",
+        *([f"loss {metrics.loss:.4f}"] if stepped else []),
         *(f"{name} {shown(name, value)}" for name, value in metrics.metrics.items()),
-        f"lr {metrics.lr:.2e}",
-        f"{metrics.images_per_second:.0f} images/s",
-        f"data wait {100 * metrics.data_wait:.0f} %",
-        f"ETA {duration(metrics.eta_seconds)}",
     ]
+    if stepped:
+        parts += [
+            f"lr {metrics.lr:.2e}",
+            f"{metrics.images_per_second:.0f} images/s",
+            f"data wait {100 * metrics.data_wait:.0f} %",
+            f"ETA {duration(metrics.eta_seconds)}",
+        ]
     return " · ".join(parts)
 
 

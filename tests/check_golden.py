@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from mapet.config import ModelConfig
+from mapet.config import ModelConfig, RunConfig, TrainConfig
 from mapet.model.vit import load_official
-from mapet.objectives import MaPeT
+from mapet.objectives import build_task, options
 from mapet.objectives.loss import token_cross_entropy
 
 TOLERANCE = 1e-10
@@ -50,7 +50,8 @@ def compare(path: str, *, dtype: torch.dtype = torch.float64, backend: str = "au
         class_token=config["class_token"], layer_scale=config["layer_scale"], drop_path=0.0,
         vocabulary=config["num_tokens"], norm_eps=config["norm_eps"],
     )  # fmt: skip
-    objective = MaPeT(model_config, config["cut"], backend=backend).to(device, dtype)
+    run = RunConfig(model_config, options("mapet", cut=config["cut"]), train=TrainConfig(backend=backend))
+    objective = build_task(run).to(device, dtype)
     load_official(objective.model, {name: value.to(dtype) for name, value in state.items()})
 
     permutation = recorded["permutation"]

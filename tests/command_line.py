@@ -18,7 +18,7 @@ MODEL = {"image_size": 16, "patch_size": 4, "vocabulary": 16, "width": 32, "dept
 def training(**model: object) -> list[str]:
     """Options of a small run, 5 steps an epoch on 40 images; `model` changes fields of its model."""
     run = ["--cut", "5", "--epochs", "4", "--warmup-epochs", "1", "--batch", "8", "--workers", "0", "--device", "cpu"]
-    return [f"--set=model.{name}={value}" for name, value in {**MODEL, **model}.items()] + run
+    return [f"--model.{name.replace('_', '-')}={value}" for name, value in {**MODEL, **model}.items()] + run
 
 
 TRAINING = training()

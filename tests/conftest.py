@@ -1,8 +1,10 @@
 """Options and hooks of all tests; what they do is told where they are."""
 
+import os
+
 import pytest
 
-pytest_plugins = ("gpu_session",)
+pytest_plugins = ("gpu_session", *("shallow_stack",) * (os.environ.get("TRITON_INTERPRET") == "1"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,4 +1,4 @@
-"""The operators of csrc/bindings.cpp on CPU tensors; test_cuda_bindings.py builds them and runs this file.
+"""The operators of csrc/bindings.cpp on CPU tensors; test_cuda_compile.py builds them and runs this file.
 
     python tests/cuda_bindings_cases.py LIBRARY
 
@@ -12,46 +12,33 @@ import sys
 from types import ModuleType
 
 import torch
-from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
-from test_ops import outputs_and_gradients, with_inputs
+from op_checks import check, flop
 
 from mapet_kernels.kmeans_assign import op as kmeans
 from mapet_kernels.permuted_embed import op as embed
-from mapet_kernels.registry import REGISTRY, OpSpec
+from mapet_kernels.registry import REGISTRY
 from mapet_kernels.two_stream_attention import op as attention
 
 MOST_FLOP = 2e7
+DTYPES = {
+    "permuted_embed": (torch.float16, torch.float32, torch.float64),
+    "two_stream_attention": (torch.float16,),
+    "kmeans_assign": (torch.float16, torch.bfloat16, torch.float32),
+}
 
 
-def check(spec: OpSpec, dtype: torch.dtype) -> None:
-    """Outputs and gradients of the op's small shapes through its backend cuda."""
-    for shape in spec.shapes.values():
-        if spec.cost(shape, dtype)[0] > MOST_FLOP:
+def check_small(name: str, dtype: torch.dtype) -> None:
+    """The small shapes of an op through its backend cuda; of the assignment also the fast mode, near the exact one."""
+    spec = REGISTRY[name]
+    for shape in spec.shapes:
+        if flop(spec, shape) > MOST_FLOP:
             continue
-        case = spec.make_case(shape, dtype)
-        exact, exact_gradients = outputs_and_gradients(spec.plain, with_inputs(case, torch.float64), case.options)
-        plain, plain_gradients = outputs_and_gradients(spec.plain, with_inputs(case, dtype), case.options)
-        actual, gradients = outputs_and_gradients(spec.function, with_inputs(case, dtype), case.options)
-        for parts in zip(actual, plain, exact, strict=True):
-            assert_within_budget(*parts, factor=FORWARD_FACTOR, what="output")
-        for name, gradient in gradients.items():
-            parts = gradient, plain_gradients[name], exact_gradients[name]
-            assert_within_budget(*parts, factor=GRADIENT_FACTOR, what=f"gradient of {name}")
-    print(f"{spec.name} {dtype} is right")
-
-
-def check_assignment(dtype: torch.dtype) -> None:
-    """Ids and distances of every shape against float64; the fast mode near them."""
-    spec = REGISTRY["kmeans_assign"]
-    for shape in spec.shapes.values():
-        case = spec.make_case(shape, dtype)
-        ids, distances = spec.plain(**{name: x.double() for name, x in case.inputs.items()}, **case.options)
-        actual = spec.function(**case.inputs, **case.options)
-        assert torch.equal(actual[0], ids)
-        torch.testing.assert_close(actual[1].double(), distances, rtol=2.0**-22, atol=0)
-        _, fast = spec.function(**case.inputs, **case.options, exact=False)
-        assert torch.all(fast <= 1.05 * distances)
-    print(f"{spec.name} {dtype} is right")
+        case = spec.make_case(spec.shapes[shape], dtype)
+        results = check(spec, case, dtype)
+        if name == "kmeans_assign":
+            _, fast = spec.function(**case.inputs, **case.options, exact=False)
+            assert torch.all(fast <= 1.05 * results[1])
+    print(f"{name} {dtype} is right")
 
 
 def refused(operator, *arguments) -> None:
@@ -147,11 +134,9 @@ def main(library: str) -> None:
     sys.modules["mapet_kernels._C"] = ModuleType("mapet_kernels._C")
     embed.choose_listed_backend = kmeans.choose_listed_backend = lambda *_, **__: "cuda"
     attention.choose_backend = lambda *_, **__: "cuda"
-    for dtype in (torch.float16, torch.float32, torch.float64):
-        check(REGISTRY["permuted_embed"], dtype)
-    check(REGISTRY["two_stream_attention"], torch.float16)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        check_assignment(dtype)
+    for name, dtypes in DTYPES.items():
+        for dtype in dtypes:
+            check_small(name, dtype)
     refusals()
     assignment_refusals()
     attention_refusals()

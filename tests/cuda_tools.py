@@ -12,10 +12,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 CSRC = Path(__file__).parent.parent / "csrc"
 SHARED_LIMITS = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory a block may ask for, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 
+ASSIGN_KERNELS = [
+    f"mapet::scores_kernel<__half, {exact}, {ahead}>" for exact in ("true", "false") for ahead in ("true", "false")
+]
+"""Kernels of kmeans_assign by their C++ names."""
 KERNELS = {
     "forward": "MAPET_CALL(ForwardCall)",
     "query_gradient": "MAPET_CALL(QueryGradientCall)",
@@ -39,12 +45,11 @@ def kernel_names(element: str, sizes: tuple[int, ...]) -> list[str]:
     return [f"mapet::{kernel}_kernel<{element}, {size}>" for kernel in KERNELS for size in sizes]
 
 
-def instantiations(elements: tuple[str, ...], sizes: tuple[int, ...]) -> str:
+def instantiations(element: str, sizes: tuple[int, ...]) -> str:
     """A source file that holds all of them and nothing else."""
     lines = [
         f"template __global__ void {kernel}_kernel<{element}, {size}>({parameter});"
         for kernel, parameter in KERNELS.items()
-        for element in elements
         for size in sizes
     ]
     return "\n".join(['#include "two_stream_attention.cuh"', "namespace mapet {", *lines, "}", ""])
@@ -59,6 +64,11 @@ def parse_resources(log: str) -> list[Resources]:
         registers = re.search(r"Used (\d+) registers", entry)
         found.append(Resources(name, int(registers[1]), int(spills[1]) + int(spills[2])))
     return found
+
+
+def has_nvcc() -> bool:
+    """Whether nvcc is on PATH."""
+    return shutil.which("nvcc") is not None
 
 
 def entry_names(ptx: str) -> list[str]:
@@ -86,12 +96,14 @@ def cuobjdump() -> str | None:
     return str(inside) if inside.is_file() else None
 
 
-def instructions(cubin: Path, wanted: str = r"\b(HMMA\.\d+|LDGSTS)\b") -> dict[str, Counter[str]]:
-    """How often each `wanted` stands in each function of a cubin: HMMA.16816 multiplies 16 x 16 by 16 x 8."""
+WANTED = re.compile(r"\b(HMMA\.\d+|LDGSTS|(?:LDG|STG)\.E\.128)\b")
+
+
+def instructions(cubin: Path) -> dict[str, Counter[str]]:
+    """How often each `WANTED` stands in each function of a cubin: HMMA.16816 multiplies 16 x 16 by 16 x 8."""
     text = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]
-    pattern = re.compile(wanted)
-    return {name: Counter(pattern.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    return {name: Counter(WANTED.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def nvidia_folder(*parts: str) -> Path | None:
@@ -120,20 +132,6 @@ class Nvrtc12:
     library: ctypes.CDLL
     includes: tuple[Path, ...]
 
-    @staticmethod
-    def find() -> Nvrtc12 | str:
-        """The compiler, or which package is missing."""
-        needed = {
-            "nvidia-cuda-nvrtc-cu12": ("cuda_nvrtc", "lib", "libnvrtc.so.12"),
-            "nvidia-cuda-runtime-cu12": ("cuda_runtime", "include", "cuda_fp16.h"),
-            "nvidia-cuda-nvcc-cu12": ("cuda_nvcc", "include", "crt", "mma.h"),
-        }
-        found = {package: nvidia_folder(*parts) for package, parts in needed.items()}
-        if missing := [package for package, path in found.items() if path is None]:
-            return f"pip install {' '.join(missing)}"
-        library, runtime, crt = found.values()
-        return Nvrtc12(ctypes.CDLL(str(library)), (CSRC, runtime.parent, crt.parent.parent))
-
     def compile(self, names: list[str], target: str, header: str = "two_stream_attention.cuh") -> tuple[str, str]:
         """(log, PTX) of kernels by their C++ names; for a target sm_XX the log has what ptxas says."""
         program = ctypes.c_void_p()
@@ -161,3 +159,17 @@ class Nvrtc12:
     @staticmethod
     def _check(status: int) -> None:
         assert status == 0, f"NVRTC status {status}"
+
+
+def nvrtc_12() -> Nvrtc12:
+    """The compiler; a test that needs it is skipped by the packages that are missing."""
+    needed = {
+        "nvidia-cuda-nvrtc-cu12": ("cuda_nvrtc", "lib", "libnvrtc.so.12"),
+        "nvidia-cuda-runtime-cu12": ("cuda_runtime", "include", "cuda_fp16.h"),
+        "nvidia-cuda-nvcc-cu12": ("cuda_nvcc", "include", "crt", "mma.h"),
+    }
+    found = {package: nvidia_folder(*parts) for package, parts in needed.items()}
+    if missing := [package for package, path in found.items() if path is None]:
+        pytest.skip(f"needs the CUDA 12 compiler: pip install {' '.join(missing)}")
+    library, runtime, crt = found.values()
+    return Nvrtc12(ctypes.CDLL(str(library)), (CSRC, runtime.parent, crt.parent.parent))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mapet_kernels import backends, flash_providers
 from mapet_kernels.flash_providers import HEAD_SIZE_MULTIPLE, Provider, Window
 
 LSE_PADDING = 32
@@ -31,10 +35,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], scale: flo
     visible = sees(q.shape[1], k.shape[1], window)
     check_tensors(q, k, v)
     assert visible.any(1).all(), "a row that sees nothing"
+    dtype, (q, k, v) = q.dtype, in_working_dtype(q, k, v)
     scores = (torch.einsum("brhd,bkhd->bhrk", q, k) * scale).masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(-1)
     out = torch.einsum("bhrk,bkhd->brhd", scores.softmax(-1), v)
-    return out, F.pad(lse, (0, -lse.shape[-1] % LSE_PADDING), value=float("nan"))
+    return out.to(dtype), F.pad(lse, (0, -lse.shape[-1] % LSE_PADDING), value=float("nan"))
 
 
 def backward(
@@ -44,12 +49,18 @@ def backward(
     check_tensors(d_out, q, k, v, out)
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]) and lse.is_contiguous()
     visible = sees(q.shape[1], k.shape[1], window)
+    dtype, (d_out, q, k, v, out) = q.dtype, in_working_dtype(d_out, q, k, v, out)
     scores = (torch.einsum("brhd,bkhd->bhrk", q, k) * scale).masked_fill(~visible, float("-inf"))
     p = (scores - lse.unsqueeze(-1)).exp()
     delta = (d_out * out).sum(-1).transpose(1, 2).unsqueeze(-1)
     ds = p * (torch.einsum("brhd,bkhd->bhrk", d_out, v) - delta) * scale
     dq, dk = torch.einsum("bhrk,bkhd->brhd", ds, k), torch.einsum("bhrk,brhd->bkhd", ds, q)
-    return dq, dk, torch.einsum("bhrk,brhd->bkhd", p, d_out)
+    return dq.to(dtype), dk.to(dtype), torch.einsum("bhrk,brhd->bkhd", p, d_out).to(dtype)
+
+
+def in_working_dtype(*tensors: Tensor) -> list[Tensor]:
+    """In float32 at least, as the kernels keep their sums."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
 def check_tensors(*tensors: Tensor) -> None:
@@ -61,6 +72,15 @@ def check_tensors(*tensors: Tensor) -> None:
 
 
 STANDIN = Provider("a stand-in", forward, backward)
+
+
+@contextmanager
+def used(provider: Provider = STANDIN) -> Iterator[None]:
+    """Inside, a provider is the one that backend "flash" finds, on CPU tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "reason_against_flash", lambda device, dtype: None)
+        patch.setattr(flash_providers, "provider_for", lambda device, dtype=None: provider)
+        yield
 
 
 def recording(log: list) -> Provider:
@@ -76,106 +96,83 @@ def recording(log: list) -> Provider:
     return Provider("a stand-in", noted("forward", forward), noted("backward", backward))
 
 
-def _window(causal: bool, left: int, right: int) -> Window:
-    return Window(left, 0 if causal else right)
+GRADIENTS = "dout q k v out softmax_lse"
+FA3_EXTRAS = (
+    "k_new v_new qv out cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q seqused_k max_seqlen_q max_seqlen_k "
+    "page_table kv_batch_idx leftpad_k rotary_cos rotary_sin seqlens_rotary q_descale k_descale v_descale"
+)
+SHARED = {
+    "2.5": "dropout_p softmax_scale causal window_size alibi_slopes",
+    "2.6": "dropout_p softmax_scale causal window_size softcap alibi_slopes",
+    "2.8": "dropout_p softmax_scale causal window_size_left window_size_right softcap alibi_slopes",
+}
+SIGNATURES = {
+    version: (f"q k v {shared} return_softmax", f"{GRADIENTS} dq dk dv {shared} deterministic rng_state=")
+    for version, shared in SHARED.items()
+} | {
+    "3": (
+        f"q k v {FA3_EXTRAS} softmax_scale causal window_size= attention_chunk= softcap= rotary_interleaved= "
+        "scheduler_metadata= num_splits= pack_gqa= sm_margin=",
+        f"{GRADIENTS} cu_seqlens_q cu_seqlens_k sequed_q sequed_k max_seqlen_q max_seqlen_k dq dk dv softmax_scale "
+        "causal window_size= softcap= deterministic= sm_margin=",
+    ),
+}
+"""Arguments of flash_attn_interface's forward and backward pass by version, "=" after those with a default.
+
+2.8 are custom ops as 2.7 had them first, 3 is FlashAttention-3 when its arguments had no defaults yet.
+"""
+KINDS = {
+    "dropout_p": "float", "softmax_scale": "float", "softcap": "float", "causal": "bool", "return_softmax": "bool",
+    "deterministic": "bool", "window_size_left": "int", "window_size_right": "int", "alibi_slopes": "Tensor?",
+    "rng_state=": "Tensor?", "dq": "Tensor(a0!)?", "dk": "Tensor(a1!)?", "dv": "Tensor(a2!)?",
+}  # fmt: skip
 
 
-def flash_attn_2_5(log: list[dict]) -> SimpleNamespace:
-    """flash_attn_interface as 2.5 has it; `log` gets the arguments of each call by name."""
+def flash_attn(version: str, log: list[dict]) -> SimpleNamespace:
+    """flash_attn_interface as a version has it; `log` gets the arguments of each call by name."""
 
-    def _flash_attn_forward(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, alibi_slopes, return_softmax
-    ):  # fmt: skip
-        log.append(locals() | {"log": None})
-        out, lse = forward(q, k, v, _window(causal, *window_size), softmax_scale)
-        return out, q, k, v, out, lse, None, None
+    def window_of(given: dict) -> Window:
+        left, right = given.get("window_size") or (given["window_size_left"], given["window_size_right"])
+        return Window(left, 0 if given["causal"] else right)
 
-    def _flash_attn_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, alibi_slopes,
-        deterministic, rng_state=None,
-    ):  # fmt: skip
-        log.append(locals() | {"log": None})
-        _fill(dq, dk, dv, backward(dout, q, k, v, out, softmax_lse, _window(causal, *window_size), softmax_scale))
-        return dq, dk, dv, softmax_lse
+    def run_forward(given: dict) -> tuple:
+        q, k, v = given["q"], given["k"], given["v"]
+        out, lse = forward(q, k, v, window_of(given), given["softmax_scale"])
+        if version < "2.7":
+            return out, q, k, v, out, lse, None, None
+        return out, lse, *((q.new_empty(0), q.new_empty(2)) if version == "2.8" else (None, None))
 
-    return SimpleNamespace(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
+    def run_backward(given: dict) -> Tensor:
+        tensors = (given[name] for name in GRADIENTS.split())
+        results = backward(*tensors, window_of(given), given["softmax_scale"])
+        for name, result in zip(("dq", "dk", "dv"), results, strict=True):
+            given[name].copy_(result)
+        return given["softmax_lse"].clone()
 
+    def function(name: str, arguments: str, body: Callable, returns: str) -> Callable:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([
+            inspect.Parameter(x.rstrip("="), kind, default=None if x.endswith("=") else inspect.Parameter.empty)
+            for x in arguments.split()
+        ])  # fmt: skip
 
-def flash_attn_2_6(log: list[dict]) -> SimpleNamespace:
-    """flash_attn_interface as 2.6 has it: softcap after the window."""
+        def call(*args, **kwargs):
+            log.append(dict(signature.bind(*args, **kwargs).arguments))
+            return body(log[-1])
 
-    def _flash_attn_forward(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
-    ):  # fmt: skip
-        log.append(locals() | {"log": None})
-        out, lse = forward(q, k, v, _window(causal, *window_size), softmax_scale)
-        return out, q, k, v, out, lse, None, None
+        call.__signature__, call.__name__ = signature, name
+        if version != "2.8":
+            return call
+        names = [f"{KINDS.get(x, 'Tensor')} {x}{'None' * x.endswith('=')}" for x in arguments.split()]
+        changed = ("dq", "dk", "dv") if "dq" in arguments.split() else ()
+        schema = f"({', '.join(names)}) -> {returns}"
+        return torch.library.custom_op(f"mapet_test_flash::{name}", call, mutates_args=changed, schema=schema)
 
-    def _flash_attn_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
-        log.append(locals() | {"log": None})
-        _fill(dq, dk, dv, backward(dout, q, k, v, out, softmax_lse, _window(causal, *window_size), softmax_scale))
-        return dq, dk, dv, softmax_lse
-
-    return SimpleNamespace(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
-
-
-def flash_attn_2_8(log: list[dict]) -> SimpleNamespace:
-    """flash_attn_interface as 2.7 and 2.8 have it: custom ops with the window in two arguments."""
-
-    @torch.library.custom_op("mapet_test_flash::forward_2_8", mutates_args=())
-    def _flash_attn_forward(
-        q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
-        window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        log.append(locals() | {"log": None})
-        out, lse = forward(q, k, v, _window(causal, window_size_left, window_size_right), softmax_scale)
-        return out, lse, q.new_empty(0), q.new_empty(2)
-
-    @torch.library.custom_op("mapet_test_flash::backward_2_8", mutates_args=("dq", "dk", "dv"))
-    def _flash_attn_backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
-        dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float, causal: bool,
-        window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
-        deterministic: bool, rng_state: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        log.append(locals() | {"log": None})
-        window = _window(causal, window_size_left, window_size_right)
-        _fill(dq, dk, dv, backward(dout, q, k, v, out, softmax_lse, window, softmax_scale))
-        return softmax_lse.clone()
-
-    return SimpleNamespace(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
-
-
-def flash_attn_3(log: list[dict]) -> SimpleNamespace:
-    """FlashAttention-3's flash_attn_interface when its arguments had no defaults yet."""
-
-    def _flash_attn_forward(
-        q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k,
-        max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary,
-        q_descale, k_descale, v_descale, softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
-        rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
-    ):  # fmt: skip
-        log.append(locals() | {"log": None})
-        out, lse = forward(q, k, v, _window(causal, *window_size), softmax_scale)
-        return out, lse, None, None
-
-    def _flash_attn_backward(
-        dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k,
-        dq, dk, dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
-    ):  # fmt: skip
-        log.append(locals() | {"log": None})
-        _fill(dq, dk, dv, backward(dout, q, k, v, out, softmax_lse, _window(causal, *window_size), softmax_scale))
-        return dq, dk, dv, softmax_lse
-
-    return SimpleNamespace(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
-
-
-def _fill(dq: Tensor, dk: Tensor, dv: Tensor, results: tuple[Tensor, Tensor, Tensor]) -> None:
-    for target, result in zip((dq, dk, dv), results, strict=True):
-        target.copy_(result)
+    ways = zip(
+        ("_flash_attn_forward", "_flash_attn_backward"), SIGNATURES[version], (run_forward, run_backward),
+        ("(Tensor, Tensor, Tensor, Tensor)", "Tensor"), strict=True,
+    )  # fmt: skip
+    return SimpleNamespace(**{name: function(name, *way) for name, *way in ways})
 
 
 class LowerTriangularFromBottomRightMask:

@@ -37,7 +37,8 @@ from unittest import mock
 from fuzz_cases import Case, draw_case
 from fuzz_world import copy, files_of, inflict, make_world, snapshot, users
 
-from mapet import cli, doctor
+from mapet import cli
+from mapet.commands import doctor
 from mapet.commands.pretrain import run_config
 from mapet.errors import MapetError
 from mapet_kernels.selfcheck import Agreement

@@ -12,7 +12,7 @@ from command_line import FIT as FITTING
 from command_line import SIZES
 from fuzz_world import DAMAGES, OUTPUTS, Damage
 
-from mapet.commands.settings import settings
+from mapet.commands.parsing import option_names
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,17 @@ IMAGES = ("images", "odd", "images/bars", "digits", "cache", "photos:0", "photos
 CHECKPOINTS = ("run", "run/checkpoints/step_000000001", "run/checkpoints", "export", "foreign", "cache")
 TOKENIZERS = ("cache_tokenizer", "odd_cache_tokenizer", "codebook.npy", "memory_tokenizer", "new_tokenizer", "export")
 CACHES = ("cache", "odd_cache")
-FIELDS = sorted(settings().keys() - {"data.cache", "data.workers", "train.output", "speed.compile", "train.budget"})
-NO_FIELDS = ("model.x=1", "x", "=", "model.width", "data.cache=", "train.output=/", "train.output=run")
+KEPT = {"data.cache", "data.workers", "train.output", "speed.compile", "train.budget"}
+FIELDS = sorted(options[-1] for name, options in option_names().items() if name not in KEPT)
+NO_FIELDS = ("--model.x=1", "--x", "--=", "--model.width", "--set=optim.lr=1", "--data.cache=", "--train.output=run")
+FIELD = "any field of a run"
 LASTING = ("--epochs", "--views", "--fit-iterations", "--fit-redos", "--max-steps", "--workers", "--seeds", "--budget")
-LASTING_FIELDS = ("optim.epochs", "train.max_steps", "model.depth", "data.patience")
+LASTING_FIELDS = ("--optim.epochs", "--train.max-steps", "--model.depth", "--data.patience")
 """A large value here is allowed, and takes as long as it says."""
 
 FIT = dict(zip(*[map(str, (*SIZES, *FITTING))] * 2, strict=True))
 DECODE = {"--workers": "0", "--device": "cpu", "--max-skipped": "0.9"}
-MODEL = ("image_size=16", "patch_size=4", "vocabulary=16", "width=32", "depth=2", "heads=2")
+MODEL = ("image-size=16", "patch-size=4", "vocabulary=16", "width=32", "depth=2", "heads=2")
 RUN = {"--cut": "5", "--epochs": "4", "--warmup-epochs": "1", "--batch": "8", "--workers": "0", "--device": "cpu"}
 
 BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
@@ -107,13 +109,13 @@ BASES: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
         ({"--images": "images", "--output": "k", "--tokenizer": "kclip", "--weights": "clip.pt", **FIT, **DECODE}, ()),
     ],
     "pretrain": [
-        ({"--cache": "cache", "--output": "run", "--max-steps": "3", **RUN}, ("--set=train.ema_decay=0.9",)),
+        ({"--cache": "cache", "--output": "run", "--max-steps": "3", **RUN}, ("--train.ema-decay=0.9",)),
         ({"--cache": "cache", "--output": "run", "--max-steps": "1", **RUN}, ("--fresh",)),
         ({"--cache": "odd_cache", "--output": "new", "--max-steps": "2", "--save-every": "1", **RUN}, ()),
-        ({"--cache": "cache", "--output": "new", **RUN}, ("--list-options",)),
+        ({"--cache": "cache", "--output": "new", **RUN}, ("--help",)),
     ],
     "plan": [
-        ({"--model": "tiny", "--global-batch": "64"}, ()),
+        ({"--model": "tiny", "--batch": "64"}, ()),
         ({"--model": "tiny", "--gpu-memory": "16GB", "--gpus": "2", "--interconnect": "400Gb"}, ()),
         ({"--gpu": "V100", "--precision": "fp16", "--images": "1000"}, ()),
     ],
@@ -153,18 +155,18 @@ MORE: dict[str, tuple[str, ...]] = {
     ),
     "pretrain": (
         *("--recipe", "--model", "--objective", "--lr", "--precision", "--parallel", "--micro-batch", "--seed"),
-        *("--set", "--set", "--set", "--set", "--save-every", "--gpu-memory", "--gpus", "--budget"),
+        *(FIELD, FIELD, FIELD, FIELD, "--masked", "--save-every", "--gpu-memory", "--gpus", "--budget"),
     ),
     "plan": (
-        *("--recipe", "--objective", "--cut", "--parallel", "--micro-batch", "--global-batch", "--gpus"),
+        *("--recipe", "--objective", "--cut", "--parallel", "--micro-batch", "--batch", "--gpus"),
         *(
             "--gpu-memory",
             "--gpu",
             "--interconnect",
             "--images",
             "--images-per-second",
-            "--set",
-            "--set",
+            FIELD,
+            FIELD,
             "--precision",
         ),
     ),
@@ -176,7 +178,7 @@ MORE: dict[str, tuple[str, ...]] = {
 }
 FLAGS = {
     "tokenize": ("--overwrite", "--fit"),
-    "pretrain": ("--fresh", "--auto-batch", "--list-options"),
+    "pretrain": ("--fresh", "--auto-batch", "--speed.no-skip-dropped"),
     "probe": ("--baselines", "--ema"),
     "export": ("--ema",),
 }
@@ -217,10 +219,10 @@ PLACED = {"--output", "--features-dir", "--images", "--root", "--test-images"}
 
 def value_for(command: str, option: str, rng: random.Random) -> str:
     """What is typed after an option."""
-    if option == "--set":
+    if option == FIELD:
         name = rng.choice(FIELDS)
         usual = ("true", "false", "2", "16", *(() if name in LASTING_FIELDS else BIG))
-        return rng.choice((*(f"{name}={value}" for value in (*usual, *ABSURD)), *NO_FIELDS))
+        return rng.choice((*(f"{name}={value}" for value in (*usual, *ABSURD)), *NO_FIELDS, name))
     if option == "--images" and command == "plan":
         return rng.choice(("1.28M", "1e400M", "-1M", *ABSURD, *BIG))
     if option in PLACED:
@@ -247,12 +249,12 @@ def command_line(command: str, rng: random.Random) -> tuple[str, ...]:
         elif names := sorted({*options, *MORE[command]}):
             name = rng.choice(names)
             value = value_for(command, name, rng)
-            if name == "--set":
-                extra.append(f"--set={value}")
+            if name == FIELD:
+                extra.append(value)
             else:
                 options[name] = value
     if command == "pretrain":
-        extra = [f"--set=model.{assignment}" for assignment in MODEL] * ("--model" not in options) + extra
+        extra = [f"--model.{assignment}" for assignment in MODEL] * ("--model" not in options) + extra
         options.setdefault("--max-steps", "1")
         if options["--max-steps"] == "0":
             options["--epochs"] = "1"

@@ -13,14 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tiny_run import make_config
+from tiny_run import OBJECTIVE, make_config
 from torch import Tensor, nn
 
 from mapet.config import SpeedConfig
 from mapet.data.cache import TokenCache
-from mapet.data.loader import Batch, make_loader
+from mapet.data.loader import make_loader
 from mapet.distributed import World, connect
 from mapet.objectives import two_stream as base
+from mapet.task import Batch
 from mapet.training.checkpoint import CheckpointStore
 from mapet.training.learner import Learner
 from mapet.training.parallel import gathered, is_sharded
@@ -34,8 +35,8 @@ VARIANTS = {
     "fp16": {"train.precision": "fp16"},
     "cheap": {"train.recompute": "cheap"},
     "blocks": {"train.recompute": "blocks", "train.micro_batch": 2},
-    "pim": {"objective.name": "pim"},
-    "mim": {"objective.name": "mim"},
+    "pim": OBJECTIVE["pim"],
+    "mim": OBJECTIVE["mim"],
     "no class token": {"model.class_token": False},
     **{switch: {f"speed.{switch}": not getattr(SpeedConfig(), switch)} for switch in SWITCHES},
 }
@@ -51,7 +52,7 @@ def run(learner: Learner, cache: TokenCache, first: int, last: int) -> list[floa
     """Steps first to last - 1; their losses."""
     losses = []
     for step, batch in zip(range(first, last), batches(learner, cache, first, last), strict=True):
-        learner.step(step, batch, with_accuracy=True)
+        learner.step(step, batch, metrics=True)
         losses.append(learner.read().loss)
     return losses
 
@@ -81,7 +82,7 @@ def flat(value: object, name: str = "") -> dict[str, Tensor]:
 def snapshot(learner: Learner) -> dict[str, Tensor]:
     """Weights, moments and averages, whole and copied, in every process."""
     average = learner.average.weights if learner.average else {}
-    state = {"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict()["state"], "ema": average}
+    state = {"task": learner.task.state_dict(), "optimizer": learner.optimizer.state_dict()["state"], "ema": average}
     return {name: value.detach().clone() for name, value in flat(gathered(state, keep=True)).items()}
 
 
@@ -99,7 +100,7 @@ def compare(world: World, cache: TokenCache, changes: dict[str, object]) -> dict
     parts = learner_for(world, cache, "fsdp", **changes)
     ours = run(parts, cache, 0, 2)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert all(is_sharded(parameter) for parameter in parts.objective.parameters())
+    assert all(is_sharded(parameter) for parameter in parts.task.parameters())
     return {"losses": [ours, theirs], "difference": difference(snapshot(parts), snapshot(copies)), "graphs": graphs}
 
 
@@ -109,7 +110,7 @@ def break_part(learner: Learner, world: World, value: float) -> Callable[[], Non
 
     def broken(optimizer: torch.optim.Optimizer) -> None:
         if world.rank == world.size - 1:
-            learner.model.decoder.weight.grad.to_local().view(-1)[0] = value
+            learner.task.model.decoder.weight.grad.to_local().view(-1)[0] = value
         unscale(optimizer)
 
     learner.scaler.unscale_ = broken
@@ -138,8 +139,8 @@ def clipped(world: World, cache: TokenCache) -> dict[str, object]:
     found = {}
     for parallel in ("ddp", "fsdp"):
         learner = learner_for(world, cache, parallel, **{"optim.clip": 0.01})
-        learner.step(0, batches(learner, cache, 0, 1)[0], with_accuracy=False)
-        gradients = [parameter.grad for parameter in learner.objective.parameters()]
+        learner.step(0, batches(learner, cache, 0, 1)[0], metrics=False)
+        gradients = [parameter.grad for parameter in learner.task.parameters()]
         norm = torch.cat([g.flatten() for g in gathered(gradients, keep=True)]).norm()
         found[parallel] = [learner.read().gradient_norm, float(norm)]
     return found
@@ -152,11 +153,11 @@ def loaded(world: World, cache: TokenCache, store: CheckpointStore) -> list[str]
     """
     config = make_config(cache.path, Path("unused"), **CHANGES, **{"train.parallel": "fsdp"})
     learner = Learner(config, world, plan_steps(config, len(cache), world.size))
-    state = store.load_latest().state
+    state = store.load(store.newest_valid()).state
     learner.load(state)
     again = learner.state()
     if not world.is_main:
-        return [name for name, value in {**again.model, **again.ema}.items() if value is not None]
+        return [name for name, value in {**again.task, **again.ema}.items() if value is not None]
     ours, theirs = ({**flat(vars(s)), **flat(vars(s)["trainer"])} for s in (again, state))
     assert ours.keys() == theirs.keys()
     return [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -168,8 +169,8 @@ def held(world: World, cache: TokenCache) -> dict[str, int]:
     run(learner, cache, 0, 1)
     moments = flat(learner.optimizer.state_dict()["state"])
     parts = {
-        "weights": list(learner.objective.parameters()),
-        "gradients": [parameter.grad for parameter in learner.objective.parameters()],
+        "weights": list(learner.task.parameters()),
+        "gradients": [parameter.grad for parameter in learner.task.parameters()],
         "optimizer": [value for value in moments.values() if value.ndim],
         "average": list(learner.average.weights.values()),
     }

@@ -49,7 +49,7 @@ def make_everything(folder: Path) -> None:
     images = pictures(folder / "images", per_class=10)
     at = places(folder)
     succeed("tokenize", "--images", images, "--output", at["cache"], *SIZES, *FIT)
-    run = ("--cache", at["cache"], "--output", folder / "run", *TRAINING, "--set=train.ema_decay=0.9")
+    run = ("--cache", at["cache"], "--output", folder / "run", *TRAINING, "--train.ema-decay=0.9")
     succeed("pretrain", *run, "--max-steps", 2)
     succeed("export", "--checkpoint", folder / "run", "--output", folder / "export")
     succeed(*COMMANDS["probe"](folder))
@@ -94,7 +94,7 @@ def _fitting(folder: Path, name: str, *more: object) -> tuple:
 COMMANDS: dict[str, Callable[[Path], tuple]] = {
     "resume": lambda at: (
         *("pretrain", "--cache", at / "cache", "--output", at / "run", *TRAINING, "--max-steps", 3),
-        "--set=train.ema_decay=0.9",
+        "--train.ema-decay=0.9",
     ),
     "export": lambda at: ("export", "--checkpoint", at / "run", "--output", at / "exported", "--ema"),
     "probe": lambda at: (

@@ -27,7 +27,7 @@ def keep_weights(output: str) -> None:
     def save_both(run: train.Run, done: int) -> None:
         path = Path(output) / f"rank_{run.world.rank}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(gathered(run.learner.model.state_dict(), keep=True), path)
+        safetensors.torch.save_file(gathered(run.learner.task.state_dict(), keep=True), path)
         save(run, done)
 
     train.Run.save = save_both
@@ -42,7 +42,7 @@ def keep_steps(output: str) -> None:
             original(self, step, batch, **options)
         counts = {str(kind).rpartition(".")[2]: count for kind, count in collectives.get_comm_counts().items()}
         with (Path(output) / f"steps_{self.world.rank}.jsonl").open("a") as file:
-            print(json.dumps({"step": step, "ids": batch.ids.tolist(), "collectives": counts}), file=file)
+            print(json.dumps({"step": step, "ids": batch["ids"].tolist(), "collectives": counts}), file=file)
 
     learner.Learner.step = step
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from test_ops import outputs_and_gradients
+from op_checks import outputs_and_gradients
 
 import mapet_kernels
 from mapet_kernels.backends import available_backends

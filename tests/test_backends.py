@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.kernels_suite import OpCall, reason_against
 from mapet_kernels import backends, dense_attention
 from mapet_kernels.backends import (
     RECORDED_WINNERS,
@@ -19,6 +20,7 @@ from mapet_kernels.backends import (
     choose_listed_backend,
     explain_auto,
 )
+from mapet_kernels.registry import REGISTRY
 
 RECORDS = Path(__file__).parent.parent / "bench" / "results"
 BOTH = {"triton": None, "cuda": None}
@@ -65,16 +67,80 @@ def test_auto_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend == "sdpa" and "triton does not run: takes head sizes up to 128, not 256" in why
 
 
-@pytest.fixture
-def amd_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """As a torch built for ROCm describes an MI300X, and every package installed."""
-    monkeypatch.setattr(torch.version, "hip", "6.4.2")
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> None:
+    """As torch describes a machine with this GPU, and every package installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "AMD Instinct MI300X")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(backends, "_reason_against_cuda_library", lambda index: None)
+
+
+V100 = ("Tesla V100", (7, 0))
+HALF, SINGLE, DOUBLE, BRAIN = torch.float16, torch.float32, torch.float64, torch.bfloat16
+LISTED = ("reference", "triton", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "reason"),
+    [
+        (V100, None, None),
+        (V100, HALF, None),
+        (V100, SINGLE, "takes float16 and bfloat16, not float32"),
+        (V100, BRAIN, "bfloat16 needs compute capability 8.0 or newer, Tesla V100 has 7.0: float16"),
+        (("Tesla P4", (6, 1)), HALF, "needs compute capability 7.0 or newer, Tesla P4 has 6.1"),
+    ],
+    ids=str,
+)
+def test_reasons_against_the_cuda_kernels(monkeypatch, gpu: tuple, dtype: torch.dtype | None, reason: str) -> None:
+    pretend(monkeypatch, *gpu)
+    assert backends.reason_against_cuda(torch.device("cuda"), dtype) == reason
+    assert available_backends("cpu")["cuda"] == "needs a CUDA device, not cpu"
+
+
+def test_auto_takes_the_cuda_kernels_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a V100 attention in half precision, the embedding, which multiplies no matrices, in every dtype, and k-means,
+    which multiplies in float16 whatever the input, in all but float64.
+    """
+
+    def auto(dtype: torch.dtype, size: int = 64, among: tuple[str, ...] = TWO_STREAM_BACKENDS) -> str:
+        return choose_backend("auto", "cuda", dtype, among, size)
+
+    def listed(dtype: torch.dtype, products: bool, among: tuple[str, ...] = LISTED) -> str:
+        return choose_listed_backend("auto", among, "cuda", dtype, products)
+
+    find_spec = backends.importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "reason_against_triton", lambda *_: "needs compute capability 8.0")
+        patch.setattr(
+            backends.importlib.util, "find_spec", lambda name: None if name == "mapet_kernels._C" else find_spec(name)
+        )
+        with pytest.raises(ValueError, match=r"'cuda' cannot run here: the CUDA C\+\+ kernels are not built"):
+            choose_backend("cuda", "cuda", HALF, TWO_STREAM_BACKENDS)
+        assert listed(SINGLE, False) == listed(HALF, True) == "reference"
+    pretend(monkeypatch, *V100)
+    assert auto(HALF) == auto(HALF, 128) == "cuda"
+    assert auto(HALF, 129) == auto(SINGLE) == auto(HALF, 64, backends.ATTENTION_BACKENDS) == "sdpa"
+    assert {listed(dtype, products=False) for dtype in (HALF, BRAIN, SINGLE, DOUBLE)} == {"cuda"}
+    assert {listed(dtype, products=True) for dtype in (HALF, BRAIN, SINGLE)} == {"cuda"}
+    assert listed(DOUBLE, products=True) == listed(SINGLE, True, LISTED[:2]) == "reference"
+    with pytest.raises(ValueError, match="'cuda' cannot run here: takes float16, bfloat16 and float32, not float64"):
+        choose_listed_backend("cuda", LISTED, "cuda", DOUBLE)
+    with pytest.raises(ValueError, match="'cuda' cannot run here: needs a CUDA device, not cpu"):
+        choose_listed_backend("cuda", LISTED, "cpu", SINGLE, products=False)
+    spec = REGISTRY["kmeans_assign"]
+    call = OpCall(spec, spec.make_case(spec.shapes["one_row"], SINGLE), "cuda")
+    assert reason_against(call, torch.device("cuda"), SINGLE) is None, "benchmarks do not refuse it either"
+    monkeypatch.setattr(backends, "reason_against_triton", lambda *_: None)
+    assert auto(HALF) == listed(SINGLE, False) == "triton"
+
+
+@pytest.fixture
+def amd_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """As a torch built for ROCm describes an MI300X."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.2")
+    pretend(monkeypatch, "AMD Instinct MI300X", (9, 4))
     return torch.device("cuda:0")
 
 
@@ -85,7 +151,7 @@ def test_an_amd_gpu_falls_back_with_a_reason(amd_gpu: torch.device, name: str) -
     assert available_backends(amd_gpu, torch.float16)[name] == reason
     assert choose_backend("auto", amd_gpu, torch.float16, TWO_STREAM_BACKENDS, 64) == "sdpa"
     assert f"{name} does not run: {reason}" in explain_auto(amd_gpu, torch.float16)[1]
-    assert choose_listed_backend("auto", ("reference", "triton", "cuda"), amd_gpu, torch.float32) == "reference"
+    assert choose_listed_backend("auto", LISTED, amd_gpu, torch.float32) == "reference"
     with pytest.raises(ValueError, match=f"backend '{name}' cannot run here: {reason}"):
         choose_backend(name, amd_gpu, torch.float16, TWO_STREAM_BACKENDS, 64)
     with pytest.raises(ValueError, match=f"backend '{name}' cannot run here: {reason}"):
@@ -146,3 +212,29 @@ def test_the_choice_compiles_into_a_constant(backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1))[1] == choose(torch.zeros(1))[1]
+
+
+def test_backend_choice_is_a_pure_function_of_the_device() -> None:
+    assert choose_backend("auto", "cpu") == "sdpa" and choose_backend("auto", "cuda") == "sdpa"
+    assert choose_backend("auto", "meta") == "reference"
+    assert choose_backend("auto", "cpu", torch.bfloat16) == "sdpa", "an op without matmul"
+    assert choose_backend("auto", "cpu", torch.bfloat16, TWO_STREAM_BACKENDS) == "matmul"
+    assert choose_backend("auto", "cpu", torch.float16, TWO_STREAM_BACKENDS) == "sdpa"
+    available = available_backends("cpu")
+    assert available.keys() == set(TWO_STREAM_BACKENDS) and available["sdpa"] is available["matmul"] is None
+    with pytest.raises(ValueError, match="cannot run here: needs a CPU or CUDA device, not meta"):
+        choose_backend("sdpa", "meta")
+
+
+def test_auto_takes_triton_on_a_gpu_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided by device, dtype and head size; a V100 or float64 falls back to torch's attention, or the reference."""
+    monkeypatch.setattr(backends, "reason_against_triton", lambda device, dtype: None)
+    assert choose_backend("auto", "cuda:1", torch.bfloat16, TWO_STREAM_BACKENDS, 128) == "triton"
+    assert choose_backend("auto", "cuda", torch.float32, ("reference", "triton")) == "triton"
+    assert choose_backend("auto", "cuda", torch.bfloat16, TWO_STREAM_BACKENDS, 129) == "sdpa"
+    assert choose_backend("auto", "cpu", torch.float32, TWO_STREAM_BACKENDS, 64) == "sdpa"
+    monkeypatch.setattr(backends, "reason_against_triton", lambda device, dtype: "too old")
+    assert choose_backend("auto", "cuda", torch.float16, TWO_STREAM_BACKENDS, 64) == "sdpa"
+    assert choose_backend("auto", "cuda", torch.float16, ("reference", "triton")) == "reference"
+    with pytest.raises(ValueError, match="backend 'triton' cannot run here: too old"):
+        choose_backend("triton", "cuda", torch.float16, TWO_STREAM_BACKENDS, 64)

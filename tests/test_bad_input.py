@@ -236,14 +236,14 @@ class TestTokens:
 @pytest.mark.parametrize(
     ("model", "more", "names"),
     [
-        ({"image_size": 18}, (), ("model.image_size 18", "model.patch_size 4")),
-        ({"heads": 5}, (), ("model.heads 5", "model.width 32")),
-        ({}, ("--cut", 0), ("objective.cut", "[1, 16]", "got 0")),
-        ({}, ("--cut", 17), ("objective.cut", "[1, 16]", "got 17")),
+        ({"image_size": 18}, (), ("--model.image-size 18", "--model.patch-size 4")),
+        ({"heads": 5}, (), ("--model.heads 5", "--model.width 32")),
+        ({}, ("--cut", 0), ("--cut", "[1, 16]", "got 0")),
+        ({}, ("--cut", 17), ("--cut", "[1, 16]", "got 17")),
         ({}, ("--batch", 41), ("--batch 41", "40 images")),
         ({}, ("--micro-batch", 3), ("--micro-batch 3", "does not divide 8")),
-        ({}, ("--workers", -1), ("data.workers", "-1")),
-        ({}, ("--warmup-epochs", 5), ("optim.warmup_epochs", "epochs = 4")),
+        ({}, ("--workers", -1), ("--workers", "-1")),
+        ({}, ("--warmup-epochs", 5), ("--warmup-epochs", "epochs = 4")),
         ({}, ("--device", "cuda:99"), ("cuda:99",)),
     ],
 )
@@ -275,13 +275,13 @@ class TestRuns:
         mapet.fail("pretrain", "--cache", tmp_path / "cache", "--output", run, *TRAINING, code=1, names=names)
 
     def test_checkpoints_that_are_all_damaged(self, mapet, cache, run):
-        file = run / "checkpoints/step_000000002/model.safetensors"
+        file = run / "checkpoints/step_000000002/task.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
         given = ("--cache", cache, "--output", run, *TRAINING)
-        outcome = mapet.fail("pretrain", *given, code=1, names=(run, "model.safetensors", "--fresh"))
+        outcome = mapet.fail("pretrain", *given, code=1, names=(run, "task.safetensors", "--fresh"))
         assert "mapet: warning: checkpoint" in outcome.err
         for command in (("export", "--output", run / "timm"), ("probe", "--images", cache, "--output", run / "p")):
-            mapet.fail(*command, "--checkpoint", run, code=1, names=("model.safetensors",))
+            mapet.fail(*command, "--checkpoint", run, code=1, names=("task.safetensors",))
         assert not (run / "timm").exists() and not (run / "p").exists()
 
     def test_a_disk_that_is_full(self, mapet, cache, run, monkeypatch):
@@ -306,7 +306,7 @@ class TestRuns:
         assert not [name for name in everything_in(tmp_path / "p") if "scores" in name or name.endswith(".npy")]
 
     def test_a_loss_that_diverges(self, mapet, cache, tmp_path):
-        wild = ("--lr", 1e3, "--warmup-epochs", 0, "--set", "optim.clip=0", "--set", "train.log_every=1")
+        wild = ("--lr", 1e3, "--warmup-epochs", 0, "--optim.clip", 0, "--train.log-every", 1)
         given = ("--cache", cache, "--output", tmp_path / "run", *TRAINING, *wild)
         mapet.fail("pretrain", *given, code=1, names=("before the weights changed", "Lower --lr or"))
 
@@ -352,7 +352,7 @@ class TestExport:
 
     def test_a_class_token_that_is_not_there(self, mapet, cache, tmp_path):
         training = ("pretrain", "--cache", cache, "--output", tmp_path / "run", *TRAINING, "--max-steps", 1)
-        mapet.succeed(*training, "--set", "model.class_token=false")
+        mapet.succeed(*training, "--model.no-class-token")
         given = ("--checkpoint", tmp_path / "run", "--output", tmp_path / "timm", "--pool", "token")
         mapet.fail("export", *given, code=2, names=("token", "avg"))
         assert not (tmp_path / "timm").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_cache, make_config
+from tiny_run import latest, make_cache, make_config
 
 from mapet.errors import CheckpointError, ConfigError
 from mapet.training.budget import MARGIN, Clocks, decide
@@ -38,7 +38,7 @@ def clocks(monkeypatch) -> Clocks:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return CheckpointStore(output / "checkpoints").load_latest().state.model
+    return latest(CheckpointStore(output / "checkpoints")).state.task
 
 
 def test_epochs_are_what_fits_and_the_measurement_leaves_no_trace(cache, tmp_path, clocks, capsys):

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_writer import make_state, save_and_die_at_sync, save_for_ever, save_with_limit
+from tiny_run import latest
 
 from mapet.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
 from mapet.errors import CheckpointError
-from mapet.model.official_names import pretraining_shapes
+from mapet.objectives import build_task, options
 from mapet.training.checkpoint import (
     MAY_CHANGE,
     CheckpointState,
@@ -32,13 +33,13 @@ from mapet.training.checkpoint import (
     verify,
 )
 
-FILES = ("model.safetensors", "ema.safetensors", "trainer.pt", "config.json", "manifest.json")
+FILES = ("task.safetensors", "ema.safetensors", "trainer.pt", "config.json", "manifest.json")
 
 
 def assert_equal(state: CheckpointState, expected: CheckpointState) -> None:
     assert state.config == expected.config
-    for name, value in expected.model.items():
-        assert torch.equal(state.model[name], value)
+    for name, value in expected.task.items():
+        assert torch.equal(state.task[name], value)
         assert torch.equal(state.ema[name], expected.ema[name])
     assert torch.equal(state.trainer["optimizer"]["moment"], expected.trainer["optimizer"]["moment"])
     assert state.trainer["optimizer"]["lr"] == expected.trainer["optimizer"]["lr"]
@@ -60,16 +61,16 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     folder = store.save(7, make_state(7))
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    loaded = store.load_latest()
+    loaded = latest(store)
     assert (loaded.step, loaded.folder) == (7, folder)
     assert_equal(loaded.state, make_state(7))
 
 
 def test_no_checkpoint_and_no_average_are_no_errors(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
-    assert store.load_latest() is None
+    assert latest(store) is None
     store.save(1, dataclasses.replace(make_state(1), ema=None))
-    assert store.load_latest().state.ema is None
+    assert latest(store).state.ema is None
 
 
 def test_only_the_newest_stay(tmp_path):
@@ -109,7 +110,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_a_run(tmp_path,
     assert store.newest_valid() == 2
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt"])
+@pytest.mark.parametrize("name", ["task.safetensors", "trainer.pt"])
 def test_an_endless_file_is_not_hashed(name, tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     os.truncate(store.save(1, make_state(1)) / name, 2**43)
@@ -122,7 +123,7 @@ def test_assertion_07_checkpoints_are_picked_by_number(tmp_path):
     for step in (9, 10):
         store.save(step, make_state(step)).rename(store.folder / f"step_{step}")
     assert sorted(path.name for path in store.folder.iterdir()) == ["step_10", "step_9"], "as text, 9 would be newer"
-    assert store.load_latest().step == 10
+    assert latest(store).step == 10
     store.save(100, make_state(100))
     assert store.steps() == [9, 10, 100]
     store.keep = 2
@@ -139,7 +140,7 @@ def test_assertion_02_killed_at_every_point_of_a_save(sync, tmp_path, processes)
     writer.join(60)
     assert writer.exitcode == -signal.SIGKILL
     store = CheckpointStore(folder, keep=2)
-    loaded = store.load_latest()
+    loaded = latest(store)
     renamed = sync // 7  # the seventh flush comes after the rename
     assert (loaded.step if loaded else 0) == renamed
     if loaded:
@@ -162,7 +163,7 @@ def test_assertion_02_twenty_kills_at_any_time(tmp_path, processes):
         writer.kill()
         writer.join(60)
         assert writer.exitcode == -signal.SIGKILL
-        loaded = store.load_latest()
+        loaded = latest(store)
         assert loaded.step > newest, "the run must get on between two kills"
         assert_equal(loaded.state, make_state(loaded.step))
         newest = loaded.step
@@ -182,7 +183,7 @@ DAMAGES = {"bit flip": flip_bit, "zeroed page": zero_page, "truncation": lambda 
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "trainer.pt", "config.json"])
+@pytest.mark.parametrize("name", ["task.safetensors", "ema.safetensors", "trainer.pt", "config.json"])
 def test_assertion_03_damage_falls_back_with_a_warning(name, damage, tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     for step in (1, 2):
@@ -190,7 +191,7 @@ def test_assertion_03_damage_falls_back_with_a_warning(name, damage, tmp_path):
     broken = store.path(2) / name
     broken.write_bytes(DAMAGES[damage](broken.read_bytes()))
     with pytest.warns(UserWarning, match=rf"step_000000002 is damaged: {name} .*going back"):
-        loaded = store.load_latest()
+        loaded = latest(store)
     assert loaded.step == 1
     assert_equal(loaded.state, make_state(1, numbers=5000))
 
@@ -201,7 +202,7 @@ def test_assertion_03_damage_falls_back_with_a_warning(name, damage, tmp_path):
         (None, "manifest.json is missing"),
         (b"", "manifest.json cannot be read"),
         (b"[1]", "manifest.json cannot be read"),
-        (b'{"format": 1, "step": 2, "files": {}}', "does not list the files"),
+        (b'{"format": 2, "step": 2, "files": {}}', "does not list the files"),
         (b"\xff\xfe{", "manifest.json cannot be read"),
     ],
 )
@@ -214,7 +215,7 @@ def test_assertion_03_a_damaged_manifest_is_damage(text, message, tmp_path):
     if text is not None:
         manifest.write_bytes(text)
     with pytest.warns(UserWarning, match=message):
-        assert store.load_latest().step == 1
+        assert latest(store).step == 1
 
 
 def test_assertion_03_every_bit_of_a_manifest_may_flip(tmp_path):
@@ -242,7 +243,7 @@ def test_assertion_03_none_left_is_an_error_that_names_them(tmp_path):
     for step in (1, 2):
         (store.save(step, make_state(step)) / "trainer.pt").write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no valid checkpoint is left") as caught:
-        store.load_latest()
+        latest(store)
     assert "step_000000001" in str(caught.value) and "step_000000002" in str(caught.value)
     assert "trainer.pt" in str(caught.value)
     assert caught.value.exit_code == 1
@@ -255,23 +256,23 @@ def test_the_run_that_went_back_does_not_prune_its_only_valid_checkpoint(tmp_pat
     (store.save(20, make_state(20)) / "trainer.pt").write_bytes(b"")
     store.keep = 1
     with pytest.warns(UserWarning, match="step_000000020"):
-        assert store.load_latest().step == 10
+        assert latest(store).step == 10
     store.save(15, make_state(15))
-    assert store.steps() == [15] and store.load_latest().step == 15
+    assert store.steps() == [15] and latest(store).step == 15
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     (store.save(3, make_state(3)) / "trainer.pt").write_bytes(b"")
     store.save(3, make_state(3))
-    assert_equal(store.load_latest().state, make_state(3))
+    assert_equal(latest(store).state, make_state(3))
 
 
 def test_a_copied_folder_is_not_another_step(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     shutil.copytree(store.save(3, make_state(3)), store.folder / "step_000000008")
     with pytest.warns(UserWarning, match="is that of step 3"):
-        assert store.load_latest().step == 3
+        assert latest(store).step == 3
 
 
 def test_assertion_04_a_file_that_cannot_grow(tmp_path, processes):
@@ -286,7 +287,7 @@ def test_assertion_04_a_file_that_cannot_grow(tmp_path, processes):
     for part in ("step_000000002", "File too large", "step_000000001", "untouched"):
         assert part in message
     assert contents(folder) == before
-    assert CheckpointStore(folder).load_latest().step == 1
+    assert latest(CheckpointStore(folder)).step == 1
 
 
 FULL_DISK = """
@@ -363,21 +364,22 @@ def test_a_checkpoint_of_another_configuration_is_refused_field_by_field(tmp_pat
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(1, make_state(1))
     same = RunConfig(train=TrainConfig(output=tmp_path, micro_batch=4, max_steps=9, log_every=3))
-    assert store.load_latest(same).step == 1
+    assert latest(store, same).step == 1
     other = RunConfig(model=ModelConfig(width=384, heads=6), optim=OptimConfig(lr=1.0), train=TrainConfig(seed=3))
     with pytest.raises(CheckpointError) as caught:
-        store.load_latest(other)
+        latest(store, other)
     for part in ("model.width was 192, is 384", "model.heads", "optim.lr was 0.0015, is 1.0", "train.seed was 0, is 3"):
         assert part in str(caught.value)
     assert "micro_batch" not in str(caught.value)
 
 
-def test_a_checkpoint_from_before_recompute_goes_on():
-    before = to_dict(RunConfig())
-    del before["train"]["recompute"]
-    before["train"]["activation_checkpointing"] = True
-    now = to_dict(dataclasses.replace(RunConfig(), train=TrainConfig(recompute="blocks")))
-    assert config_differences(before, now) == []
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    folder = store.save(1, make_state(1))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(CheckpointError, match=r"step_000000001 is of an earlier version of mapet.*--fresh"):
+        latest(store)
 
 
 def test_a_field_that_one_of_two_configurations_lacks_is_a_difference():
@@ -402,26 +404,33 @@ SMALL = ModelConfig(image_size=16, patch_size=4, width=8, depth=1, heads=2, voca
 
 def state_of_a_model(step: int) -> CheckpointState:
     """Weights that fit a model, each of them the step; the moving average 100 more."""
-    config = {**to_dict(RunConfig()), "model": to_dict(SMALL)}
+    config = RunConfig(model=SMALL, objective=options("mapet", cut=5))
+    task = build_task(config)
     weights, average = (
-        {name: torch.full(shape, value) for name, shape in pretraining_shapes(SMALL).items()}
+        {name: torch.full_like(weight, value) for name, weight in task.state_dict().items()}
         for value in (float(step), step + 100.0)
     )
-    return dataclasses.replace(make_state(step), model=weights, ema=average, config=config)
+    return dataclasses.replace(make_state(step), task=weights, ema=average, config=to_dict(config))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.model.pop("norm.bias"), "model.safetensors: it lacks norm.bias"),
-        (lambda s: s.model.update(more=torch.ones(2)), "has no place for, more"),
-        (lambda s: s.model.update({"norm.bias": torch.ones(9)}), r"norm.bias is \(9,\), must be \(8,\)"),
-        (lambda s: s.model.update({"norm.bias": torch.full((8,), torch.nan)}), "norm.bias has NaN"),
-        (lambda s: s.model.update({"norm.bias": torch.ones(8).int()}), "norm.bias is I32, must be of floating point"),
-        (lambda s: s.config.pop("model"), "config.json: model must be a mapping, got None"),
+        (lambda s: s.task.pop("model.norm.bias"), "task.safetensors: it lacks model.norm.bias"),
+        (lambda s: s.task.update(more=torch.ones(2)), "has no place for, more"),
+        (lambda s: s.task.update({"model.norm.bias": torch.ones(9)}), r"norm.bias is \(9,\), must be \(8,\)"),
+        (lambda s: s.task.update({"model.norm.bias": torch.full((8,), torch.nan)}), "norm.bias has NaN"),
+        (
+            lambda s: s.task.update({"model.norm.bias": torch.ones(8).int()}),
+            "norm.bias is I32, must be of float",
+        ),
+        (lambda s: s.config.pop("model"), "config.json: config lacks 'model'"),
         (lambda s: s.config["model"].update(depth="1"), "config.json: model.depth must be a whole number"),
         (lambda s: s.config["model"].update(deep=1), "config.json: model has an unknown entry 'deep'"),
-        (lambda s: s.config["objective"].update(name="x"), "config.json: objective.name must be one of"),
+        (
+            lambda s: s.config["objective"].update(name="x"),
+            "config.json: unknown objective 'x'; objectives",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_their_configuration_are_an_error(change, message, tmp_path):
@@ -437,7 +446,7 @@ def test_files_called_like_checkpoints_are_none(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(5, make_state(5))
     (store.folder / "step_777").write_text("mine")
-    assert store.steps() == [5] and store.load_latest().step == 5
+    assert store.steps() == [5] and latest(store).step == 5
     store.save(777, make_state(777))
     assert store.steps() == [5, 777] and (store.folder / "step_777").read_text() == "mine"
 
@@ -448,8 +457,8 @@ def test_load_weights_refuses_what_is_no_checkpoint(tmp_path):
     folder = CheckpointStore(tmp_path / "checkpoints").save(1, dataclasses.replace(make_state(1), ema=None))
     with pytest.raises(CheckpointError, match="no moving average"):
         load_weights(tmp_path, ema=True)
-    (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"model.safetensors has 0 bytes"):
+    (folder / "task.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"task.safetensors has 0 bytes"):
         load_weights(folder)
 
 
@@ -471,7 +480,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     store.save(1, state)
     assert verify(store.path(1)) == 1
     with pytest.raises(CheckpointError, match=r"trainer.pt"):
-        store.load_latest()
+        latest(store)
     assert not (tmp_path / "code ran").exists()
 
 

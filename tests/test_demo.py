@@ -17,13 +17,13 @@ from mapet.cli import main
 from mapet.data.cache import TokenCache
 from mapet.data.images import open_source
 from mapet.data.subset import Subset
-from mapet.demo import DemoOptions, run_demo
 from mapet.demo import run as demo_run
 from mapet.demo import seed as demo_seed
 from mapet.demo.folder import DemoFolder, Timings, read_json
 from mapet.demo.pictures import striking_entries
 from mapet.demo.recipe import FULL, QUICK
 from mapet.demo.report import Spread
+from mapet.demo.run import run_demo
 from mapet.demo.seed import initial_weights
 from mapet.distributed import World
 from mapet.errors import ConfigError, DataError
@@ -40,8 +40,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_run, "draw_pictures", lambda *_: ())
-        run_demo(DemoOptions(folder, seeds=1, device="cpu", quick=True))
-    run_demo(DemoOptions(folder, seeds=2, device="cpu", quick=True))
+        run_demo(folder, seeds=1, device="cpu", quick=True)
+    run_demo(folder, seeds=2, device="cpu", quick=True)
     return folder
 
 
@@ -76,27 +76,22 @@ def test_the_report_has_the_numbers_of_the_scores(demo: Path) -> None:
 
 def test_timm_loads_the_export(demo: Path) -> None:
     model = timm.create_model(f"local-dir:{demo / 'timm_model'}", pretrained=True)
-    assert model(torch.zeros(2, 3, QUICK.image_size, QUICK.image_size)).shape == (2, QUICK.width)
+    assert model(torch.zeros(2, 3, QUICK.model.image_size, QUICK.model.image_size)).shape == (2, QUICK.model.width)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_test_image_is_seen_before_the_scores(demo: Path, seed: int) -> None:
-    place = demo / f"seed_{seed}"
-    split = read_json(place / "split.json")
-    seen = TokenCache.open(place / "cache")
-    assert seen.names == split["train"]
-    assert not set(seen.names) & set(split["test"])
-    assert len(seen.names) + len(split["test"]) == QUICK.digits
-    fit = load_tokenizer(place / "tokenizer").report
-    assert fit.images == len(seen)
-    result = DemoFolder(demo).load_result(seed)
-    for scores in (result.pretrained, result.random_init, result.raw_pixels):
-        assert (scores.train_images, scores.test_images) == (len(seen), len(split["test"]))
-
-
-def test_seeds_have_splits_of_their_own(demo: Path) -> None:
-    first, second = (read_json(demo / f"seed_{seed}" / "split.json")["test"] for seed in (0, 1))
-    assert first != second
+def test_no_test_image_is_seen_before_the_scores_and_seeds_have_splits_of_their_own(demo: Path) -> None:
+    tested = []
+    for seed in (0, 1):
+        place = demo / f"seed_{seed}"
+        split, seen = read_json(place / "split.json"), TokenCache.open(place / "cache")
+        assert seen.names == split["train"] and not set(seen.names) & set(split["test"])
+        assert len(seen.names) + len(split["test"]) == QUICK.digits
+        assert load_tokenizer(place / "tokenizer").report.images == len(seen)
+        result = DemoFolder(demo).load_result(seed)
+        for scores in (result.pretrained, result.random_init, result.raw_pixels):
+            assert (scores.train_images, scores.test_images) == (len(seen), len(split["test"]))
+        tested.append(split["test"])
+    assert tested[0] != tested[1]
 
 
 def test_a_second_run_keeps_what_is_done(
@@ -110,7 +105,7 @@ def test_a_second_run_keeps_what_is_done(
     before = table_of(demo)
     (demo / "report.md").unlink()
     (demo / "loss.png").unlink()
-    run_demo(DemoOptions(demo, seeds=2, device="cpu", quick=True))
+    run_demo(demo, seeds=2, device="cpu", quick=True)
     assert capsys.readouterr().out.count("is done already") == 2
     assert table_of(demo) == before
     assert (demo / "loss.png").is_file()
@@ -122,21 +117,21 @@ def table_of(demo: Path) -> list[str]:
 
 def test_results_of_other_settings_are_not_mixed(demo: Path) -> None:
     before = sorted(demo.rglob("*"))
-    with pytest.raises(ConfigError, match=r"other settings \(.*recipe.depth: 2 instead of 4.*not mixed"):
-        run_demo(DemoOptions(demo, device="cpu"))
+    with pytest.raises(ConfigError, match=r"other settings \(.*recipe.model.depth: 2 instead of 4.*not mixed"):
+        run_demo(demo, device="cpu")
     assert sorted(demo.rglob("*")) == before
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is no folder of a demo"):
-        run_demo(DemoOptions(tmp_path, device="cpu", quick=True))
+        run_demo(tmp_path, device="cpu", quick=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_no_seeds_are_refused() -> None:
+def test_no_seeds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seeds must be at least 1, got 0"):
-        DemoOptions(seeds=0)
+        run_demo(tmp_path, seeds=0)
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_next_run_goes_on(
@@ -190,7 +185,7 @@ def test_the_full_recipe_is_a_valid_run(tmp_path: Path) -> None:
 def test_striking_entries_are_common_and_differ() -> None:
     flat, edge, rare = np.zeros(4), np.array([1.0, 1, 0, 0]), np.array([5.0, 0, 0, 5])
     codebook = torch.tensor(np.stack([flat, edge, edge + 0.01 * np.arange(4), edge[::-1], rare]))
-    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [4, 4, 4, 4]])
+    tokens = np.array([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [4, 4, 4, 4]])
     assert sorted(striking_entries(codebook, tokens, 2)) in ([1, 3], [2, 3])
 
 

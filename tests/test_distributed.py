@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny_run import IMAGES, make_cache, make_config
+from tiny_run import IMAGES, latest, make_cache, make_config
 
 from mapet.data.loader import step_ids
 from mapet.distributed import StopRequest, World, connect, pick_device
@@ -62,14 +62,14 @@ def test_assertion_17_two_ranks_are_one_process(cache, tmp_path):
     ranks = [safetensors.torch.load_file(tmp_path / f"two/rank_{rank}.safetensors") for rank in range(2)]
     assert [name for name in ranks[0] if not torch.equal(ranks[0][name], ranks[1][name])] == []
     single = pretrain(make_config(cache, tmp_path / "one", **CHANGES))
-    one, two = (CheckpointStore(tmp_path / name / "checkpoints").load_latest() for name in ("one", "two"))
+    one, two = (latest(CheckpointStore(tmp_path / name / "checkpoints")) for name in ("one", "two"))
     assert one.step == two.step == 4
-    for ours, theirs in ((two.state.model, one.state.model), (two.state.ema, one.state.ema)):
+    for ours, theirs in ((two.state.task, one.state.task), (two.state.ema, one.state.ema)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "only one process logs"
     assert lines[-1]["loss"] == pytest.approx(single.loss, rel=1e-5)
-    assert lines[-1]["accuracy"] == pytest.approx(single.accuracy)
+    assert lines[-1]["accuracy"] == pytest.approx(single.metrics["accuracy"])
     check_steps(tmp_path / "two", size=2, steps=4)
 
 
@@ -93,8 +93,8 @@ def test_four_ranks_are_one_process_and_wait_for_each_other_once_a_step(cache, t
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, outputs
     single = pretrain(make_config(cache, tmp_path / "one", **CHANGES))
-    one, four = (CheckpointStore(tmp_path / name / "checkpoints").load_latest().state for name in ("one", "four"))
-    for ours, theirs in ((four.model, one.model), (four.ema, one.ema)):
+    one, four = (latest(CheckpointStore(tmp_path / name / "checkpoints")).state for name in ("one", "four"))
+    for ours, theirs in ((four.task, one.task), (four.ema, one.ema)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     ranks = [safetensors.torch.load_file(tmp_path / f"four/rank_{rank}.safetensors") for rank in range(4)]
     assert all(torch.equal(rank[name], ranks[0][name]) for rank in ranks for name in rank)
@@ -112,13 +112,13 @@ def test_a_run_of_one_process_goes_on_with_two_and_stops_when_one_is_told(cache,
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [143, 143], outputs
     assert "going on from step 4" in outputs[0][0] and outputs[1][0] == ""
-    newest = CheckpointStore(tmp_path / "checkpoints").load_latest()
+    newest = latest(CheckpointStore(tmp_path / "checkpoints"))
     assert newest.step in (7, 8), "the step in which the signal came, or the next"
     ranks = [safetensors.torch.load_file(tmp_path / f"rank_{rank}.safetensors") for rank in range(2)]
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
     whole = pretrain(make_config(cache, tmp_path / "whole", **{**CHANGES, "train.max_steps": newest.step}))
-    expected = CheckpointStore(whole.checkpoint.parent).load_latest().state.model
-    torch.testing.assert_close(newest.state.model, expected, rtol=1e-4, atol=1e-6)
+    expected = latest(CheckpointStore(whole.checkpoint.parent)).state.task
+    torch.testing.assert_close(newest.state.task, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_failure_of_the_main_process_ends_all(cache, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_run import make_cache, make_config
+from tiny_run import latest, make_cache, make_config
 
 from mapet.distributed import store_of_attempt
 from mapet.errors import MapetError
@@ -50,9 +50,9 @@ def test_killed_processes_go_on_from_the_last_whole_checkpoint(tmp_path: Path, p
     ]  # fmt: skip
     assert len({a["pid"] for a in attempts}) == 6
     pretrain(make_config(cache, tmp_path / "one", **CHANGES))
-    one, two = (CheckpointStore(tmp_path / name / "checkpoints").load_latest() for name in ("one", "two"))
+    one, two = (latest(CheckpointStore(tmp_path / name / "checkpoints")) for name in ("one", "two"))
     assert one.step == two.step == 8
-    for ours, theirs in ((two.state.model, one.state.model), (two.state.ema, one.state.ema)):
+    for ours, theirs in ((two.state.task, one.state.task), (two.state.ema, one.state.ema)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 

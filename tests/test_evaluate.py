@@ -10,33 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import pictures
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
+from torchvision.transforms import v2
 
 import mapet.evaluate.features as features_module
 from mapet.data.images import open_source
 from mapet.errors import CheckpointError, ConfigError, DataError
-from mapet.evaluate import (
-    CacheImages,
-    EvaluationConfig,
-    Features,
-    ProbeConfig,
-    RandomViews,
-    SourceImages,
-    cached_features,
-    draw_per_class,
-    evaluate,
-    extract_features,
-    knn_accuracy,
-    knn_predict,
-    linear_probe,
-    logistic_probe,
-    pixel_features,
-    split,
-)
-from mapet.evaluate.images import random_crop_box
-from mapet.evaluate.probe import LayerClassifiers
+from mapet.evaluate.features import Features, cached_features, extract_features, pixel_features
+from mapet.evaluate.frozen import EvaluationConfig, evaluate, probe_checkpoint
+from mapet.evaluate.images import CacheImages, RandomViews, SourceImages
+from mapet.evaluate.knn import knn_predict
+from mapet.evaluate.labels import draw_per_class, split
+from mapet.evaluate.probe import LayerClassifiers, ProbeConfig, linear_probe, logistic_probe
+from mapet.model.export import export, from_timm
+from mapet.rng import step_seed
 
 SIZE = 16
 
@@ -96,13 +86,6 @@ def test_features_do_not_depend_on_the_batches_and_last_is_the_last_of_all():
     np.testing.assert_allclose(last.layer(-1), whole.layer(-1), rtol=1e-6)
 
 
-def test_raw_pixels_are_the_pixels():
-    images = make_images(5)
-    pixels = pixel_features(images, batch_size=2)
-    assert pixels.values.shape == (5, 1, 3 * SIZE * SIZE)
-    np.testing.assert_array_equal(pixels.layer(-1)[3], images[3].flatten().numpy().astype(np.float32) / 255)
-
-
 def test_images_that_do_not_fit_are_refused():
     vit = make_vit()
     with pytest.raises(DataError, match="images are 8 x 8 pixels, the model takes 16 x 16"):
@@ -128,23 +111,19 @@ def test_diverged_weights_are_reported_not_scored():
 
 def test_cached_features_are_computed_once_per_weights_and_images(tmp_path, monkeypatch):
     vit, images = make_vit(), make_images(6)
-    first = cached_features(tmp_path, vit, images)
+    first = cached_features(tmp_path, vit, images, fingerprint="v1")
     np.testing.assert_array_equal(first.values, extract_features(vit, images).values)
-
-    def computed_again(*args):
-        raise AssertionError("computed again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(features_module, "_feature_batches", computed_again)
-        again = cached_features(tmp_path, vit, images)
-        np.testing.assert_array_equal(again.values, first.values)
-        changed = images.clone()
-        changed[5, 2, 15, 15] ^= 1
-        for other in [(make_vit(seed=1), images), (vit, changed), (vit, images[:5])]:
-            with pytest.raises(AssertionError, match="computed again"):
-                cached_features(tmp_path, *other)
-        with pytest.raises(AssertionError, match="computed again"):
-            cached_features(tmp_path, vit, images, layers="last")
+    assert not first.values.flags.owndata and not first.values.flags.writeable, "mapped, not read"
+    monkeypatch.setattr(features_module, "_feature_batches", lambda *_: pytest.fail("computed again"))
+    np.testing.assert_array_equal(cached_features(tmp_path, vit, images, fingerprint="v1").values, first.values)
+    for model, given, changes in [
+        (make_vit(seed=1), images, {}),
+        (vit, images, {"fingerprint": "v2"}),
+        (vit, images[:5], {}),
+        (vit, images, {"layers": "last"}),
+    ]:
+        with pytest.raises(pytest.fail.Exception, match="computed again"):
+            cached_features(tmp_path, model, given, **{"fingerprint": "v1"} | changes)
     assert sorted(entry.suffix for entry in tmp_path.iterdir()) == [".json", ".npy"], "failures must leave nothing"
 
 
@@ -157,37 +136,11 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", on_full_disk)
     with pytest.raises(DataError, match=r"could not write cached features .*features_.*No space left"):
-        cached_features(tmp_path, make_vit(), make_images(6))
+        cached_features(tmp_path, make_vit(), make_images(6), fingerprint="v1")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_given_fingerprint_stands_for_the_images(tmp_path):
-    vit, images = make_vit(), make_images(4)
-    first = cached_features(tmp_path, vit, images, data_fingerprint="train v1")
-    assert np.array_equal(
-        cached_features(tmp_path, vit, make_images(4, seed=1), data_fingerprint="train v1").values, first.values
-    )
-    cached_features(tmp_path, vit, images, data_fingerprint="train v2")
-    assert len(list(tmp_path.glob("*.npy"))) == 2
-
-
-def damage_truncate(path):
-    os.truncate(path, path.stat().st_size - 100)
-
-
-def damage_pickle(path):
-    np.save(path, np.array([{"code": 1}], dtype=object), allow_pickle=True)
-
-
-def damage_shape(path):
-    np.save(path, np.zeros((2, 3), np.float32))
-
-
-def damage_manifest(path):
-    path.with_suffix(".json").write_text("{")
-
-
-def damage_key(path):
+def change_key(path):
     manifest = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(manifest | {"images": "others"}))
 
@@ -195,51 +148,45 @@ def damage_key(path):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (damage_truncate, "cannot be read"),
-        (damage_pickle, "cannot be read"),
-        (damage_shape, r"must be float32 \(6, 3, 64\)"),
-        (damage_manifest, "cannot be read"),
-        (damage_key, "made from other images"),
+        (lambda path: os.truncate(path, path.stat().st_size - 100), "cannot be read"),
+        (lambda path: np.save(path, np.array([{"code": 1}], dtype=object), allow_pickle=True), "cannot be read"),
+        (lambda path: np.save(path, np.zeros((2, 3), np.float32)), r"must be float32 \(6, 3, 64\)"),
+        (lambda path: path.with_suffix(".json").write_text("{"), "cannot be read"),
+        (change_key, "made from other images"),
     ],
 )
 def test_a_damaged_or_stale_cache_is_refused_by_name(tmp_path, damage, words):
     vit, images = make_vit(), make_images(6)
-    cached_features(tmp_path, vit, images)
+    cached_features(tmp_path, vit, images, fingerprint="v1")
     [path] = tmp_path.glob("*.npy")
     damage(path)
     with pytest.raises(DataError, match=words) as error:
-        cached_features(tmp_path, vit, images)
+        cached_features(tmp_path, vit, images, fingerprint="v1")
     assert path.name in str(error.value) and "delete" in str(error.value)
 
 
 def test_a_probe_runs_on_mapped_features(tmp_path):
     vit, images, labels = make_vit(), make_images(12), np.arange(12) % 2
-    mapped = cached_features(tmp_path, vit, images)
-    assert not mapped.values.flags.owndata and not mapped.values.flags.writeable, "mapped, not read"
+    mapped, plain = cached_features(tmp_path, vit, images, fingerprint="v1"), extract_features(vit, images)
     config = ProbeConfig(epochs=2, batch=5)
-    from_file = linear_probe(mapped, labels, mapped, labels, config=config)
-    plain = extract_features(vit, images)
-    np.testing.assert_array_equal(
-        from_file.accuracy, linear_probe(plain, labels, plain, labels, config=config).accuracy
-    )
-    assert knn_accuracy(mapped.layer(-1), labels, mapped.layer(-1), labels, k=1) == 1.0
+    results = [linear_probe(features, labels, features, labels, config=config) for features in (mapped, plain)]
+    np.testing.assert_array_equal(results[0].accuracy, results[1].accuracy)
+    np.testing.assert_array_equal(knn_predict(mapped.layer(-1), labels, mapped.layer(-1), k=1), labels)
 
 
 # views
 
 
-def test_images_of_a_cache_come_in_the_order_asked_for():
+def test_raw_pixels_of_a_cache_come_in_the_order_asked_for():
     class Cache:
         def images(self, ids):
-            return pictures[ids]
+            return pixels[ids]
 
-    pictures = make_images(8)
+    pixels = make_images(8)
     chosen = CacheImages(Cache(), np.array([6, 1, 3]))
-    assert len(chosen) == 3
-    assert torch.equal(chosen[1:3], pictures[[1, 3]])
-    np.testing.assert_array_equal(
-        pixel_features(chosen, batch_size=2).values, pixel_features(pictures[[6, 1, 3]]).values
-    )
+    assert len(chosen) == 3 and torch.equal(chosen[1:3], pixels[[1, 3]])
+    wanted = pixels[[6, 1, 3]].flatten(1).numpy().astype(np.float32) / 255
+    np.testing.assert_array_equal(pixel_features(chosen, batch_size=2).values, wanted[:, None])
 
 
 def test_random_views_are_fixed_by_seed_view_and_image():
@@ -250,13 +197,12 @@ def test_random_views_are_fixed_by_seed_view_and_image():
     assert views[0:6].dtype == torch.uint8 and views[0:6].shape == images.shape
 
 
-def test_random_crops_stay_inside_and_cover_the_stated_areas():
-    boxes = np.array([random_crop_box(np.random.default_rng(i), 100, 0.08) for i in range(400)])
-    top, left, height, width = boxes.T
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 100).all() and (left + width <= 100).all()
-    areas, aspects = height * width / 1e4, width / height
-    assert areas.min() > 0.07 and areas.min() < 0.15 and areas.max() > 0.9
-    assert aspects.min() > 0.73 and aspects.max() < 1.37
+def test_random_views_are_torchvisions_crops_and_flips():
+    images = make_images(6)
+    draw = v2.Compose([v2.RandomResizedCrop(images.shape[-1], (0.08, 1.0)), v2.RandomHorizontalFlip()])
+    for i, view in enumerate(RandomViews(images, view=2, seed=3)[0:6]):
+        torch.manual_seed(step_seed(3, i, "view 2"))
+        assert torch.equal(view, draw(images[i]))
 
 
 # kNN
@@ -301,10 +247,7 @@ def test_layer_classifiers_are_separate_linear_layers():
 
 
 def test_the_linear_probe_trains_each_layer_as_if_it_were_alone():
-    (train, labels), (test, test_labels) = (
-        make_clusters(layers=3, noise=1.5),
-        make_clusters(layers=3, noise=1.5, seed=1),
-    )
+    (train, labels), (test, test_labels) = (make_clusters(layers=3, noise=1.5, seed=seed) for seed in (0, 1))
     config = ProbeConfig(epochs=4, batch=32)
     together = linear_probe(train, labels, test, test_labels, config=config)
     assert together.accuracy.shape == (4, 3)
@@ -329,15 +272,13 @@ def test_the_linear_probe_trains_each_layer_as_if_it_were_alone():
 
 
 def test_the_linear_probe_separates_what_is_separable_and_names_the_best_layer():
-    train, labels = make_clusters(layers=2)
-    test, test_labels = make_clusters(layers=2, seed=1)
-    train.values[:, 1] = np.random.default_rng(5).normal(size=train.values[:, 1].shape)
-    test.values[:, 1] = np.random.default_rng(6).normal(size=test.values[:, 1].shape)
-    result = linear_probe(train, labels * 3 + 1, test, test_labels * 3 + 1, config=ProbeConfig(epochs=20, batch=16))
-    assert result.best == 1.0 and result.best_layer == "block 1"
-    assert result.last < 0.5
-    again = linear_probe(train, labels * 3 + 1, test, test_labels * 3 + 1, config=ProbeConfig(epochs=20, batch=16))
-    np.testing.assert_array_equal(result.accuracy, again.accuracy)
+    (train, labels), (test, test_labels) = (make_clusters(layers=2, seed=seed) for seed in (0, 1))
+    for i, features in enumerate((train, test)):
+        features.values[:, 1] = np.random.default_rng(5 + i).normal(size=features.values[:, 1].shape)
+    data, config = (train, labels * 3 + 1, test, test_labels * 3 + 1), ProbeConfig(epochs=20, batch=16)
+    result = linear_probe(*data, config=config)
+    assert result.best == 1.0 and result.best_layer == "block 1" and result.last < 0.5
+    np.testing.assert_array_equal(result.accuracy, linear_probe(*data, config=config).accuracy)
 
 
 def test_the_linear_probe_takes_views_in_turn():
@@ -455,27 +396,34 @@ def test_evaluate_on_digits_without_labels_to_spare():
 
 
 def test_random_views_are_used_where_asked_for():
-    images, labels = make_images(24), np.arange(24) % 2
-    seen = []
-
-    def spy(given):
-        seen.append(type(given).__name__)
-        return pixel_features(given)
-
+    images, labels, seen = make_images(24), np.arange(24) % 2, []
     config = EvaluationConfig(neighbours=3, labels_per_class=0, augment_views=2, probe=ProbeConfig(epochs=2))
-    evaluate(spy, images, labels, images, labels, config=config)
-    assert seen == ["Tensor", "Tensor", "RandomViews", "RandomViews"]
+    evaluate(lambda given: seen.append(type(given)) or pixel_features(given), *(images, labels) * 2, config=config)
+    assert seen == [torch.Tensor, torch.Tensor, RandomViews, RandomViews]
 
 
-def test_too_many_neighbours_are_refused_before_features_are_computed():
-    images = make_images(24)
-
-    def computed(given):
-        raise AssertionError("features were computed")
-
-    for config, most in (
+@pytest.mark.parametrize(
+    "config, most",
+    [
         (EvaluationConfig(neighbours=25, labels_per_class=0), 24),
         (EvaluationConfig(neighbours=5, labels_per_class=2), 2 * len(np.unique(LABELS))),
-    ):
-        with pytest.raises(ConfigError, match=f"1 <= k <= {most}"):
-            evaluate(computed, images, LABELS, images, LABELS, config=config)
+    ],
+)
+def test_too_many_neighbours_are_refused_before_features_are_computed(config, most):
+    with pytest.raises(ConfigError, match=f"1 <= k <= {most}"):
+        evaluate(lambda given: pytest.fail("computed"), *(make_images(24), LABELS) * 2, config=config)
+
+
+def test_test_images_are_never_taken_for_training_images(tmp_path):
+    """Two folders of equally many images, whose features are kept in one place."""
+    for name, seed in (("train", 0), ("test", 1)):
+        pictures(tmp_path / name, per_class=2, seed=seed)
+    export(*from_timm(make_vit()), tmp_path / "vit")
+    (result,) = probe_checkpoint(
+        *(tmp_path / "vit", str(tmp_path / "train"), str(tmp_path / "test")),
+        features=tmp_path / "features",
+        config=EvaluationConfig(methods=("knn",), neighbours=1, labels_per_class=0),
+        device=torch.device("cpu"),
+    ).values()
+    assert (result.train_images, result.test_images) == (4, 4)
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 2

@@ -15,17 +15,15 @@ from safetensors.torch import load_file
 import mapet.model.export as export_module
 from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, ConfigError, MapetError, WeightsMissingError
-from mapet.model.export import TOLERANCE, content_features, export, from_timm, to_timm
+from mapet.model.export import TOLERANCE, content_stream, export, from_timm, to_timm
 from mapet.model.official_names import (
-    encoder_shapes,
+    backbone_shapes,
     fuse_qkv,
     infer_model_config,
     load_released,
     pretraining_shapes,
     split_qkv,
 )
-from mapet.model.streams import StreamLayout
-from mapet.model.vit import MaskedTokenViT
 
 SMALL = ModelConfig(image_size=32, patch_size=8, width=48, depth=3, heads=3, vocabulary=64)
 
@@ -36,23 +34,15 @@ def random_weights(shapes, seed=0):
 
 
 def classifier_weights(model, classes=7, norm="fc_norm"):
-    width = model.width
-    head = {"head.weight": (classes, width), "head.bias": (classes,)}
-    return random_weights(encoder_shapes(model) | {f"{norm}.weight": (width,), f"{norm}.bias": (width,)} | head)
+    names = {f"{norm}.weight": None, "head.weight": torch.ones(classes, model.width), "blocks.0.ls1.gamma": None}
+    return random_weights(backbone_shapes(model, names))
 
 
 @pytest.mark.parametrize("size, parameters", [("tiny", 7_110_272), ("small", 24_829_184), ("base", 92_117_504)])
-def test_the_name_table_has_the_official_sizes(size, parameters):
+def test_the_shapes_have_the_official_sizes(size, parameters):
     shapes = pretraining_shapes(ModelConfig.preset(size))
     assert len(shapes) == 201
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
-
-
-@pytest.mark.parametrize("class_token", [True, False])
-def test_the_name_table_is_that_of_the_model(class_token):
-    model = ModelConfig(image_size=32, patch_size=8, width=48, depth=2, heads=3, vocabulary=64, class_token=class_token)
-    state = MaskedTokenViT(model).state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == pretraining_shapes(model)
 
 
 @pytest.mark.parametrize("class_token, global_pool", [(True, "avg"), (True, "token"), (False, "avg")])
@@ -65,38 +55,13 @@ def test_exported_folder_gives_the_features_of_the_official_forward(tmp_path, cl
     vit = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     pixels = torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
-        wanted = content_features(model, weights, pixels)
+        wanted = content_stream(model, weights, pixels)
         pooled = wanted[:, 0] if global_pool == "token" else wanted[:, int(class_token) :].mean(1)
         torch.testing.assert_close(vit.forward_features(pixels), wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(vit(pixels), pooled, rtol=1e-4, atol=1e-4)
     assert 0 <= report.largest_difference <= TOLERANCE
     assert set(report.dropped) == {"mask_positional_token", "decoder.weight", "decoder.bias"}
     assert report.parameters == sum(p.numel() for p in vit.parameters())
-
-
-def full_attention(q, kv, layout):
-    """Every row of an image sees every row of it."""
-    k, v = (x.transpose(1, 2) for x in kv.unbind(2))
-    q = q.unflatten(0, (layout.batch, -1)).transpose(1, 2)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-
-
-@pytest.mark.parametrize("class_token", [True, False])
-def test_timm_gives_what_the_pretraining_model_gives_without_a_mask(class_token):
-    model = ModelConfig(image_size=32, patch_size=8, width=48, depth=3, heads=3, vocabulary=64, class_token=class_token)
-    torch.manual_seed(0)
-    ours = MaskedTokenViT(model).eval()
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    # All content rows and no others, so that the cut is only where A ends and B begins.
-    layout = StreamLayout(2, model.tokens, 1, target_content=True, mask_tokens=False, query_stream=False)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    with torch.inference_mode():
-        x = ours.embed(images, torch.arange(model.tokens).expand(2, -1), layout)
-        for block in ours.blocks:
-            x = block(x, layout, None, full_attention, False)
-        wanted = ours.norm(x).unflatten(0, (2, -1))
-        features = to_timm(model, ours.state_dict()).forward_features((images.float() / 255 - mean) / std)
-    torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_config_json_holds_what_timm_needs(tmp_path):
@@ -149,14 +114,8 @@ def test_a_timm_model_without_layer_scale_comes_back():
     "change, named",
     [
         (lambda w: w.pop("blocks.1.attn.kv.bias"), "1 missing: blocks.1.attn.kv.bias"),
-        (
-            lambda w: w.update({"blocks.9.norm1.weight": torch.ones(48)}),
-            "not used by this model: blocks.9.norm1",
-        ),
-        (
-            lambda w: w.update({"pos_embed": torch.ones(1, 10, 48)}),
-            r"pos_embed is \(1, 10, 48\), must be \(1, 17",
-        ),
+        (lambda w: w.update({"blocks.9.norm1.weight": torch.ones(48)}), "not used by this model: blocks.9.norm1"),
+        (lambda w: w.update({"pos_embed": torch.ones(1, 10, 48)}), r"pos_embed is \(1, 10, 48\), must be \(1, 17"),
         (lambda w: w["norm.bias"].fill_(float("nan")), "NaN or infinity: norm.bias"),
     ],
 )

@@ -1,21 +1,22 @@
-"""Backend "flash" of two-stream attention without a GPU: its composition over a stand-in, its providers over fakes."""
+"""Backend "flash" of two-stream attention beyond test_ops.py: its calls to a stand-in, its providers over fakes."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import flash_standin
 import pytest
 import torch
 from flash_standin import STANDIN, recording
-from test_ops import outputs_and_gradients, with_inputs
+from op_checks import outputs_and_gradients, with_inputs
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapet import doctor
-from mapet_kernels import backends, flash_providers, two_stream_attention, two_stream_attention_packed
+from mapet.commands import doctor
+from mapet_kernels import backends, flash_providers, two_stream_attention
 from mapet_kernels.flash_providers import (
     CAUSAL,
     DENSE,
@@ -31,7 +32,7 @@ from mapet_kernels.flash_providers import (
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
 from mapet_kernels.selfcheck import Agreement
 from mapet_kernels.two_stream_attention import flash
-from mapet_kernels.two_stream_attention.op import two_stream_attention_op, two_stream_attention_packed_op
+from mapet_kernels.two_stream_attention.op import two_stream_attention_op
 from mapet_kernels.two_stream_attention.problem import Problem
 from mapet_kernels.visibility import two_stream_visibility
 
@@ -40,18 +41,14 @@ H100 = Machine("cuda", capability=(9, 0))
 
 
 @pytest.fixture
-def use(monkeypatch):
-    """Make a provider the one that backend "flash" finds, on CPU tensors."""
-
-    def use_provider(provider: Provider) -> None:
-        monkeypatch.setattr(backends, "reason_against_flash", lambda device, dtype: None)
-        monkeypatch.setattr(flash_providers, "provider_for", lambda device, dtype=None: provider)
-
-    return use_provider
+def use() -> Iterator[Callable[[Provider], None]]:
+    """use(provider) makes it the one that backend "flash" finds, on CPU tensors."""
+    with ExitStack() as stack:
+        yield lambda provider: stack.enter_context(flash_standin.used(provider))
 
 
 @pytest.fixture
-def standin(use):
+def standin(use) -> None:
     use(STANDIN)
 
 
@@ -76,11 +73,6 @@ def assert_equals_reference(shape: TwoStreamShape, seed: int = 0) -> None:
         for name in ("flash", "reference")
     )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", SPEC.shapes)
-def test_the_composition_equals_the_reference(standin, shape: str) -> None:
-    assert_equals_reference(SPEC.shapes[shape])
 
 
 def random_shape(draw: random.Random) -> TwoStreamShape:
@@ -142,37 +134,6 @@ def test_a_row_that_sees_nothing_never_reaches_a_provider(standin) -> None:
 
 
 @pytest.mark.parametrize("mask_tokens", [True, False])
-def test_packed_layout_equals_separate_tensors(standin, mask_tokens: bool) -> None:
-    case = SPEC.make_case(TwoStreamShape(31, 9, mask_tokens=mask_tokens), torch.float64)
-    x = case.inputs
-    q = torch.cat([x["q_content"].flatten(0, 1), x["q_query"].flatten(0, 1)]).requires_grad_()
-    kv = torch.stack([x["k"], x["v"]], dim=2).requires_grad_()
-    flat, gradients = [], []
-    for name in ("flash", "reference"):
-        flat.append(two_stream_attention_packed(q, kv, 9, 22, mask_tokens=mask_tokens, backend=name))
-        gradients.append(torch.autograd.grad(flat[-1], (q, kv), torch.sin(torch.arange(q.numel())).view_as(q).to(q)))
-    torch.testing.assert_close(flat[0], flat[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
-    last = two_stream_attention_packed(q[-44:], kv, 9, 22, mask_tokens=mask_tokens, backend="flash")
-    torch.testing.assert_close(last, flat[1][-44:])
-
-
-@pytest.mark.parametrize("shape", ["prime", "image_order_cut_per_image", "pim_cut_per_image", "pim_blind_row"])
-def test_strided_inputs_and_poisoned_memory(standin, shape: str) -> None:
-    """Inputs that are views into NaN, and torch.empty that is NaN, change no bit."""
-    case = SPEC.make_case(SPEC.shapes[shape], torch.float64)
-    inputs = with_inputs(case, torch.float64)
-    clean = outputs_and_gradients(SPEC.function, inputs, case.options, backend="flash")
-    torch.use_deterministic_algorithms(True)
-    try:
-        strided = with_inputs(case, torch.float64, strided=True)
-        poisoned = outputs_and_gradients(SPEC.function, strided, case.options, backend="flash")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    torch.testing.assert_close(poisoned, clean, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("mask_tokens", [True, False])
 def test_memory_that_the_kernels_cannot_read_is_copied(standin, mask_tokens: bool) -> None:
     """Rows of 18 bytes, a start off by 2 bytes, a last dimension with gaps: the stand-in refuses them as they are."""
     case = SPEC.make_case(TwoStreamShape(9, 4, size=8, mask_tokens=mask_tokens), torch.float16)
@@ -187,17 +148,6 @@ def test_memory_that_the_kernels_cannot_read_is_copied(standin, mask_tokens: boo
         assert all(x.stride(-1) == step for x in case_inputs.values())
         loose = two_stream_attention(**case_inputs, **case.options, backend="flash")
         assert torch.equal(loose[0], tight[0]) and torch.equal(loose[1], tight[1])
-
-
-def test_opcheck_and_autocast(standin) -> None:
-    case = SPEC.make_case(TwoStreamShape(9, 4, size=16, image_order=True), torch.float32)
-    leaves = with_inputs(case, torch.float32)
-    opcheck(two_stream_attention_op, (*leaves.values(), 4, None, case.options["perm"], True, 0.25, "flash"))
-    q, kv = torch.randn(2 * 19, 2, 16, requires_grad=True), torch.randn(2, 14, 2, 2, 16, requires_grad=True)
-    opcheck(two_stream_attention_packed_op, (q, kv, 4, 5, True, 0.25, "flash"))
-    with torch.autocast("cpu", torch.bfloat16):
-        content, query = two_stream_attention(**leaves, **case.options, backend="flash")
-    assert content.dtype == query.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", ["flash", "sdpa"])
@@ -288,20 +238,14 @@ def test_windows_are_those_of_the_visibility_rule() -> None:
         assert torch.equal(seen[0], content) and torch.equal(seen[1], query)
 
 
-HISTORIC = {
-    "2.5": flash_standin.flash_attn_2_5,
-    "2.6": flash_standin.flash_attn_2_6,
-    "2.8": flash_standin.flash_attn_2_8,
-    "3": flash_standin.flash_attn_3,
-}
 ADAPTER_SHAPES = (TwoStreamShape(9, 4, size=8), TwoStreamShape(9, 3, mask_tokens=False, size=5))
 
 
-@pytest.mark.parametrize("version", HISTORIC)
+@pytest.mark.parametrize("version", flash_standin.SIGNATURES)
 def test_flash_attn_of_every_signature(use, version: str) -> None:
     """The composition over a fake of the package computes the reference's numbers, so every argument lands right."""
     log = []
-    use(flash_attn_provider(HISTORIC[version](log), version))
+    use(flash_attn_provider(flash_standin.flash_attn(version, log), version))
     for shape in ADAPTER_SHAPES:
         assert_equals_reference(shape)
     backward_calls = [arguments for arguments in log if "dout" in arguments]
@@ -312,7 +256,7 @@ def test_flash_attn_of_every_signature(use, version: str) -> None:
 
 
 def test_an_unknown_flash_attn_is_refused_with_its_arguments() -> None:
-    known = flash_standin.flash_attn_2_6([])
+    known = flash_standin.flash_attn("2.6", [])
 
     class Old:
         _flash_attn_forward = staticmethod(known._flash_attn_forward)

@@ -5,14 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datafakes import description
 from PIL import Image
 
+from mapet.data.cache import TokenCache
+from mapet.data.cache_writer import write_cache
 from mapet.errors import DataError
 from mapet.report import gallery
-from mapet.report.gallery import save_gallery
+from mapet.report.gallery import draw_gallery, entry_rows
 
 
-def flat_images(colours: list[list[tuple[int, int, int]]], patch: int = 8) -> torch.Tensor:
+def flat_images(colours: list[list[tuple[int, int, int]]], patch: int = 4) -> torch.Tensor:
     """(n, 3, S, S) images whose patches, in raster order, have the given colours."""
     grid = int(len(colours[0]) ** 0.5)
     patches = torch.tensor(colours, dtype=torch.uint8).view(-1, grid, grid, 3)
@@ -22,6 +25,17 @@ def flat_images(colours: list[list[tuple[int, int, int]]], patch: int = 8) -> to
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 IMAGES = flat_images([[RED, RED, RED, GREEN], [RED, BLUE, GREEN, RED]])
 TOKENS = torch.tensor([[5, 5, 5, 2], [5, 9, 2, 5]])
+WORDS = {"title": "Entries", "subtitle": "of a test"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TokenCache:
+    write_cache(tmp_path / "cache", description(), IMAGES, TOKENS, ["a", "b"])
+    return TokenCache.open(tmp_path / "cache")
+
+
+def rows_of(cache: TokenCache, entries: list[int]) -> list[gallery.GalleryRow]:
+    return entry_rows(cache.token_array, np.bincount(cache.token_array.ravel(), minlength=10), entries)
 
 
 def drawn(path: Path) -> np.ndarray:
@@ -37,32 +51,30 @@ def average_of_row(picture: np.ndarray, row: int) -> tuple[int, ...]:
     return tuple(picture[top, gallery.LABEL + gallery.CELL // 2])
 
 
-def test_rows_are_entries_the_most_used_first(tmp_path: Path) -> None:
-    save_gallery(tmp_path / "g.png", IMAGES, TOKENS, 2, columns=3)
-    picture = drawn(tmp_path / "g.png")
-    assert [average_of_row(picture, row) for row in range(3)] == [RED, GREEN, BLUE]
+def test_rows_are_entries_in_their_order(cache: TokenCache, tmp_path: Path) -> None:
+    path = draw_gallery(tmp_path / "g.png", cache, rows_of(cache, [9, 5, 2]), **WORDS)
+    picture = drawn(path)
+    assert [average_of_row(picture, row) for row in range(3)] == [BLUE, RED, GREEN]
     assert has(picture, tuple(bytes.fromhex(gallery.OUTLINE[1:])))
+    assert np.array_equal(
+        picture, drawn(draw_gallery(tmp_path / "again.png", cache, rows_of(cache, [9, 5, 2]), **WORDS))
+    )
 
 
-def test_number_of_entries_and_columns_sets_the_size(tmp_path: Path) -> None:
-    save_gallery(tmp_path / "a.png", IMAGES, TOKENS, 2, entries=1, columns=2)
-    save_gallery(tmp_path / "b.png", IMAGES, TOKENS, 2, entries=3, columns=4)
-    small, large = drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png")
-    assert large.shape[0] - small.shape[0] == large.shape[1] - small.shape[1] == 2 * (gallery.CELL + gallery.GAP)
-    assert average_of_row(small, 0) == RED
+def test_number_of_rows_and_patches_sets_the_size(cache: TokenCache, tmp_path: Path) -> None:
+    """Entry 9 has one place, entry 5 has five; there are 4 columns at least."""
+    small = drawn(draw_gallery(tmp_path / "a.png", cache, rows_of(cache, [9]), **WORDS))
+    large = drawn(draw_gallery(tmp_path / "b.png", cache, rows_of(cache, [9, 5]), **WORDS))
+    assert large.shape[0] - small.shape[0] == large.shape[1] - small.shape[1] == gallery.CELL + gallery.GAP
+    assert small.shape[0] == gallery.HEADER + gallery.CELL + 2 * gallery.GAP
 
 
-def test_chosen_entries_in_their_order_without_unused_ones(tmp_path: Path) -> None:
-    save_gallery(tmp_path / "g.png", IMAGES, TOKENS.numpy().astype(np.uint16), 2, entries=[9, 4, 2])
-    picture = drawn(tmp_path / "g.png")
-    assert [average_of_row(picture, row) for row in range(2)] == [BLUE, GREEN]
-    assert picture.shape[0] == gallery.HEADER + 2 * (gallery.CELL + gallery.GAP) + gallery.GAP
-
-
-def test_the_same_picture_every_time(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        save_gallery(tmp_path / name, IMAGES, TOKENS, 2)
-    assert np.array_equal(drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png"))
+def test_labels_say_how_often(cache: TokenCache) -> None:
+    assert [(row.name, row.detail) for row in rows_of(cache, [5, 9])] == [
+        ("entry 5", "62.50% of patches"),
+        ("entry 9", "12.50% of patches"),
+    ]
+    assert [gallery.share_text(count, 10**6) for count in (1, 2, 1000)] == ["1 patch", "2 patches", "0.10% of patches"]
 
 
 def test_examples_come_from_as_many_images_as_there_are() -> None:
@@ -92,19 +104,10 @@ def test_small_grids_show_the_whole_image() -> None:
     assert place == (0.5, 0.25, 0.25)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokens": TOKENS[:1]}, r"got images \(2, 3, 16, 16\), tokens \(1, 4\) and grid 2"),
-        ({"grid": 3}, "S divisible by the grid"),
-        ({"entries": [77]}, r"none of the entries \[77\] is used"),
-        ({"entries": 0}, "no patch to draw"),
-        ({"columns": 0}, "columns = 0 is below 1"),
-        ({"images": IMAGES[:0], "tokens": TOKENS[:0]}, "a gallery needs images"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_a_file_is_made(tmp_path: Path, changes: dict, message: str) -> None:
-    arguments = {"images": IMAGES, "tokens": TOKENS, "grid": 2, **changes}
-    with pytest.raises(DataError, match=message):
-        save_gallery(tmp_path / "g.png", **arguments)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("entries", [[], [7], [5, 7]])
+def test_nothing_to_draw_is_refused_before_a_file_is_made(
+    entries: list[int], cache: TokenCache, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no patch to draw"):
+        draw_gallery(tmp_path / "g.png", cache, rows_of(cache, entries), **WORDS)
+    assert not (tmp_path / "g.png").exists()

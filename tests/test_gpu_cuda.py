@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import fields
-from pathlib import Path
 
 import cuda_tools
 import pytest
 import torch
-from budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
-from cuda_host import COMPILER, Device, compile_library, forward_call
-from kmeans_attacks import ATTACKS, cut_off_attack, relu
-from kmeans_host import HostBackend, launch_arguments, poison
-from kmeans_host import compile_library as compile_kmeans
-from test_cuda_kmeans import KERNELS as ASSIGN_KERNELS
-from test_cuda_kmeans import same_bits, scored, whole_numbers
-from test_kmeans import assert_float64_argmin
-from test_ops import outputs_and_gradients, with_inputs
+from budget import FORWARD_FACTOR, assert_within_budget
+from emulation import AssignHost, Device, forward_call, has_half, launch_arguments, library, poison
+from kmeans_checks import FOR_KERNELS, assert_float64_argmin, attack, relu
+from op_checks import assert_same_bits, check, run
+from test_cuda_kmeans import parts, scored, whole_numbers
 
 from mapet_kernels import kmeans_assign
 from mapet_kernels.backends import available_backends, reason_against_cuda, reason_against_listed
@@ -37,7 +32,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SPEC = REGISTRY["two_stream_attention"]
+SPEC, EMBED, ASSIGN = (REGISTRY[name] for name in ("two_stream_attention", "permuted_embed", "kmeans_assign"))
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STREAMED = 64 << 10
 """Bytes of shared memory: K and V of 344 keys do not fit."""
 VOLTA = Device(70, 80, 48 << 10)
@@ -64,8 +60,7 @@ def test_keys_resident_or_streamed_give_the_same_bits(size: int) -> None:
     if reason := available_backends("cuda", torch.float16)["cuda"]:
         pytest.skip(f"backend cuda does not run here: {reason}")
     shape = TwoStreamShape(197, 50, batch=64, heads=12, size=size)
-    for a, b in zip(results(shape, torch.float16, -1), results(shape, torch.float16, STREAMED), strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(*(results(shape, torch.float16, limit) for limit in (-1, STREAMED)))
 
 
 class Driver:
@@ -91,24 +86,20 @@ class Driver:
 
 
 @pytest.mark.parametrize("shape", ["vit", "image_order_cut_per_image", "last_block", "pim"])
-def test_voltas_code_runs_on_newer_gpus(shape: str, tmp_path: Path) -> None:
+def test_voltas_code_runs_on_newer_gpus(shape: str) -> None:
     """PTX for compute_70, from NVRTC 12, translated by the driver: the forward kernel as a V100 gets it."""
-    compiler = cuda_tools.Nvrtc12.find()
-    if isinstance(compiler, str):
-        pytest.skip(f"needs the CUDA 12 compiler: {compiler}")
-    if COMPILER is None:
+    if not has_half():
         pytest.skip("needs a C++ compiler, for what the host passes to the kernel")
     spec = SPEC.shapes[shape]
     case = SPEC.make_case(spec, torch.float16, "cuda")
     size = 64 if spec.size > 32 else 32
-    _, ptx = compiler.compile([f"mapet::forward_kernel<__half, {size}>"], "compute_70")
+    _, ptx = cuda_tools.nvrtc_12().compile([f"mapet::forward_kernel<__half, {size}>"], "compute_70")
     q = Streams(case.inputs.get("q_content"), case.inputs["q_query"])
     k, v, cut = case.inputs["k"], case.inputs["v"], case.options["cut"]
     problem = Problem(spec.tokens, spec.targets, cut, spec.mask_tokens, spec.size**-0.5)
     out = q.empty_like()
     lse = Streams(*(None if x is None else x.new_empty(x.shape[:3], dtype=torch.float32) for x in (q.content, q.query)))
-    library = compile_library(tmp_path)
-    call, plan = forward_call(library, VOLTA, q, k, v, out, lse, problem, case.options.get("perm"))
+    call, plan = forward_call(VOLTA, q, k, v, out, lse, problem, case.options.get("perm"))
     driver, (name,) = Driver(), cuda_tools.entry_names(ptx)
     blocks = spec.batch * spec.heads * plan.blocks_per_head
     driver.launch(driver.function(ptx, name), blocks, 32 * plan.warps, plan.shared, call)
@@ -120,44 +111,42 @@ def test_voltas_code_runs_on_newer_gpus(shape: str, tmp_path: Path) -> None:
             assert_within_budget(a, p, e, factor=FORWARD_FACTOR, what="output")
 
 
-EMBED = REGISTRY["permuted_embed"]
-
-
 def skip_without_embedding_kernels() -> None:
     if reason := reason_against_cuda(torch.device("cuda"), None, products=False):
         pytest.skip(f"backend cuda does not run here: {reason}")
 
 
-def embedded(shape: PermutedEmbedShape, dtype: torch.dtype, backend: str) -> tuple[list, dict[str, torch.Tensor]]:
-    """Output and gradients of the embedding on random input."""
-    case = EMBED.make_case(shape, dtype, "cuda")
-    return outputs_and_gradients(EMBED.function, with_inputs(case, dtype), case.options, backend=backend)
+def skip_without_assignment_kernel() -> None:
+    if reason := reason_against_listed("cuda", "cuda"):
+        pytest.skip(f"backend cuda does not run here: {reason}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", EMBED.shapes)
 def test_embedding_in_every_dtype(name: str, dtype: torch.dtype) -> None:
     """Also those that attention's kernels refuse on this GPU."""
     skip_without_embedding_kernels()
-    case = EMBED.make_case(EMBED.shapes[name], dtype, "cuda")
-    exact, exact_gradients = outputs_and_gradients(EMBED.plain, with_inputs(case, torch.float64), case.options)
-    plain, plain_gradients = outputs_and_gradients(EMBED.plain, with_inputs(case, dtype), case.options)
-    actual, gradients = embedded(EMBED.shapes[name], dtype, "cuda")
-    assert_within_budget(actual[0], plain[0], exact[0], factor=FORWARD_FACTOR, what="output")
-    for key, gradient in gradients.items():
-        parts = gradient, plain_gradients[key], exact_gradients[key]
-        assert_within_budget(*parts, factor=GRADIENT_FACTOR, what=f"gradient of {key}")
+    check(EMBED, EMBED.make_case(EMBED.shapes[name], dtype, "cuda"), dtype, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("name", ASSIGN.shapes)
+def test_assignment_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    """Also in float32 and bfloat16, which attention's kernels refuse on V100."""
+    skip_without_assignment_kernel()
+    check(ASSIGN, ASSIGN.make_case(ASSIGN.shapes[name], dtype, "cuda"), dtype, rounding=2, backend="cuda")
 
 
 def test_embedding_repeats_bit_for_bit() -> None:
     skip_without_embedding_kernels()
-    shape = PermutedEmbedShape(224, 16, 384, cut=50, batch=64)
+    case = EMBED.make_case(PermutedEmbedShape(224, 16, 384, cut=50, batch=64), torch.float32, "cuda")
+    weights = [list(case.inputs).index(name) + 1 for name in ("pos_embed", "mask_token", "class_token")]
     first = None
     for _ in range(50):
-        out, gradients = embedded(shape, torch.float32, "cuda")
-        result = [*out, gradients["pos_embed"], gradients["mask_token"], gradients["class_token"]]
+        results = run(EMBED, case, torch.float32, backend="cuda")
+        result = [results[0], *(results[i] for i in weights)]
         first = first or result
-        assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
+        assert_same_bits(result, first)
 
 
 @pytest.mark.skipif(
@@ -191,39 +180,6 @@ def test_embedding_beyond_2_to_the_31_elements() -> None:
     assert large.numel() > 2**31 and torch.equal(large[-197:], rows(1, "reference"))
 
 
-ASSIGN = REGISTRY["kmeans_assign"]
-
-
-def skip_without_assignment_kernel() -> None:
-    if reason := reason_against_listed("cuda", "cuda"):
-        pytest.skip(f"backend cuda does not run here: {reason}")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ASSIGN.shapes)
-def test_assignment_in_every_dtype(name: str, dtype: torch.dtype) -> None:
-    """Also in float32 and bfloat16, which attention's kernels refuse on V100."""
-    skip_without_assignment_kernel()
-    case = ASSIGN.make_case(ASSIGN.shapes[name], dtype, "cuda")
-    ids, distances = ASSIGN.plain(**{key: x.double() for key, x in case.inputs.items()}, **case.options)
-    actual = ASSIGN.function(**case.inputs, **case.options, backend="cuda")
-    assert torch.equal(actual[0], ids)
-    torch.testing.assert_close(actual[1].double(), distances, rtol=2.0**-22, atol=0)
-
-
-ALL_ATTACKS = ATTACKS | {
-    "cut off, float16": lambda: cut_off_attack(torch.float16),
-    "cut off, float32": lambda: cut_off_attack(torch.float32),
-}
-
-
-@pytest.mark.parametrize("attack", ALL_ATTACKS)
-def test_assignment_is_the_float64_argmin_under_attack(attack: str) -> None:
-    skip_without_assignment_kernel()
-    x, centroids = (values.to("cuda") for values in ALL_ATTACKS[attack]())
-    assert_float64_argmin(kmeans_assign(x, centroids, backend="cuda"), x, centroids)
-
-
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 def test_assignment_repeats_bit_for_bit(exact: bool) -> None:
     """All lists of the kernel, not only the ids made of them."""
@@ -236,7 +192,7 @@ def test_assignment_repeats_bit_for_bit(exact: bool) -> None:
         poison(lists)
         kmeans_op._backend("cuda")._scores(rows, prepared, 1, 4000, shares, lists)
         first = first or lists
-        assert same_bits(first, lists)
+        assert_same_bits(parts(lists), parts(first))
     assert not first.bounds.isnan().any()
 
 
@@ -254,19 +210,9 @@ def test_assignment_beyond_2_to_the_31_elements() -> None:
 
 
 @pytest.fixture(scope="module")
-def assign_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if COMPILER is None:
-        pytest.skip("needs a C++ compiler, for what the host passes to the kernel")
-    return compile_kmeans(tmp_path_factory.mktemp("kmeans_host"))
-
-
-@pytest.fixture(scope="module")
-def volta_scores(assign_library: ctypes.CDLL):
+def volta_scores():
     """Launches PTX for compute_70, from NVRTC 12, that the driver translates: the kernel as a V100 gets it."""
-    compiler = cuda_tools.Nvrtc12.find()
-    if isinstance(compiler, str):
-        pytest.skip(f"needs the CUDA 12 compiler: {compiler}")
-    _, ptx = compiler.compile(ASSIGN_KERNELS, "compute_70", header="kmeans_assign.cuh")
+    _, ptx = cuda_tools.nvrtc_12().compile(cuda_tools.ASSIGN_KERNELS, "compute_70", header="kmeans_assign.cuh")
     driver = Driver()
     # Template arguments in the names: exact or not, copies ahead of the products or not.
     functions = {
@@ -276,38 +222,32 @@ def volta_scores(assign_library: ctypes.CDLL):
 
     def scores(rows: Rows, centroids: Centroids, groups: int, n: int, shares: int, lists: Lists) -> None:
         poison(lists)
-        call = launch_arguments(assign_library, rows, centroids, groups, n, shares, lists)
+        call = launch_arguments(rows, centroids, groups, n, shares, lists)
         blocks = groups * -(-n // candidates.CONFIG.rows) * shares
-        shared = assign_library.host_assign_shared_bytes()
+        shared = library("kmeans").host_assign_shared_bytes()
         driver.launch(functions[lists.reach is not None], blocks, 32 * candidates.CONFIG.warps, shared, call)
         torch.cuda.synchronize()
 
     return scores
 
 
-@pytest.mark.parametrize("attack", ALL_ATTACKS)
-def test_voltas_assignment_is_the_float64_argmin(volta_scores, attack: str) -> None:
-    x, centroids = (values.to("cuda") for values in ALL_ATTACKS[attack]())
+@pytest.mark.parametrize("name", FOR_KERNELS)
+def test_voltas_assignment_is_the_float64_argmin(volta_scores, name: str) -> None:
+    x, centroids = (values.to("cuda") for values in attack(name, for_kernels=True))
     ids, _, _ = candidates.kmeans_assign(x, centroids, True, False, volta_scores)
     assert_float64_argmin(ids, x, centroids)
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 @pytest.mark.parametrize("shares", [1, 3])
-def test_voltas_lists_are_those_of_the_emulation(volta_scores, assign_library, shares: int, exact: bool) -> None:
+def test_voltas_lists_are_those_of_the_emulation(volta_scores, shares: int, exact: bool) -> None:
     """Bit for bit, on numbers for which nothing is rounded."""
-    if not hasattr(assign_library, "host_assign_scores"):
-        pytest.skip("the C++ compiler has no _Float16")
     operands = whole_numbers(groups=2, n=150, clusters=384, features=64)
-    expected = scored(HostBackend(assign_library), *operands, 2, shares, exact)
+    expected = scored(AssignHost(), *operands, 2, shares, exact)
     lists = candidates.empty_lists(shares, 300, exact, torch.device("cuda"))
     volta_scores(*(on_gpu(part) for part in operands), 2, 150, shares, lists)
-    assert same_bits(on_cpu(lists), expected)
+    assert_same_bits([x.cpu() for x in parts(lists)], parts(expected))
 
 
 def on_gpu(part: Rows | Centroids) -> Rows | Centroids:
     return type(part)(*(getattr(part, field.name).cuda() for field in fields(part)))
-
-
-def on_cpu(lists: Lists) -> Lists:
-    return Lists(*(None if x is None else x.cpu() for x in (lists.bounds, lists.ids, lists.reach)))

@@ -53,7 +53,7 @@ def numbers(learner: Learner, cache: TokenCache) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
     found = []
     for step, batch in zip(range(STEPS), batches(cache, learner.config), strict=False):
-        learner.step(step, batch, with_accuracy=False)
+        learner.step(step, batch, metrics=False)
         read = learner.read()
         found.append((read.loss, read.gradient_norm))
     assert all(math.isfinite(x) for pair in found for x in pair)
@@ -103,10 +103,10 @@ def test_the_host_never_waits_within_a_step(cache: TokenCache, precision: str, s
     learner = learner_for(cache, precision, **speed)
     feed = iter(batches(cache, learner.config))
     for step in range(STEPS):
-        batch = next(feed).pin_memory()
+        batch = {name: value.pin_memory() for name, value in next(feed).items()}
         if step < 2:  # kernels are compiled, workspaces taken, a pass recorded
-            learner.step(step, batch, with_accuracy=False)
+            learner.step(step, batch, metrics=False)
             continue
         with waiting_is_an_error():
-            learner.step(step, batch, with_accuracy=False)
+            learner.step(step, batch, metrics=False)
     assert math.isfinite(learner.read().loss)

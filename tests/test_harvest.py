@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import harvest
+from bench.harvest_data import Harvest
 from bench.harvesting import parts as registry
 from bench.harvesting.part import Part, read_records
 
@@ -109,7 +110,8 @@ def test_without_a_gpu_nothing_follows_the_machine(toys, tmp_path: Path) -> None
     assert harvest.no_gpu(summary) and (summary["call"], summary["command"]) == (2, "the command")
     well = summary["parts"]["well"]
     assert (well["status"], well["seconds"], well["returncode"]) == ("skipped", 0.0, None)
-    assert [part.name for part in registry.second({"parts": {**summary["parts"], "kmeans": well}}, [])].count("kmeans")
+    again = registry.second(Harvest({"parts": {**summary["parts"], "kmeans": well}}))
+    assert [part.name for part in again].count("kmeans") == 1
     summary = harvest.run(parts, harvest.Call(60, tmp_path / "dry", dry=True))
     assert summary["parts"]["well"]["status"] == "ok" and not harvest.no_gpu(summary)
 
@@ -140,7 +142,9 @@ def test_a_harvest_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None
         assert f"{nowhere} holds no harvest: neither harvest.tar.gz nor summary.json" in refused(*arguments)
     nowhere.mkdir()
     (nowhere / harvest.ARCHIVE).write_bytes(b"cut off")
-    assert f"the harvest in {nowhere} cannot be read: ReadError" in refused("--second", nowhere, "--output", new)
+    assert f"the harvest in {nowhere} cannot be read: harvest.tar.gz cannot be read to its end: ReadError" in refused(
+        "--second", nowhere, "--output", new
+    )
     assert not new.exists()
 
 

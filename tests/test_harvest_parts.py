@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import harvest
+from bench.harvest_data import Config, Harvest, Shape, Timing, read
 from bench.harvesting import counters, sanitizer, volta
 from bench.harvesting import parts as registry
 from bench.harvesting.part import Part, Run, read_records
@@ -19,32 +19,32 @@ NO_CPU = {"counters", "volta_kernels", "sanitizer"}
 """Parts that say in a dry run what they would run."""
 
 
-def dry_run(output: Path, *arguments: str, path: str = "") -> tuple[dict, list[dict], str]:
-    """Summary, rows and what was printed, from a folder that is not the checkout, without the package on the path."""
+def dry_run(output: Path, *arguments: str, path: str = "") -> Harvest:
+    """From a folder that is not the checkout, without the package on the path."""
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(ROOT / "bench/harvest.py"), "--dry-run", "--minutes", "40", "--output", str(output)]
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=environment, cwd=output.parent, check=False
     )
-    summary, rows = harvest.read_summary(output)
-    outcomes = {
-        name: outcome for name, outcome in summary["parts"].items() if outcome["status"] not in ("ok", "skipped")
-    }
+    found = read(output)
+    outcomes = {name: x for name, x in found.outcomes.items() if x["status"] not in ("ok", "skipped")}
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{outcomes}"
-    return summary, rows, done.stdout
+    return found
 
 
-def statuses(summary: dict) -> dict[str, str]:
-    return {name: outcome["status"] for name, outcome in summary["parts"].items()}
+def statuses(harvest: Harvest) -> dict[str, str]:
+    return {name: outcome["status"] for name, outcome in harvest.outcomes.items()}
 
 
 @pytest.mark.long
 def test_a_dry_run_goes_through_every_part_of_both_calls(tmp_path: Path) -> None:
-    first, rows, _ = dry_run(tmp_path / "first")
-    assert statuses(first) == {part.name: "skipped" if part.name in NO_CPU else "ok" for part in registry.FIRST}
-    assert "ncu --csv" in first["parts"]["counters"]["reason"]
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
+    first = dry_run(tmp_path / "first")
+    kinds = first.rows
+    assert not first.damage and statuses(first) == {
+        part.name: "skipped" if part.name in NO_CPU else "ok" for part in registry.FIRST
+    }
+    assert "ncu --csv" in first.outcomes["counters"]["reason"]
     assert all(row["ok"] for row in kinds["check"]) and len(kinds["check"]) > 20
     assert [row["value"] > 0 for row in kinds["ceiling"]] == [True, True]
     times = {(row["op"], row["way"]) for row in kinds["time"]}
@@ -60,21 +60,21 @@ def test_a_dry_run_goes_through_every_part_of_both_calls(tmp_path: Path) -> None
     came_back = list((tmp_path / "first").iterdir())
     assert {path.name for path in came_back} == {"harvest.tar.gz", "harvest.log", "profile.txt"}
 
-    second, rows, _ = dry_run(tmp_path / "second", "--second", str(tmp_path / "first"))
+    second = dry_run(tmp_path / "second", "--second", str(tmp_path / "first"))
     names = ["machine", "tuned", "step_tuned", "step_volta", "volta_kernels", "sanitizer"]
     assert statuses(second) == {name: "skipped" if name in NO_CPU else "ok" for name in names}
-    assert {row["tuned"] for row in rows if row["part"] == "step_tuned" and row["kind"] == "step"} == {True}
-    assert list(second["parts"])[-1] == "sanitizer"
+    assert {row["tuned"] for row in second.of("step", part="step_tuned")} == {True}
+    assert list(second.outcomes)[-1] == "sanitizer"
 
 
 @pytest.mark.slow
 def test_torch_triton_and_numpy_are_enough_for_the_kernels(tmp_path: Path) -> None:
     """With no other package to be found, parts on the whole step are skipped, and say for want of what."""
-    kernels = ["machine", "check_embedding_kmeans"]
+    kernels = ["machine", "check_embedding_kmeans", "tune"]
     wanted = [*kernels, "step_tiny"]
-    summary, _, _ = dry_run(tmp_path / "bare", "--parts", *wanted, path=str(ROOT / "tests/bare_python"))
-    assert statuses(summary) == {name: "ok" if name in kernels else "skipped" for name in wanted}
-    assert "needs the package" in summary["parts"]["step_tiny"]["reason"]
+    bare = dry_run(tmp_path / "bare", "--parts", *wanted, path=str(ROOT / "tests/bare_python"))
+    assert statuses(bare) == {name: "ok" if name in kernels else "skipped" for name in wanted}
+    assert "needs the package" in bare.outcomes["step_tiny"]["reason"]
     packages = "import importlib.util as u; print([u.find_spec(n) is None for n in ('timm', 'tyro', 'torch')])"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests/bare_python")}
     seen = subprocess.run([sys.executable, "-c", packages], env=environment, capture_output=True, text=True, check=True)
@@ -160,36 +160,24 @@ def test_the_kernels_of_a_v100_are_built_without_a_network(tmp_path: Path) -> No
     assert {"--no-deps", "--no-build-isolation", "--no-index"} < set(command) and str(tmp_path) in command
 
 
-def timed(op: str, rows: int, tokens: int, milliseconds: float, **others) -> dict:
-    config = {"rows": rows, "keys": 64, "warps": 4, "stages": 2}
-    shape = {"batch": 256, "heads": 12, "tokens": tokens, "cut": 50 if tokens == 197 else 13, "size": 64}
-    row = {
-        "part": "configurations", "kind": "time", "op": op, "way": "ours", "dtype": "bf16", "config": config,
-        "shape": shape, "default": rows == 128, "repeats": 20,
-        **{f"{p}_ms": milliseconds for p in ("p20", "p50", "p80")},
-    }  # fmt: skip
-    return row | others
-
-
 def test_the_second_call_does_again_what_failed_and_takes_the_best_configurations() -> None:
-    rows = [
-        timed("forward", 128, 197, 9.0), timed("forward", 128, 197, 2.0), timed("forward", 128, 50, 2.0),
-        timed("forward", 64, 197, 1.0), timed("forward", 64, 50, 3.0),
-        timed("forward", 32, 50, 0.1),  # not at the target
-        timed("forward", 16, 197, 0.1, way="sdpa"), timed("backward", 64, 197, 1.0, config=None),
-    ]  # fmt: skip
-    best = registry.best_configurations(rows)
-    assert best == {"forward": {"rows": 64, "keys": 64, "warps": 4, "stages": 2}}
+    def timing(op: str, rows: int, tokens: int, ms: float, way: str = "ours") -> Timing:
+        shape = Shape(256, 12, tokens, 50 if tokens == 197 else 13, 64)
+        return Timing("configurations", op, way, shape, "bf16", Config(rows, 64, 4, 2), rows == 128, ms, ms, ms, 20)
+
+    # Rows 32 were not timed at the target; the others are no kernel of ours.
+    times = [timing("forward", 128, 197, 2.0), timing("forward", 128, 50, 2.0), timing("forward", 64, 197, 1.0)]
+    times += [timing("forward", 64, 50, 3.0), timing("forward", 32, 50, 0.1), timing("forward", 16, 197, 0.1, "sdpa")]
+    best = {"forward": {"rows": 64, "keys": 64, "warps": 4, "stages": 2}}
     ended = {part.name: {"status": "ok", "returncode": 0} for part in registry.FIRST}
     ended["kmeans"] = {"status": "timed out", "returncode": -9}
     ended["counters"] = {"status": "skipped", "returncode": 0}  # there is no ncu, nor will there be
     ended["memory"] = {"status": "skipped", "returncode": None}  # no time was left
     del ended["step_tiny"]
-    parts = registry.second({"parts": ended}, rows)
+    parts = registry.second(Harvest({"parts": ended}, times=times))
     assert [part.name for part in parts][:5] == ["machine", "step_tiny", "kmeans", "memory", "tuned"]
     assert parts[4].arguments == {"best": best} and parts[-1].name == "sanitizer"
-    everything = registry.second({"parts": {}}, rows)
-    again = everything[1 : len(registry.FIRST)]
+    again = registry.second(Harvest())[1 : len(registry.FIRST)]
     assert [part.name for part in again] == [part.name for part in registry.FIRST[1:]]
     assert sum(part.seconds for part in again) == pytest.approx(registry.AGAIN)
 

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_cache, make_config
+from tiny_run import OBJECTIVE, make_cache, make_config
 from torch import nn
 
 from mapet.config import RunConfig
 from mapet.data.cache import TokenCache
-from mapet.data.loader import Batch, make_loader
+from mapet.data.loader import make_loader
 from mapet.distributed import World
 from mapet.errors import ConfigError
-from mapet.training import learner as learner_module
-from mapet.training.learner import Learner, check_attention
+from mapet.objectives import two_stream
+from mapet.rng import StepRng
+from mapet.task import Batch
+from mapet.training.learner import Learner
 from mapet.training.schedule import plan_steps
 from mapet_kernels.selfcheck import Agreement
 
@@ -42,7 +44,6 @@ def batches(cache: TokenCache, config: RunConfig, steps: int = 20) -> Iterator[B
             start_step=0,
             stop_step=steps,
             workers=config.data.workers,
-            color_jitter=config.worker_jitter,
         )
     )
 
@@ -51,14 +52,14 @@ def run(learner: Learner, cache: TokenCache, first: int, last: int) -> None:
     """Steps first to last - 1."""
     for step, batch in enumerate(batches(cache, learner.config)):
         if first <= step < last:
-            learner.step(step, batch, with_accuracy=True)
+            learner.step(step, batch, metrics=True)
 
 
 def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
     state = learner.state()
     moments = {f"{i}.{k}": v for i, s in state.trainer["optimizer"]["state"].items() for k, v in s.items()}
     averages = {f"ema.{name}": value for name, value in (state.ema or {}).items()}
-    return {name: value.clone() for name, value in {**state.model, **moments, **averages}.items()}
+    return {name: value.clone() for name, value in {**state.task, **moments, **averages}.items()}
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -68,7 +69,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def break_gradient(learner: Learner, value: float) -> torch.utils.hooks.RemovableHandle:
     """Every gradient of one weight becomes `value` until the handle is removed; the loss stays as it is."""
-    return learner.model.norm.weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+    return learner.task.model.norm.weight.register_hook(lambda gradient: torch.full_like(gradient, value))
 
 
 def test_assertion_08_an_infinite_fp16_gradient_skips_the_step_and_halves_the_scale(cache):
@@ -83,7 +84,9 @@ def test_assertion_08_an_infinite_fp16_gradient_skips_the_step_and_halves_the_sc
     assert learner.failed() is None, "an overflow in fp16 is part of the method, not a failure"
     run(learner, cache, 3, 4)
     after = snapshot(learner)
-    assert all(not torch.equal(after[name], before[name]) for name in ("decoder.weight", "ema.decoder.weight"))
+    assert all(
+        not torch.equal(after[name], before[name]) for name in ("model.decoder.weight", "ema.model.decoder.weight")
+    )
 
 
 def test_assertion_08_clipping_happens_after_unscale(cache):
@@ -93,7 +96,7 @@ def test_assertion_08_clipping_happens_after_unscale(cache):
         learner = make_learner(cache, **{"train.precision": precision, "optim.clip": clip})
         run(learner, cache, 0, 1)
         norms[precision] = learner.read().gradient_norm
-        clipped = torch.cat([p.grad.flatten() for p in learner.model.parameters()]).norm()
+        clipped = torch.cat([p.grad.flatten() for p in learner.task.model.parameters()]).norm()
         assert clipped.item() == pytest.approx(clip, rel=1e-3), "the gradients that the optimizer saw"
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=2e-2), "reported without the loss scale"
     assert norms["fp32"] > 10 * clip
@@ -119,9 +122,11 @@ def test_assertion_09_a_broken_gradient_calls_off_its_step_and_all_later_ones(pr
 def test_assertion_09_a_broken_loss_is_enough(cache, monkeypatch):
     learner = make_learner(cache)
     run(learner, cache, 0, 1)
-    before, forward = snapshot(learner), learner._forward
+    before, network = snapshot(learner), learner.network
     # The constant adds infinity to the loss and nothing to any gradient.
-    monkeypatch.setattr(learner, "_forward", lambda *a: (forward(*a)[0] + float("inf"), forward(*a)[1]))
+    monkeypatch.setattr(
+        learner, "network", lambda *a, **o: {name: x + float("inf") for name, x in network(*a, **o).items()}
+    )
     run(learner, cache, 1, 2)
     assert_same(snapshot(learner), before)
     assert learner.failed().step == 1 and learner.failed().loss == float("inf")
@@ -130,7 +135,7 @@ def test_assertion_09_a_broken_loss_is_enough(cache, monkeypatch):
 def test_a_step_gives_finite_gradients_to_every_parameter(cache):
     learner = make_learner(cache, **{"model.drop_path": 0.0})
     run(learner, cache, 0, 1)
-    missing = [name for name, p in learner.objective.named_parameters() if p.grad is None or not p.grad.any()]
+    missing = [name for name, p in learner.task.named_parameters() if p.grad is None or not p.grad.any()]
     assert missing == []
 
 
@@ -139,9 +144,9 @@ def test_accumulation_is_the_same_step(changes, cache):
     whole, parts = make_learner(cache, **{"optim.eps": 1e-3}), make_learner(cache, **changes, **{"optim.eps": 1e-3})
     for learner in (whole, parts):
         run(learner, cache, 0, 3)
-    torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts.task.state_dict(), whole.task.state_dict(), rtol=1e-4, atol=1e-6)
     ours, theirs = parts.read(), whole.read()
-    assert (ours.loss, ours.accuracy) == pytest.approx((theirs.loss, theirs.accuracy), rel=1e-5)
+    assert (ours.loss, ours.metrics) == (pytest.approx(theirs.loss, rel=1e-5), pytest.approx(theirs.metrics, rel=1e-5))
 
 
 @pytest.mark.parametrize("level", ["cheap", "blocks"])
@@ -154,9 +159,9 @@ def test_recomputation_is_the_same_step(level, precision, cache):
     assert_same(snapshot(recomputed), snapshot(plain))
 
 
-@pytest.mark.parametrize("objective", ["mapet", "pim", "mim"])
+@pytest.mark.parametrize("objective", OBJECTIVE)
 def test_every_objective_learns(objective, cache):
-    learner = make_learner(cache, **{"objective.name": objective, "optim.lr": 3e-3, "optim.warmup_epochs": 0})
+    learner = make_learner(cache, **OBJECTIVE[objective], **{"optim.lr": 3e-3, "optim.warmup_epochs": 0})
     run(learner, cache, 0, 1)
     first = learner.read().loss
     run(learner, cache, 1, 19)
@@ -169,11 +174,11 @@ def test_precisions_compute_in_their_type(cache):
     seen = {}
     for precision in ("fp32", "bf16", "fp16"):
         learner = make_learner(cache, **{"train.precision": precision})
-        learner.model.blocks[0].mlp.fc1.register_forward_hook(
+        learner.task.model.blocks[0].mlp.fc1.register_forward_hook(
             lambda module, inputs, output, key=precision: seen.update({key: output.dtype})
         )
         run(learner, cache, 0, 1)
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in learner.model.parameters())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in learner.task.model.parameters())
     assert seen == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -182,37 +187,36 @@ def test_a_backend_that_cannot_run_or_is_wrong_stops_the_run_before_it_starts(ca
         make_learner(cache, **{"train.backend": "fast"})
     with pytest.raises(ConfigError, match=r"train.backend: backend 'triton' cannot run here: "):
         make_learner(cache, **{"train.backend": "triton"})
-    config = make_config(cache.path, Path("unused"))
+    task = make_learner(cache).task
     asked = []
 
     def agreement(backend, device, dtype, shape):
         asked.append((backend, str(device), dtype, shape.tokens, shape.size))
         return Agreement(outputs=1.5, gradients=0.2)
 
-    monkeypatch.setattr(learner_module, "two_stream_agreement", agreement)
+    monkeypatch.setattr(two_stream, "two_stream_agreement", agreement)
     with pytest.raises(ConfigError, match=r"computes wrong attention on cuda: its errors are 1.5 .*train.backend sdpa"):
-        check_attention(config, torch.device("cuda"))
-    model = config.model
+        task.check(torch.device("cuda"), torch.float32)
+    model = task.config
     assert asked == [("auto", "cuda", torch.float32, model.tokens, model.width // model.heads)]
 
 
-def test_jitter_and_plan_depend_on_seed_and_step_only(cache):
-    learner, other = make_learner(cache), make_learner(cache)
+def test_what_is_drawn_depends_on_seed_and_step_only(cache):
+    task, other = make_learner(cache).task, make_learner(cache).task
     torch.rand(7)
-    plan, jitter = learner._draw(5)
-    again, again_jitter = other._draw(5)
-    assert torch.equal(plan.permutation, again.permutation) and torch.equal(plan.keep, again.keep)
-    assert torch.equal(jitter.factors, again_jitter.factors)
-    assert not torch.equal(plan.permutation, learner._draw(6)[0].permutation)
-    assert not torch.equal(plan.permutation, make_learner(cache, **{"train.seed": 1})._draw(5)[0].permutation)
-    assert make_learner(cache, **{"data.color_jitter": 0.0})._draw(5)[1] is None
+    draws, again = task.draw(8, StepRng(0, 5)), other.draw(8, StepRng(0, 5))
+    assert draws.keys() == {"permutation", "keep", "factors", "order"}
+    assert_same(draws, again)
+    for rng in (StepRng(0, 6), StepRng(1, 5)):
+        assert not torch.equal(draws["permutation"], task.draw(8, rng)["permutation"])
+    assert "factors" not in make_learner(cache, **{"data.color_jitter": 0.0}).task.draw(8, StepRng(0, 5))
 
 
 def test_reading_starts_a_new_mean(cache):
     learner = make_learner(cache)
     losses = []
     for step, batch in enumerate(batches(cache, learner.config, 4)):
-        learner.step(step, batch, with_accuracy=step == 3)
+        learner.step(step, batch, metrics=step == 3)
         losses.append(learner.read().loss)
     twin = make_learner(cache)
     run(twin, cache, 0, 4)
@@ -230,9 +234,9 @@ def test_assertion_18_no_recompilation_after_warm_up(cache, monkeypatch):
     steps = list(batches(cache, learner.config, 8))
     for step, batch in enumerate(steps):
         with torch._dynamo.config.patch(error_on_recompile=step >= 2):
-            learner.step(step, batch, with_accuracy=step % 2 == 1)
-        plain.step(step, batch, with_accuracy=step % 2 == 1)
+            learner.step(step, batch, metrics=step % 2 == 1)
+        plain.step(step, batch, metrics=step % 2 == 1)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0, "nothing was compiled"
-    torch.testing.assert_close(learner.model.state_dict(), plain.model.state_dict())
+    torch.testing.assert_close(learner.task.state_dict(), plain.task.state_dict())
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from test_distributed import start_ranks
 from test_learner import CPU, batches, make_learner, run, snapshot
-from tiny_run import make_cache, make_config
+from tiny_run import latest, make_cache, make_config
 
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, OutOfMemory
@@ -109,7 +109,7 @@ def test_memory_for_the_update_is_not_a_matter_of_the_micro_batch(cache, monkeyp
 
     monkeypatch.setattr(learner, "_update", no_memory)
     with pytest.raises(OutOfMemory, match="out of memory with micro-batch 8"):
-        learner.step(0, next(batches(cache, learner.config)), with_accuracy=False)
+        learner.step(0, next(batches(cache, learner.config)), metrics=False)
 
 
 def test_two_ranks_halve_together_where_one_runs_out_in_the_middle_of_accumulation(cache, tmp_path):
@@ -122,8 +122,8 @@ def test_two_ranks_halve_together_where_one_runs_out_in_the_middle_of_accumulati
     weights = [safetensors.torch.load_file(tmp_path / f"two/rank_{rank}.safetensors") for rank in range(2)]
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
     pretrain(make_config(cache.path, tmp_path / "one", **{**changes, "train.micro_batch": 1}))
-    one, two = (CheckpointStore(tmp_path / name / "checkpoints").load_latest() for name in ("one", "two"))
-    torch.testing.assert_close(two.state.model, one.state.model, rtol=1e-4, atol=1e-6)
+    one, two = (latest(CheckpointStore(tmp_path / name / "checkpoints")) for name in ("one", "two"))
+    torch.testing.assert_close(two.state.task, one.state.task, rtol=1e-4, atol=1e-6)
 
 
 def test_halves_divide_the_share():

@@ -20,7 +20,7 @@ def ids_of(cache, start, stop, *, workers=0, rank=0, world_size=1, global_batch=
         world_size=world_size,
         workers=workers,
     )
-    return [batch.ids for batch in loader]
+    return [batch["ids"] for batch in loader]
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -101,9 +101,9 @@ class TestLoader:
         batches = list(loader)
         assert len(batches) == len(loader) == 4
         for batch in batches:
-            assert batch.images.dtype == torch.uint8 and batch.tokens.dtype == batch.ids.dtype == torch.int64
-            assert torch.equal(batch.images, images[batch.ids]) and torch.equal(batch.tokens, tokens[batch.ids])
-            assert torch.equal(batch[1:3].tokens, batch.tokens[1:3]) and len(batch[1:3]) == 2
+            ids = batch["ids"]
+            assert batch["images"].dtype == torch.uint8 and batch["tokens"].dtype == ids.dtype == torch.int64
+            assert torch.equal(batch["images"], images[ids]) and torch.equal(batch["tokens"], tokens[ids])
 
     def test_ranks_take_contiguous_shares_of_the_same_global_batch(self, made):
         cache, _, _ = made

@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 def line(step: int, loss: float = 1.0) -> StepMetrics:
-    return StepMetrics(step, step / 5, loss, 0.5, 1e-3, 2.0, 100.0, 0.1, 60.0)
+    return StepMetrics(step, step / 5, loss, {"accuracy": 0.5}, 1e-3, 2.0, 100.0, 0.1, 60.0)
 
 
 def test_lines_are_json_objects_and_a_nan_becomes_null(tmp_path):

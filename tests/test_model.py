@@ -8,37 +8,23 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tasks import TINY, draws_for, make_task, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapet.checked import conform
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, to_dict
+from mapet.config import ModelConfig, RunConfig, change, from_dict, to_dict
 from mapet.errors import CheckpointError, ConfigError
-from mapet.model.vit import MaskedTokenViT, drop_path_rates, load_official, parameter_count
-from mapet.objectives import OBJECTIVES, build_objective
+from mapet.model.vit import MaskedTokenViT, drop_path_rates, load_official
+from mapet.objectives import OBJECTIVES, options
 from mapet.objectives import loss as loss_module
 from mapet.objectives.loss import token_accuracy, token_cross_entropy
-
-TINY = ModelConfig(image_size=24, patch_size=8, width=32, depth=3, heads=2, vocabulary=40)
-
-
-def batch_for(config: ModelConfig, images: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(
-        0, 256, (images, 3, config.image_size, config.image_size), generator=generator, dtype=torch.uint8
-    )
-    return pixels, torch.randint(0, config.vocabulary, (images, config.patches), generator=generator)
-
-
-def objective_for(name: str, config: ModelConfig = TINY, cut: int = 4, seed: int = 0, **options):
-    torch.manual_seed(seed)
-    return build_objective(ObjectiveConfig(name, cut), config, **options)
 
 
 @pytest.mark.parametrize(("preset", "count"), [("tiny", 7_110_272), ("small", 24_829_184), ("base", 92_117_504)])
 def test_parameter_counts_are_the_official_ones(preset: str, count: int) -> None:
     with torch.device("meta"):
         model = MaskedTokenViT(ModelConfig.preset(preset))
-    assert parameter_count(model) == count
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
     assert len(model.state_dict()) == 201
 
 
@@ -63,36 +49,33 @@ def test_drop_path_rates_grow_linearly() -> None:
 @pytest.mark.parametrize("class_token", [True, False])
 def test_loss_is_near_uniform_and_reaches_every_parameter(name: str, class_token: bool) -> None:
     config = ModelConfig(**{**to_dict(TINY), "class_token": class_token})
-    objective = objective_for(name, config)
-    plan = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu")
-    loss, accuracy = objective(*batch_for(config), plan.permutation, plan.keep)
+    task = make_task(name, model=config)
+    loss, accuracy = task(random_batch(config), draws_for(task)).values()
     assert loss.item() == pytest.approx(math.log(40), abs=0.2)
     assert 0 <= accuracy <= 1 and not accuracy.requires_grad
     loss.backward()
-    for parameter_name, parameter in objective.named_parameters():
+    for parameter_name, parameter in task.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_pruned_last_block_changes_nothing(name: str) -> None:
     """Predictions equal those of a model that computes every row to the end."""
-    objective = objective_for(name).double()
-    images, _ = batch_for(TINY)
-    plan = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu")
+    objective = make_task(name).double()
+    images, permutation = random_batch()["images"], draws_for(objective)["permutation"]
     layout = objective.layout(4)
-    x = objective.model.embed(images, plan.permutation, layout)
+    x = objective.model.embed(images, permutation, layout)
     for block in objective.model.blocks:
         x = block(x, layout, None, objective.attention, False)
     full = objective.model.norm(layout.predicted(x))
-    torch.testing.assert_close(objective.predictions(images, plan.permutation), full)
+    torch.testing.assert_close(objective.predictions(images, permutation), full)
 
 
-@pytest.mark.parametrize(("name", "sees_later"), [("mapet", False), ("pim", False), ("mim", False)])
-def test_a_prediction_depends_on_earlier_targets_only(name: str, sees_later: bool) -> None:
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_prediction_depends_on_earlier_targets_only(name: str) -> None:
     """Changing the pixels of target k alters the predictions of targets after k, for MIM of none."""
-    objective = objective_for(name).double()
-    images, _ = batch_for(TINY, images=1)
-    permutation = objective.sample_plan(1, torch.Generator().manual_seed(3), "cpu").permutation
+    objective = make_task(name).double()
+    images, permutation = random_batch(images=1)["images"], draws_for(objective, 1)["permutation"]
     before = objective.predictions(images, permutation)
     targets = TINY.tokens - 4
     for k in range(targets):
@@ -106,9 +89,8 @@ def test_a_prediction_depends_on_earlier_targets_only(name: str, sees_later: boo
 
 def test_mapet_knows_the_positions_still_to_come_and_pim_does_not() -> None:
     """MaPeT's first prediction depends on the position embeddings of all later targets, PIM's on none of them."""
-    first, second = (objective_for(name).double() for name in ("mapet", "pim"))
-    images, _ = batch_for(TINY, images=1)
-    permutation = first.sample_plan(1, torch.Generator().manual_seed(3), "cpu").permutation
+    first, second = (make_task(name).double() for name in ("mapet", "pim"))
+    images, permutation = random_batch(images=1)["images"], draws_for(first, 1)["permutation"]
     for objective, has_gradient in ((first, True), (second, False)):
         objective.zero_grad()
         objective.predictions(images, permutation).view(1, -1, 32)[0, 0, 0].backward()
@@ -117,11 +99,10 @@ def test_mapet_knows_the_positions_still_to_come_and_pim_does_not() -> None:
 
 
 def test_drop_path_is_shared_by_the_streams_and_drops_whole_images() -> None:
-    objective = objective_for("mapet").double()
-    images, _ = batch_for(TINY)
-    permutation = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu").permutation
-    keep = torch.ones(3, 2, 4, dtype=torch.float64)
-    keep[:, :, 2] = 0  # every branch of image 2 dropped: its prediction is the embedding, normalised
+    objective = make_task("mapet").double()
+    images, permutation = random_batch()["images"], draws_for(objective)["permutation"]
+    keep = torch.ones(4, 3, 2, dtype=torch.float64)
+    keep[2] = 0  # every branch of image 2 dropped: its prediction is the embedding, normalised
     features = objective.predictions(images, permutation, keep).view(4, -1, 32)
     start = objective.model.embed(images, permutation, objective.layout(4))
     expected = objective.model.norm(objective.layout(4).predicted(start)).view(4, -1, 32)
@@ -130,37 +111,34 @@ def test_drop_path_is_shared_by_the_streams_and_drops_whole_images() -> None:
     torch.testing.assert_close(features[[0, 1, 3]], without[[0, 1, 3]])
 
 
-def test_plans_are_permutations_that_keep_the_class_token_first() -> None:
-    objective = objective_for("mapet", ModelConfig(**{**to_dict(TINY), "drop_path": 0.5}))
-    plan = objective.sample_plan(2000, torch.Generator().manual_seed(0), "cpu")
-    assert (plan.permutation[:, 0] == 0).all()
-    assert torch.equal(plan.permutation.sort(dim=1).values, torch.arange(10).expand(2000, -1))
-    second = plan.permutation[:, 1].bincount(minlength=10)[1:] / 2000
+def test_draws_are_permutations_that_keep_the_class_token_first() -> None:
+    task = make_task("mapet", model=ModelConfig(**{**to_dict(TINY), "drop_path": 0.5}), color_jitter=0.4)
+    draws = draws_for(task, 2000)
+    permutation, keep = draws["permutation"], draws["keep"]
+    assert (permutation[:, 0] == 0).all()
+    assert torch.equal(permutation.sort(dim=1).values, torch.arange(10).expand(2000, -1))
+    second = permutation[:, 1].bincount(minlength=10)[1:] / 2000
     assert (second - 1 / 9).abs().max() < 0.03  # uniform
-    assert (plan.keep[0] == 1).all() and set(plan.keep[2].unique().tolist()) == {0.0, 2.0}
-    assert plan.keep[2].mean().item() == pytest.approx(1.0, abs=0.05)
-    part = plan[5:9]
-    assert torch.equal(part.permutation, plan.permutation[5:9]) and torch.equal(part.keep, plan.keep[:, :, 5:9])
+    assert (keep[:, 0] == 1).all() and set(keep[:, 2].unique().tolist()) == {0.0, 2.0}
+    assert keep[:, 2].mean().item() == pytest.approx(1.0, abs=0.05)
+    assert all(len(value) == 2000 for value in draws.values()), "images first"
+    assert draws_for(task.eval()).keys() == {"permutation"}, "an evaluation drops nothing and changes no colour"
 
 
 def test_uint8_and_float_images_agree() -> None:
-    objective = objective_for("mapet")
-    images, tokens = batch_for(TINY)
-    permutation = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu").permutation
-    a, _ = objective(images, tokens, permutation)
-    b, _ = objective(images / 255, tokens, permutation)
-    torch.testing.assert_close(a, b)
+    task, batch = make_task("mapet"), random_batch()
+    draws = draws_for(task)
+    scaled = batch | {"images": batch["images"] / 255}
+    torch.testing.assert_close(task(batch, draws)["loss"], task(scaled, draws)["loss"])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_whole_model_compiles_without_graph_break(name: str) -> None:
-    objective = objective_for(name)
-    images, tokens = batch_for(TINY)
-    plan = objective.sample_plan(4, torch.Generator().manual_seed(0), "cpu")
-    eager, _ = objective(images, tokens, plan.permutation, plan.keep)
+    task, batch = make_task(name), random_batch()
+    draws = draws_for(task)
+    eager = task(batch, draws)["loss"]
     torch._dynamo.reset()
-    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
-    traced, _ = compiled(images, tokens, plan.permutation, plan.keep)
+    traced = torch.compile(task, fullgraph=True, backend="aot_eager")(batch, draws)["loss"]
     torch.testing.assert_close(eager, traced)
     traced.backward()
 
@@ -261,9 +239,24 @@ def test_model_configuration_errors(values: dict, text: str) -> None:
 @pytest.mark.parametrize("cut", [0, 197, -3])
 def test_cut_must_leave_something_to_predict_and_something_to_see(cut: int) -> None:
     with pytest.raises(ConfigError, match=rf"cut must be in \[1, 196\] with 197 tokens an image, got {cut}"):
-        RunConfig(objective=ObjectiveConfig(cut=cut))
-    with pytest.raises(ConfigError, match=r"\[1, 9\]"):
-        objective_for("mim", cut=10)
+        RunConfig(objective=options("mapet", cut=cut))
+
+
+@pytest.mark.parametrize(("class_token", "masked", "most"), [(True, 197, 196), (False, 196, 195), (True, 0, None)])
+def test_mim_must_leave_something_to_see(class_token: bool, masked: int, most: int | None) -> None:
+    text = rf"must be in \[1, {most}\] with 196 patches an image, got {masked}" if most else "must be at least 1, got 0"
+    with pytest.raises(ConfigError, match=rf"objective.masked {text}"):
+        RunConfig(model=ModelConfig(class_token=class_token), objective=options("mim", masked=masked))
+
+
+def test_mim_masks_75_patches_unless_told_otherwise() -> None:
+    """The default of the official command line, whatever the cut of the other methods is."""
+    base = RunConfig(objective=options("mapet", cut=60))
+    mim = change(base, {"objective.name": "mim"})
+    assert mim.objective == options("mim") and mim.objective.masked == 75
+    assert change(base, {"objective.name": "pim"}).objective == options("pim", cut=60)
+    assert change(mim, {"objective.name": "mapet"}).objective.cut == 50
+    assert from_dict(to_dict(mim)) == mim
 
 
 def test_model_configuration_round_trip() -> None:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from tasks import make_task
 
 from mapet.config import ModelConfig, OptimConfig
 from mapet.model.vit import MaskedTokenViT
-from mapet.training.optim import WeightAverage, clip_gradients, gated_step, is_decayed, make_optimizer
+from mapet.task import is_decayed
+from mapet.training.optim import WeightAverage, clip_gradients, gated_step, make_optimizer
 
 
 @pytest.fixture
@@ -21,20 +23,19 @@ def test_decay_groups_are_the_official_ones(model):
     assert decayed == expected | {"mask_positional_token", "patch_embed.proj.weight", "decoder.weight"}
 
 
-def test_every_parameter_is_in_one_group_with_its_decay(model):
-    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.05))
+def test_every_parameter_is_in_one_group_with_its_decay():
+    task = make_task("mapet")
+    optimizer = make_optimizer(task.parameter_groups(OptimConfig(weight_decay=0.05)), OptimConfig())
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decays) == len(list(model.parameters())) == sum(len(g["params"]) for g in optimizer.param_groups)
-    assert all(decays[id(p)] == (0.05 if is_decayed(name, p) else 0.0) for name, p in model.named_parameters())
-    wrapped = make_optimizer(torch.nn.ModuleDict({"model": model}), OptimConfig(weight_decay=0.05))
-    assert [len(g["params"]) for g in wrapped.param_groups] == [len(g["params"]) for g in optimizer.param_groups]
+    assert len(decays) == len(list(task.parameters())) == sum(len(g["params"]) for g in optimizer.param_groups)
+    assert all(decays[id(p)] == (0.05 if is_decayed(name, p) else 0.0) for name, p in task.named_parameters())
 
 
 def test_a_gated_step_changes_nothing_and_an_open_one_is_adamw():
     weights = torch.nn.Parameter(torch.linspace(-1, 1, 5)[None].repeat(3, 1))
     twin = torch.nn.Parameter(weights.detach().clone())
     config = OptimConfig(lr=0.01)
-    optimizer = make_optimizer(torch.nn.ParameterDict({"w": weights}), config)
+    optimizer = make_optimizer([{"params": [weights], "weight_decay": 0.05}], config)
     reference = torch.optim.AdamW([twin], lr=0.01, betas=(0.9, 0.999), weight_decay=0.05, foreach=False)
     for step, skip in enumerate([0.0, 1.0, 0.0, 1.0, 0.0]):
         before = weights.detach().clone()
@@ -68,4 +69,4 @@ def test_the_average_follows_its_formula_and_stands_still_when_skipped(model):
     torch.testing.assert_close(average.weights["norm.bias"], start + 0.1)
     average.update(model, torch.tensor(1.0))
     torch.testing.assert_close(average.weights["norm.bias"], start + 0.1)
-    assert set(average.weights) == set(model.state_dict())
+    assert set(average.weights) == set(dict(model.named_parameters()))

@@ -11,7 +11,7 @@ from command_line import TRAINING
 from tiny_run import make_cache
 
 from mapet.commands import pretrain as command
-from mapet.commands.options import Pretrain
+from mapet.commands.parsing import parse
 from mapet.config import RunConfig
 from mapet.errors import ConfigError
 
@@ -24,7 +24,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 def test_the_plan_for_16_gb(mapet) -> None:
-    said = mapet.succeed("plan", *BASE, "--gpu-memory", "16GB", "--global-batch", 2048).out
+    said = mapet.succeed("plan", *BASE, "--gpu-memory", "16GB", "--batch", 2048).out
     for part in ("weights", "gradients", "AdamW", "activations", "attention", "head", "in all"):
         assert part in said
     assert "micro-batch 64, accumulation 32, recompute none, GPUs: 1, each with 2048 images of a step" in said
@@ -35,9 +35,9 @@ def test_the_plan_for_16_gb(mapet) -> None:
 def test_what_is_given_is_kept(mapet) -> None:
     given = mapet.succeed("plan", *BASE, "--micro-batch", 128, "--gpu-memory", "16GiB").out
     assert "micro-batch 128, accumulation 16, recompute cheap" in given
-    level = mapet.succeed("plan", *BASE, "--set", "train.recompute=blocks", "--gpu-memory", "16GiB").out
+    level = mapet.succeed("plan", *BASE, "--train.recompute", "blocks", "--gpu-memory", "16GiB").out
     assert "micro-batch 512, accumulation 4, recompute blocks" in level
-    free = mapet.succeed("plan", *BASE, "--global-batch", 96).out
+    free = mapet.succeed("plan", *BASE, "--batch", 96).out
     assert "micro-batch 96, accumulation 1, recompute none" in free
 
 
@@ -63,7 +63,7 @@ def test_parts_are_planned_for(mapet) -> None:
     totals = re.search(r"train.parallel\): ddp ([\d.]+ GiB), fsdp ([\d.]+ GiB)", copies)
     assert totals[0] in parts and totals[1] != totals[2]
     assert re.search(rf"in all .*{totals[1]}", copies) and re.search(rf"in all .*{totals[2]}", parts)
-    assert "train.parallel" not in mapet.succeed("plan", *BASE, "--global-batch", 96).out
+    assert "train.parallel" not in mapet.succeed("plan", *BASE, "--batch", 96).out
 
 
 def test_bad_plans_say_what_is_wrong(mapet) -> None:
@@ -75,28 +75,26 @@ def test_bad_plans_say_what_is_wrong(mapet) -> None:
     mapet.fail("plan", "--gpus", 0, code=2, names=("--gpus must be at least 1",))
     mapet.fail("plan", "--interconnect", "fast", code=2, names=("400Gb", "'fast'"))
     mapet.fail("plan", "--micro-batch", 7, code=2, names=("--micro-batch 7", "2048"))
-    twice = ("--global-batch", 8, "--set", "optim.global_batch=8")
-    mapet.fail("plan", *twice, code=2, names=("--global-batch",))
 
 
 def test_pretrain_plans_what_is_not_given() -> None:
-    def planned(**options) -> tuple[RunConfig, str]:
-        given = Pretrain(**{"model": "base", "cut": 60, "precision": "bf16", **options})
+    def planned(*options: str) -> tuple[RunConfig, str]:
+        _, given = parse(["pretrain", *map(str, BASE), *options])
         return command.planned(command.run_config(given), given, processes=1)
 
-    config, said = planned(gpu_memory="16GB")
+    config, said = planned("--gpu-memory=16GB")
     assert (config.train.micro_batch, config.train.recompute) == (64, "none")
     assert said == "planned for 16GB: micro-batch 64, accumulation 32, recompute none; 10.96 GiB predicted"
-    config, _ = planned(gpu_memory="16GiB", micro_batch=128)
+    config, _ = planned("--gpu-memory=16GiB", "--micro-batch=128")
     assert (config.train.micro_batch, config.train.recompute) == (128, "cheap")
-    config, _ = planned(gpu_memory="16GiB", set=("train.recompute=blocks",))
+    config, _ = planned("--gpu-memory=16GiB", "--train.recompute=blocks")
     assert (config.train.micro_batch, config.train.recompute) == (512, "blocks")
-    config, said = planned(gpu_memory="16GiB", micro_batch=2, set=("train.recompute=blocks",))
+    config, said = planned("--gpu-memory=16GiB", "--micro-batch=2", "--train.recompute=blocks")
     assert (config.train.micro_batch, config.train.recompute, said) == (2, "blocks", "")
     config, said = planned()
     assert (config.train.micro_batch, config.train.recompute, said) == (0, "none", "")
     with pytest.raises(ConfigError, match="too little"):
-        planned(gpu_memory="1GiB")
+        planned("--gpu-memory=1GiB")
 
 
 def test_memory_of_a_cpu_is_not_capped(mapet, cache, tmp_path) -> None:
@@ -123,15 +121,8 @@ def test_out_of_memory_is_an_error_without_traceback(mapet, cache, tmp_path, mon
     def no_memory(*arguments):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr("mapet.training.learner.Learner._forward", no_memory)
+    monkeypatch.setattr("mapet.training.learner.Learner._forward_backward", no_memory)
     options = ("--cache", cache, "--output", tmp_path, *TRAINING)
     mapet.fail("pretrain", *options, code=1, names=("micro-batch 8", "--micro-batch=4", "--auto-batch"))
     failed = mapet("pretrain", *options, "--auto-batch")
     assert failed.code == 1 and "going on with 4" in failed.err and "micro-batch 1 and" in failed.err
-
-
-def test_the_field_of_old_says_what_took_its_place(mapet, cache) -> None:
-    option = "train.activation_checkpointing=true"
-    mapet.fail("pretrain", "--cache", cache, "--set", option, code=2, names=("train.recompute", "blocks for true"))
-    option = "train.recompute=some"
-    mapet.fail("pretrain", "--cache", cache, "--set", option, code=2, names=("none|cheap|blocks", "'some'"))

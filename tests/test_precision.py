@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_cache, make_config
+from tiny_run import latest, make_cache, make_config
 
-from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from mapet.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mapet.distributed import World
 from mapet.errors import CheckpointError, ConfigError
+from mapet.objectives import options
 from mapet.planning.memory import predict_memory, step_size
 from mapet.training import precision as precision_module
 from mapet.training.checkpoint import CheckpointStore
@@ -58,7 +59,7 @@ def test_processes_with_different_gpus_need_a_name(monkeypatch):
 def test_a_checkpoint_holds_what_auto_took_and_a_run_elsewhere_is_told(cache, tmp_path, monkeypatch):
     changes = {"train.precision": "auto", "train.max_steps": 2}
     pretrain(make_config(cache, tmp_path, **changes))
-    assert CheckpointStore(tmp_path / "checkpoints").load_latest().state.config["train"]["precision"] == "fp32"
+    assert latest(CheckpointStore(tmp_path / "checkpoints")).state.config["train"]["precision"] == "fp32"
     assert pretrain(make_config(cache, tmp_path, **{**changes, "train.max_steps": 3})).step == 3
     monkeypatch.setattr(precision_module, "automatic", lambda capability: "bf16")
     message = r"train.precision was fp32, is bf16 \(what auto takes on cpu; to go on here, name the earlier one\)"
@@ -80,7 +81,7 @@ def test_a_learner_wants_it_settled(cache):
 
 
 def test_the_plan_of_auto_is_that_of_two_bytes():
-    config = RunConfig(ModelConfig(), ObjectiveConfig(), optim=OptimConfig(global_batch=64))
+    config = RunConfig(ModelConfig(), options("mapet"), optim=OptimConfig(global_batch=64))
     auto, bf16, fp16 = (
         predict_memory(step_size(replace(config, train=TrainConfig(precision=name)), 1))
         for name in ("auto", "bf16", "fp16")

@@ -110,7 +110,7 @@ def test_an_uncaught_exception_ends_a_run_with_workers(cache, tmp_path):
     """D2: a stray file in checkpoints/ made the second save fail, and the run hung for ever."""
     script = tmp_path / "broken.py"
     script.write_text(
-        "import sys\nimport tiny_run\nfrom mapet import train\n"
+        "import sys\nimport tiny_run\nfrom mapet.training import loop as train\n"
         "def broken(self, done):\n    raise ZeroDivisionError('a bug')\n"
         "train.Run.save = broken\nsys.exit(tiny_run.main(*sys.argv[1:]))\n"
     )

@@ -9,7 +9,7 @@ from rich.console import Console
 from mapet.progress import LiveProgress, PlainProgress, duration, make_progress
 from mapet.training.metrics import StepMetrics
 
-METRICS = StepMetrics(30, 1.5, 4.25, 0.125, 1.5e-3, 2.0, 2225.4, 0.03, 3661.0)
+METRICS = StepMetrics(30, 1.5, 4.25, {"accuracy": 0.125}, 1.5e-3, 2.0, 2225.4, 0.03, 3661.0)
 
 
 def test_a_plain_line_says_everything():

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
+from itertools import chain
 from pathlib import Path
 
 import pytest
+
+from mapet.commands.options import COMMANDS, EXAMPLES
+from mapet.commands.parsing import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,3 +45,34 @@ def test_figures_have_a_record() -> None:
 def test_kernels_do_not_import_mapet() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not re.search(r"^\s*(?:from|import) mapet(?:\.|\s)", path.read_text(), flags=re.MULTILINE), path
+
+
+COMMAND = re.compile(r"(?:^|[ `\"])mapet (tokenize|pretrain|plan|probe|codebook|export|demo|doctor)\b([^`\n#\"]*)")
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "Makefile",
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("mapet/**/*.py"),
+]
+
+
+def test_every_command_line_has_options_that_exist(mapet) -> None:
+    """In all texts and sources; those that stand alone are parsed."""
+    helps = {name: mapet.succeed(name, "--help").out.replace(",", " ") + " --help --masked " for name in COMMANDS}
+    seen = 0
+    for path in TEXTS:
+        for name, rest in COMMAND.findall(re.sub(r"\\\\?\n *", "", path.read_text())):
+            words = rest.replace("...", "").split()
+            options = [word.partition("=")[0].strip(".,;:)'") for word in words if re.match("--[a-z]", word)]
+            assert not [option for option in options if f"{option} " not in helps[name]], (path, name, rest)
+            seen += len(options)
+    assert seen > 60
+
+
+@pytest.mark.parametrize(
+    "line", [*re.findall(r"^    (mapet [^#\n]+)", README, flags=re.MULTILINE), *chain(*EXAMPLES.values())]
+)
+def test_a_command_line_that_stands_alone_can_be_parsed(line) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    assert parse([name, *arguments])[0] == name

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
-from mapet.config import check_cut
 from mapet.errors import ConfigError
 from mapet.recipes import RECIPES, recipe
 
@@ -36,12 +33,11 @@ def test_the_numbers_are_those_of_table_8(name):
     assert (optim.lr, optim.min_lr, optim.warmup_lr) == (1.5e-3, 1e-5, 1e-6)
     assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip) == (0.9, 0.999, 1e-8, 0.05, 3.0)
     assert (config.data.color_jitter, config.train.ema_decay, config.train.precision) == (0.4, 0.0, "fp16")
-    check_cut(config.objective.cut, model.tokens)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_docstring_states_command_cost_and_result(name):
-    text = importlib.import_module(f"mapet.recipes.{name}").__doc__
+    text = RECIPES[name].__doc__
     cache = recipe(name).data.cache
     said = (
         "torchrun",
@@ -49,5 +45,5 @@ def test_the_docstring_states_command_cost_and_result(name):
         "mapet tokenize --images imagenet/train --tokenizer kclip",
         f"--output {cache}",
     )
-    for part in (*said, *SIZES[name][4], "cooldown_epochs=10", "schedule_per=epoch"):
+    for part in (*said, *SIZES[name][4]):
         assert part in text

@@ -7,12 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tasks import draws_for, make_task, random_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapet.config import ModelConfig, ObjectiveConfig
-from mapet.objectives import OBJECTIVES, Objective, build_objective
+from mapet.config import ModelConfig
+from mapet.objectives import OBJECTIVES
 from mapet.objectives import two_stream as base
+from mapet.objectives.two_stream import TwoStreamTask
 
 LEVELS = ("none", "cheap", "blocks")
 SIZES = ModelConfig(image_size=24, patch_size=8, width=32, depth=3, heads=2, vocabulary=40, drop_path=0.3)
@@ -20,29 +22,15 @@ WIDE = ModelConfig(image_size=96, patch_size=16, width=192, depth=6, heads=3, vo
 """Deep and wide enough that the blocks' activations are nearly all that is kept."""
 
 
-def objective_for(name: str, level: str, config: ModelConfig = SIZES, cut: int = 4) -> Objective:
-    torch.manual_seed(0)
-    return build_objective(ObjectiveConfig(name, cut), config, recompute=level)
-
-
-def batch_for(objective: Objective, images: int = 4) -> tuple[Tensor, ...]:
-    """Arguments of the objective."""
-    config, generator = objective.config, torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (images, 3, config.image_size, config.image_size), generator=generator)
-    tokens = torch.randint(0, config.vocabulary, (images, config.patches), generator=generator)
-    plan = objective.sample_plan(images, generator, "cpu")
-    return pixels.to(torch.uint8), tokens, plan.permutation, plan.keep
-
-
-def gradients(objective: Objective, *, precision: torch.dtype | None = None, compiled: bool = False) -> list[Tensor]:
-    function = torch.compile(objective, fullgraph=True, backend="aot_eager") if compiled else objective
+def gradients(task: TwoStreamTask, *, precision: torch.dtype | None = None, compiled: bool = False) -> list[Tensor]:
+    function = torch.compile(task, fullgraph=True, backend="aot_eager") if compiled else task
     with nullcontext() if precision is None else torch.autocast("cpu", precision):
-        loss, _ = function(*batch_for(objective), False)
+        loss = function(random_batch(task.config), draws_for(task), metrics=False)["loss"]
     loss.backward()
-    return [p.grad for p in objective.parameters()]
+    return [p.grad for p in task.parameters()]
 
 
-def kept_bytes(objective: Objective, precision: torch.dtype | None) -> int:
+def kept_bytes(objective: TwoStreamTask, precision: torch.dtype | None) -> int:
     """Bytes that a forward pass keeps for the backward pass, every storage once, weights excepted."""
     own = {p.untyped_storage().data_ptr() for p in (*objective.parameters(), *objective.buffers())}
     kept: dict[int, Tensor] = {}
@@ -52,17 +40,17 @@ def kept_bytes(objective: Objective, precision: torch.dtype | None) -> int:
             kept[place] = x
         return x
 
-    arguments = batch_for(objective)
+    arguments = random_batch(objective.config), draws_for(objective)
     cast = nullcontext() if precision is None else torch.autocast("cpu", precision)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), cast:
-        objective(*arguments, False)
+        objective(*arguments, metrics=False)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 @pytest.mark.parametrize("level", ["cheap", "blocks"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_are_the_same_to_the_bit(name: str, level: str) -> None:
-    expected, actual = gradients(objective_for(name, "none")), gradients(objective_for(name, level))
+    expected, actual = gradients(make_task(name, model=SIZES)), gradients(make_task(name, model=SIZES, recompute=level))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
@@ -70,22 +58,23 @@ def test_gradients_are_the_same_to_the_bit(name: str, level: str) -> None:
 def test_compiled_gradients_are_the_same_to_the_bit(level: str) -> None:
     torch._dynamo.reset()
     expected, actual = (
-        gradients(objective_for("mapet", "none")),
-        gradients(objective_for("mapet", level), compiled=True),
+        gradients(make_task("mapet", model=SIZES)),
+        gradients(make_task("mapet", model=SIZES, recompute=level), compiled=True),
     )
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("level", ["cheap", "blocks"])
 def test_gradients_are_the_same_to_the_bit_in_bf16(level: str) -> None:
-    expected, actual = (gradients(objective_for("mapet", x), precision=torch.bfloat16) for x in ("none", level))
+    tasks = (make_task("mapet", model=SIZES, recompute=x) for x in ("none", level))
+    expected, actual = (gradients(task, precision=torch.bfloat16) for task in tasks)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_cheap_keeps_at_most_two_thirds_and_blocks_less_again(name: str, precision: torch.dtype | None) -> None:
-    none, cheap, blocks = (kept_bytes(objective_for(name, level, WIDE, cut=10), precision) for level in LEVELS)
+    none, cheap, blocks = (kept_bytes(make_task(name, 10, WIDE, recompute=level), precision) for level in LEVELS)
     assert cheap <= none * 2 / 3
     assert blocks <= cheap / 3
 
@@ -106,9 +95,9 @@ class Products(TorchDispatchMode):
 def test_cheap_repeats_no_product_and_blocks_all_but_the_last() -> None:
     counts = {}
     for level in LEVELS:
-        objective = objective_for("mapet", level)
+        objective = make_task("mapet", model=SIZES, recompute=level)
         with Products() as products:
-            objective(*batch_for(objective), False)[0].backward()
+            objective(random_batch(SIZES), draws_for(objective), metrics=False)["loss"].backward()
         counts[level] = products.seen
     assert counts["cheap"] == counts["none"]
     repeated = counts["blocks"] - counts["none"]
@@ -117,11 +106,11 @@ def test_cheap_repeats_no_product_and_blocks_all_but_the_last() -> None:
 
 def test_blocks_go_through_the_network_in_parts(monkeypatch) -> None:
     """The same predictions, in the same order, and gradients up to the order of sums."""
-    whole = objective_for("mapet", "none").double()
-    parts = objective_for("mapet", "blocks").double()
+    whole = make_task("mapet", model=SIZES).double()
+    parts = make_task("mapet", model=SIZES, recompute="blocks").double()
     monkeypatch.setattr(base, "RECOMPUTED_AT_ONCE", 3)
-    images, _, permutation, keep = batch_for(whole)
-    keep = keep.double()
+    images, draws = random_batch(SIZES)["images"], draws_for(whole)
+    permutation, keep = draws["permutation"], draws["keep"].double()
     seen = []
     parts.model.blocks[0].norm1.register_forward_hook(lambda *call: seen.append(len(call[2])))
     torch.testing.assert_close(

@@ -8,19 +8,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tasks import draws_for, make_task, random_batch
 from test_learner import batches, make_learner, run
 from tiny_run import make_cache, make_config
 from torch import Tensor
 
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, to_dict
+from mapet.config import ModelConfig, RunConfig, SpeedConfig, to_dict
 from mapet.data.cache import TokenCache
 from mapet.distributed import World
 from mapet.errors import ConfigError
 from mapet.model.stochastic_depth import Kept, add, kept_images, take
-from mapet.objectives import OBJECTIVES, Objective, build_objective
+from mapet.objectives import OBJECTIVES
 from mapet.training.checkpoint import config_differences
 from mapet.training.graphs import GraphedPass
-from mapet.training.learner import check_speed, skips_dropped
+from mapet.training.learner import check_speed
 
 SIZES = ModelConfig(image_size=24, patch_size=8, width=32, depth=3, heads=2, vocabulary=40, drop_path=0.4)
 IMAGES = 6
@@ -31,75 +32,53 @@ def cache(tmp_path):
     return TokenCache.open(make_cache(tmp_path / "cache"))
 
 
-def objective_for(name: str, *, recompute: str = "none", **speed: bool) -> Objective:
-    torch.manual_seed(0)
-    objective = ObjectiveConfig(name, 4)
-    return build_objective(objective, SIZES, recompute=recompute, speed=SpeedConfig(**speed)).double()
-
-
-def loss_and_gradients(objective: Objective, *, skip: bool, keep: Tensor | None = None) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shape = (IMAGES, 3, SIZES.image_size, SIZES.image_size)
-    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    tokens = torch.randint(0, SIZES.vocabulary, (IMAGES, SIZES.patches), generator=generator)
-    plan = objective.sample_plan(IMAGES, generator, "cpu")
-    keep = plan.keep if keep is None else keep
-    loss, _ = objective(images, tokens, plan.permutation, objective.kept(keep, "cpu") if skip else keep, False)
+def loss_and_gradients(name: str, *, skip: bool, keep: Tensor | None = None, recompute: str = "none") -> list[Tensor]:
+    task = make_task(name, model=SIZES, recompute=recompute).double()
+    draws = draws_for(task, IMAGES)
+    if keep is not None:
+        draws["keep"] = keep
+    loss = task(random_batch(SIZES, IMAGES), task.ready(draws, torch.device("cpu")) if skip else draws)["loss"]
     loss.backward()
-    assert all(p.grad is not None for p in objective.parameters())
-    return [loss.detach(), *(p.grad for p in objective.parameters())]
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("switch", ["joint_streams", "fold_layer_scale", "prune_last_block", "chunked_head"])
-def test_a_switch_changes_neither_loss_nor_gradients(name: str, switch: str, skip: bool) -> None:
-    torch.testing.assert_close(
-        loss_and_gradients(objective_for(name, **{switch: False}), skip=skip),
-        loss_and_gradients(objective_for(name), skip=False),
-    )
+    assert all(p.grad is not None for p in task.parameters())
+    return [loss.detach(), *(p.grad for p in task.parameters())]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("recompute", ["none", "cheap", "blocks"])
 def test_left_out_work_changes_neither_loss_nor_gradients(name: str, recompute: str) -> None:
     torch.testing.assert_close(
-        loss_and_gradients(objective_for(name, recompute=recompute), skip=True),
-        loss_and_gradients(objective_for(name), skip=False),
+        loss_and_gradients(name, skip=True, recompute=recompute), loss_and_gradients(name, skip=False)
     )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_branch_that_drops_every_image_adds_nothing_and_has_gradients(name: str) -> None:
-    keep = torch.ones(3, 2, IMAGES)
-    keep[1, 0] = keep[2] = 0
+    keep = torch.ones(IMAGES, 3, 2)
+    keep[:, 1, 0] = keep[:, 2] = 0
     torch.testing.assert_close(
-        loss_and_gradients(objective_for(name), skip=True, keep=keep),
-        loss_and_gradients(objective_for(name), skip=False, keep=keep),
+        loss_and_gradients(name, skip=True, keep=keep), loss_and_gradients(name, skip=False, keep=keep)
     )
 
 
 def test_the_mlp_sees_the_rows_of_kept_images_only() -> None:
-    objective, rows = objective_for("mapet"), []
-    for block in objective.model.blocks:
+    task, rows = make_task("mapet", model=SIZES), []
+    for block in task.model.blocks:
         block.mlp.fc1.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
-    keep = torch.tensor([1.0, 0.0, 1.5, 0.0, 1.5, 1.5]).expand(3, 2, IMAGES)
-    loss_and_gradients(objective, skip=True, keep=keep)
-    whole, last = (sum(objective.layout(1).groups(predicted)) for predicted in (False, True))
+    keep = torch.tensor([1.0, 0.0, 1.5, 0.0, 1.5, 1.5]).view(IMAGES, 1, 1).expand(IMAGES, 3, 2)
+    task(random_batch(SIZES, IMAGES), task.ready(draws_for(task, IMAGES, keep=keep), torch.device("cpu")))
+    whole, last = (sum(task.layout(1).groups(predicted)) for predicted in (False, True))
     assert rows == [4 * whole, 4 * whole, 4 * last]
 
 
 def test_kept_images_are_those_of_the_draws() -> None:
     """Whatever was drawn, image by image: so skipping has the distribution that multiplying has."""
-    objective = objective_for("mapet")
-    generator, host = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
-    plan = objective.sample_plan(200, generator, "cpu", host)
-    kept = kept_images(plan.keep, "cpu")
+    keep = draws_for(make_task("mapet", model=SIZES), 200)["keep"]
+    kept = kept_images(keep, "cpu")
     assert kept[0] == (None, None)
     for block, rate in ((1, 0.2), (2, 0.4)):
         for branch in (0, 1):
             images, factor = kept[block][branch]
-            assert images.tolist() == [i for i in range(200) if plan.keep[block, branch, i] > 0]
+            assert images.tolist() == [i for i in range(200) if keep[i, block, branch] > 0]
             assert factor == pytest.approx(1 / (1 - rate))
             assert len(images) == pytest.approx(200 * (1 - rate), abs=4 * (200 * rate * (1 - rate)) ** 0.5)
 
@@ -117,36 +96,23 @@ def test_take_and_add_have_exact_gradients() -> None:
     torch.testing.assert_close(add(x, branch, kept, groups), added)
 
 
-@pytest.mark.parametrize(
-    ("switch", "workers"),
-    [("skip_dropped", 0), ("fused_optimizer", 0), ("wait_free", 0), ("device_jitter", 0), ("device_jitter", 2)],
-)
-def test_steps_are_the_same_with_a_switch_off(cache, switch: str, workers: int) -> None:
-    changes = {"train.micro_batch": 4, "train.ema_decay": 0.9, "data.workers": workers}
-    base, other = make_learner(cache, **changes), make_learner(cache, **changes, **{f"speed.{switch}": False})
+def test_steps_are_the_same_with_dropped_work_multiplied_away(cache) -> None:
+    changes = {"train.micro_batch": 4, "train.ema_decay": 0.9}
+    base, other = make_learner(cache, **changes), make_learner(cache, **changes, **{"speed.skip_dropped": False})
     run(base, cache, 0, 4)
     run(other, cache, 0, 4)
-    torch.testing.assert_close(other.model.state_dict(), base.model.state_dict())
+    torch.testing.assert_close(other.task.state_dict(), base.task.state_dict())
     torch.testing.assert_close(other.average.weights, base.average.weights)
     assert other.read().loss == pytest.approx(base.read().loss, rel=1e-6)
 
 
-def test_an_update_is_called_off_without_the_fused_optimizer_too(cache) -> None:
-    learner = make_learner(cache, **{"speed.fused_optimizer": False})
-    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
-    (batch,) = batches(cache, learner.config, 1)
-    learner.model.decoder.bias.register_hook(lambda gradient: gradient * float("inf"))
-    learner.step(0, batch, with_accuracy=False)
-    assert learner.failed().step == 0
-    torch.testing.assert_close(learner.model.state_dict(), before, rtol=0, atol=0)
-
-
 def test_dropped_work_is_multiplied_away_where_shapes_must_stay() -> None:
-    config = RunConfig()
-    assert skips_dropped(config)
-    for speed in (SpeedConfig(compile=True), SpeedConfig(cuda_graphs=True), SpeedConfig(skip_dropped=False)):
-        assert not skips_dropped(replace(config, speed=speed))
-    assert not skips_dropped(replace(config, model=replace(config.model, drop_path=0.0)))
+    assert make_task("mapet").skips_dropped
+    for speed in ({"compile": True}, {"cuda_graphs": True}, {"skip_dropped": False}):
+        task = make_task("mapet", **speed)
+        assert not task.skips_dropped
+        draws = draws_for(task)
+        assert task.ready(draws, torch.device("cpu"))["keep"] is draws["keep"]
 
 
 def test_a_recorded_pass_repeats_itself_on_new_inputs() -> None:
@@ -172,7 +138,7 @@ def test_a_recorded_pass_repeats_itself_on_new_inputs() -> None:
 
 
 def test_a_learner_steps_by_recordings(cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Micro-batches, jitter, drop-path and the average included, as an eager run; passes with accuracy are eager."""
+    """Micro-batches, jitter, drop-path and the average included, as an eager run; passes with metrics are eager."""
     made = []
 
     def record(call):
@@ -186,9 +152,9 @@ def test_a_learner_steps_by_recordings(cache, monkeypatch: pytest.MonkeyPatch) -
     graphed, eager = (make_learner(cache, **changes, **{"speed.cuda_graphs": on}) for on in (True, False))
     for learner in (graphed, eager):
         for step, batch in enumerate(batches(cache, learner.config, 4)):
-            learner.step(step, batch, with_accuracy=step == 2)
+            learner.step(step, batch, metrics=step == 2)
     assert len(made) == 1
-    torch.testing.assert_close(graphed.model.state_dict(), eager.model.state_dict())
+    torch.testing.assert_close(graphed.task.state_dict(), eager.task.state_dict())
     assert graphed.read().loss == pytest.approx(eager.read().loss, rel=1e-6)
 
 
@@ -223,5 +189,3 @@ def test_a_resumed_run_may_switch_all_but_fp8() -> None:
     assert config_differences(saved, to_dict(replace(RunConfig(), speed=SpeedConfig(fp8=True)))) == [
         "speed.fp8 was False, is True"
     ]
-    del saved["speed"]
-    assert config_differences(saved, switched) == []

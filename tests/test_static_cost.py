@@ -24,9 +24,6 @@ def test_floors() -> None:
     """553,648,128 pairs, 16 a clock on 132 processors of 1.75 GHz, by exp2 and, at 4096 FLOP a clock, by products."""
     floors = static_cost.floors(work(), instructions=924_000_000 * 1_000 // 4_000)
     assert floors == {"tensor cores": 149.8, "exp2": 149.8, "issue slots": 250.0, "L2": 200.0, "HBM": 153.95}
-    assert static_cost.binding(floors) == "issue slots"
-    assert static_cost.binding(floors | {"L2": 400.0}) == "L2"
-    assert static_cost.tensor_floor(297_145_344, 256) == 80.4
 
 
 @pytest.mark.parametrize(
@@ -67,8 +64,7 @@ def test_executed_instructions() -> None:
     assert static_cost.executed(code, loops, work(branches=(3, 5)), 5, 8) == 8 * (2 * 5 + 3 * 22 + 4)
     # Without mask tokens no key stands before a window, so that there is one mask, and code for one.
     assert static_cost.executed(code, loops, work(branches=(0, 5)), 5, 8) == 8 * (2 * 5 + 3 * 22 + 5)
-    assert static_cost.unrolled(loops["tile"], 8, 2 * 128 * 64 * 16) == 1
-    assert static_cost.unrolled(loops["tile"], 8, 128 * 64 * 16) == 2
+    assert loops["tile"].flop(warps=8) == 2 * 128 * 64 * 16
 
 
 def test_loops_that_are_not_understood() -> None:
@@ -81,15 +77,10 @@ def test_the_rates_are_those_of_the_data_sheet() -> None:
     assert H200.tensor_flop * H200.processors * 1.83e9 == pytest.approx(989e12, rel=0.001)
 
 
-def test_the_table_says_what_its_columns_and_shapes_are() -> None:
+def test_the_shapes_are_described() -> None:
     pytest.importorskip("triton")
-    from bench import aot
+    from bench.aot_cases import CASES
 
-    assert {name for key in aot.LEGEND for name in key.split(", ")} <= {*aot.COLUMNS, "in one pass"}
-    assert aot.instructions_of("tile", {"instructions": 331, "branches": [66, 66]}) == "tile 331 + 66 + 66"
-    assert "tile 331 + 66 + 66" in aot.LEGEND["instructions"]
-    assert aot.described(["target", "kmeans_narrow"]) == [
-        "target: two-stream attention, plain: B x H = 256 x 12 = 3072, N = 197, c = 50, D = 64, bf16",
-        "kmeans_narrow: k-means, exact: 65536 rows, 8192 clusters, 64 features, bf16",
-        "",
-    ]
+    target = "two-stream attention, plain: B x H = 256 x 12 = 3072, N = 197, c = 50, D = 64, bf16"
+    narrow = "k-means, exact: 65536 rows, 8192 clusters, 64 features, bf16"
+    assert [CASES[name].described for name in ("target", "kmeans_narrow")] == [target, narrow]

@@ -31,7 +31,7 @@ def test_hand_counts_at_the_target() -> None:
     # [0, 197), [0, 226), [30, 290), [94, 344): 4, 4, 5 and 4 tiles of 64. A mask for keys before the window of a row
     # where a tile begins before the largest shift (0, 29, 93, 147), one for keys after where it ends beyond
     # 197 + the least (0, 0, 30, 94): the last of the first program, and so on.
-    assert tile_count.two_stream_by_row(Shape(197, 50), 128, 64) == Tiles(
+    assert tile_count.by_row(Shape(197, 50), 128, 64) == Tiles(
         programs=4,
         tiles=4 + 4 + 5 + 4,
         masks=(0 + 1 + 1 + 1, 1 + 1 + 2 + 1),
@@ -77,13 +77,3 @@ def test_tiles_hold_every_visible_pair_and_masks_every_invisible_one(
                 if x >= full_lo and x + rows <= full_hi:
                     assert seen[x : x + rows, p : p + keys].all()
         assert (met | ~seen).all()
-
-
-def test_prefix_suffix_counts_by_hand() -> None:
-    # Two content keys before the cut, two after it, two suffix keys; rows of shifts 0, 1 and 2.
-    seen = tile_count.prefix_suffix(np.array([0, 1, 2]), 2, 4, 2)
-    assert seen.astype(int).tolist() == [[1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0]]
-    # Rows 0 and 1 see the keys 0, 1, 2, 4, 5: of blocks of two, [0, 1] needs no mask. Row 2 sees 0 to 3: two such.
-    assert tile_count.prefix_suffix_by_row(seen, 4, 2, 2) == Tiles(2, tiles=5, masks=(2,), passing=9, staying=3)
-    # Keys [0, 1]: rows 0 and 1 whole, row 2 is half a tile; [2, 3]: a part of both tiles; [4, 5]: of the first.
-    assert tile_count.prefix_suffix_by_key(seen, 2, 2) == Tiles(3, tiles=5, masks=(4,), passing=8, staying=6)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny_run import IMAGES, make_cache, make_config
+from tiny_run import IMAGES, latest, make_cache, make_config
 
 from mapet.config import ModelConfig
 from mapet.data.loader import step_ids
@@ -48,7 +48,7 @@ def before_step(monkeypatch):
 
 
 def final_state(output: Path):
-    return CheckpointStore(output / "checkpoints").load_latest().state
+    return latest(CheckpointStore(output / "checkpoints")).state
 
 
 def flatten(value, name: str = "") -> dict[str, object]:
@@ -84,7 +84,7 @@ def test_assertion_01_resume_is_exact(precision, stop, cache, tmp_path, before_s
         while handles:
             handles.pop().remove()
         if precision == "fp16" and step == 4:
-            weight = learner.model.norm.weight
+            weight = learner.task.model.norm.weight
             handles.append(weight.register_hook(lambda gradient: torch.full_like(gradient, float("inf"))))
 
     before_step(disturb)
@@ -171,7 +171,7 @@ def test_assertion_05_a_signal_to_a_process_and_its_workers(number, code, cache,
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_assertion_06_resumed_sample_ids(workers, cache, tmp_path, before_step):
     seen = []
-    before_step(lambda learner, step, batch: seen.append((step, batch.ids.tolist())))
+    before_step(lambda learner, step, batch: seen.append((step, batch["ids"].tolist())))
     pretrain(make_config(cache, tmp_path, **{"data.workers": workers, "train.max_steps": 7}))
     pretrain(make_config(cache, tmp_path, **{"data.workers": workers}))
     assert [step for step, _ in seen] == list(range(20))
@@ -189,7 +189,7 @@ def test_assertion_09_a_failure_names_step_and_batch_and_spares_the_checkpoint(l
     def poison(learner, step, batch):
         learners[:] = [learner]
         if step == 6:
-            handle = learner.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+            handle = learner.task.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
             learners.append(handle)
 
     before_step(poison)
@@ -201,9 +201,9 @@ def test_assertion_09_a_failure_names_step_and_batch_and_spares_the_checkpoint(l
     for part in ("step 6", ", ".join(map(str, ids)), "gradient norm nan", "before the weights changed"):
         assert part in str(caught.value)
     assert CheckpointStore(tmp_path / "broken/checkpoints").steps() == [5]
-    weights = {name: value.clone() for name, value in learners[0].model.state_dict().items()}
+    weights = {name: value.clone() for name, value in learners[0].task.state_dict().items()}
     pretrain(make_config(cache, tmp_path / "whole", **{"train.max_steps": 6}))
-    expected = final_state(tmp_path / "whole").model
+    expected = final_state(tmp_path / "whole").task
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -226,7 +226,7 @@ def test_assertion_09_exit_code_of_a_process(cache, tmp_path):
 def test_fp16_that_overflows_for_ever_ends_with_advice(cache, tmp_path, before_step):
     def poison(learner, step, batch):
         if step == 0:
-            learner.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+            learner.task.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
 
     before_step(poison)
     config = make_config(cache, tmp_path, **{"train.precision": "fp16", "optim.epochs": 20, "train.log_every": 50})

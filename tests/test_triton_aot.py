@@ -181,14 +181,10 @@ def test_problems_end_the_command_with_status_1(monkeypatch, capsys, tmp_path: P
     assert "ERROR key_gradient_kernel: serialized" in capsys.readouterr().out
 
 
-def test_another_triton_is_a_folder_or_a_version(tmp_path: Path) -> None:
+def test_unknown_shapes_are_refused() -> None:
     pytest.importorskip("triton")
     from bench import aot
 
-    assert aot.overlay("3.6") == aot.overlay("3.6.0") == OLDER
-    assert aot.overlay(str(tmp_path)) == tmp_path and not aot.is_loaded(tmp_path)
-    with pytest.raises(ValueError, match=r"no Triton in .*: pip install --no-deps --target"):
-        aot.run(aot.AotReport(triton=str(tmp_path), record=False))
     with pytest.raises(ValueError, match="unknown shapes nowhere; there are target, "):
         aot.of_shapes(aot.AotReport(shapes=("nowhere",)))
 

@@ -1,4 +1,7 @@
-"""The Triton kernels in Triton's interpreter: triton_*cases.py in their own process, as kernels are made at import."""
+"""The Triton kernels in Triton's interpreter, in processes of their own, as kernels are made at import.
+
+test_ops.py, test_kmeans.py and test_cuda_embed.py run for them what they run for every backend; triton_*cases.py more.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from mapet_kernels.backends import choose_backend
+from mapet_kernels.backends import INTERPRETED, choose_backend
 
-NAMES = ("prefix_", "embed_", "model_", "kmeans_")
-CASES = [(f"triton_{name}cases.py", "") for name in NAMES]
-# In two processes, as it takes the longest.
-CASES += [("triton_cases.py", "random or budget"), ("triton_cases.py", "not (random or budget)")]
 FOLDER = Path(__file__).parent
+JOBS = {
+    "attention, budget": ("test_ops.py", "-k", "triton and budget and two_stream"),
+    "ops": ("test_ops.py", "-k", "compiles or triton and (budget and not two_stream or strided or gradcheck)"),
+    "attention, random": ("triton_cases.py", "-k", "random or rules or long"),
+    "attention": ("triton_cases.py", "-k", "not (random or rules or long)"),
+    "kmeans": ("test_kmeans.py", "triton_kmeans_cases.py", "-k", "interpreted or triton_kmeans_cases"),
+    "embed, model": ("test_cuda_embed.py", "triton_model_cases.py"),
+}
 
-pytestmark = pytest.mark.slow
 
-
-@pytest.mark.parametrize(("cases", "chosen"), CASES)
-def test_kernels_in_the_interpreter(cases: str, chosen: str) -> None:
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is such a process")
+@pytest.mark.parametrize("job", JOBS)
+def test_kernels_in_the_interpreter(job: str) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(FOLDER / cases)]
-    command += ["-k", chosen] if chosen else []
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parent, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *JOBS[job]]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import flash_standin
 import pytest
 import torch
-from test_ops import outputs_and_gradients, with_inputs
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mapet_kernels import (
-    backends,
     prefix_suffix_attention,
     two_stream_attention,
     two_stream_attention_packed,
     visibility,
 )
-from mapet_kernels.backends import TWO_STREAM_BACKENDS, available_backends, choose_backend
+from mapet_kernels.backends import ATTENTION_BACKENDS
 from mapet_kernels.prefix_suffix_attention.op import prefix_suffix_attention_op
 from mapet_kernels.registry import REGISTRY, TwoStreamShape
 from mapet_kernels.two_stream_attention.op import two_stream_attention_op, two_stream_attention_packed_op
 
-BACKENDS = ["reference", "sdpa"]
+each_backend = pytest.mark.parametrize("backend", ["reference", "sdpa", "flash"])
+
+
+@pytest.fixture(autouse=True)
+def flash_stands_in() -> Iterator[None]:
+    """Backend "flash" takes CPU tensors."""
+    with flash_standin.used():
+        yield
 
 
 def make(shape: TwoStreamShape, dtype: torch.dtype = torch.float64):
@@ -30,7 +38,7 @@ def make(shape: TwoStreamShape, dtype: torch.dtype = torch.float64):
     return case.inputs, case.options
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_image_order_is_permuted_order_scattered(backend: str) -> None:
     inputs, options = make(TwoStreamShape(31, 9, image_order=True))
     perm = options.pop("perm")
@@ -43,7 +51,7 @@ def test_image_order_is_permuted_order_scattered(backend: str) -> None:
     torch.testing.assert_close(image_query, query)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("mask_tokens", [True, False])
 def test_packed_layout_equals_separate_tensors(backend: str, mask_tokens: bool) -> None:
     inputs, options = make(TwoStreamShape(31, 9, mask_tokens=mask_tokens))
@@ -95,7 +103,7 @@ def test_nothing_stands_between_the_op_and_its_outputs() -> None:
         assert out.is_contiguous() and out.untyped_storage().nbytes() == out.numel() * out.element_size()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_the_backward_pass_makes_the_gradients_and_nothing_else(backend: str) -> None:
     inputs, options = make(TwoStreamShape(17, 5))
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -106,7 +114,7 @@ def test_the_backward_pass_makes_the_gradients_and_nothing_else(backend: str) ->
     assert made.shapes(BACKWARD) == [x.shape for x in leaves.values()] and len(made.tensors) == len(leaves)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("cuts", [5, (5, 11)])
 @pytest.mark.parametrize("image_order", [False, True])
 def test_an_output_without_a_gradient_costs_one_buffer_of_zeros(backend: str, cuts, image_order: bool) -> None:
@@ -127,8 +135,7 @@ def test_an_output_without_a_gradient_costs_one_buffer_of_zeros(backend: str, cu
         assert {name for name, _ in made.tensors} == {"aten::zeros_like", BACKWARD}
 
 
-@pytest.mark.parametrize("used", [0, 1])
-@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize(("used", "both"), [(0, True), (1, False)])
 def test_an_output_without_a_gradient_compiles(used: int, both: bool) -> None:
     """Whether the compiled function returns the other output or drops it."""
     inputs, options = make(TwoStreamShape(11, 4))
@@ -143,11 +150,10 @@ def test_an_output_without_a_gradient_compiles(used: int, both: bool) -> None:
         leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
         out = function(**leaves)[used if both else 0]
         gradients.append(torch.autograd.grad(out.square().sum(), list(leaves.values())))
-    for eager, compiled in zip(*gradients, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_outputs_can_be_used_twice_and_the_graph_kept(backend: str) -> None:
     inputs, options = make(TwoStreamShape(11, 4))
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -161,7 +167,7 @@ def test_outputs_can_be_used_twice_and_the_graph_kept(backend: str) -> None:
         torch.testing.assert_close(first, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_padding_rows_are_zero_and_leave_no_trace(backend: str) -> None:
     """With one cut per image, whatever stands in padding rows changes no output and gets no gradient."""
     inputs, options = make(TwoStreamShape(13, (4, 9), image_order=True))
@@ -182,7 +188,7 @@ def test_padding_rows_are_zero_and_leave_no_trace(backend: str) -> None:
     assert all(gradients[name][1, 17:].abs().max() == 0 for name in ("q_content", "k", "v"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_no_leak_from_a_target_to_itself_or_to_earlier_ones(backend: str) -> None:
     """Query row i has no gradient with respect to the content keys and values of targets >= i."""
     inputs, options = make(TwoStreamShape(11, 4, batch=1))
@@ -195,7 +201,7 @@ def test_no_leak_from_a_target_to_itself_or_to_earlier_ones(backend: str) -> Non
             assert seen.tolist() == [j < 4 + i for j in range(11)] + [j >= i for j in range(7)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_a_row_that_sees_nothing_is_zero_with_finite_gradients(backend: str) -> None:
     """Reliability, assertion 14."""
     inputs, options = make(TwoStreamShape(7, 0, mask_tokens=False))
@@ -206,12 +212,13 @@ def test_a_row_that_sees_nothing_is_zero_with_finite_gradients(backend: str) -> 
     assert all(torch.isfinite(g).all() for g in gradients)
     assert gradients[1][:, 0].abs().max() == 0
     q, k = torch.randn(2, 5, 2, 8), torch.randn(2, 9, 2, 8)
-    blind = prefix_suffix_attention(q, k, k, torch.full((5,), -3), backend=backend)
-    assert blind.abs().max() == 0
+    if backend in ATTENTION_BACKENDS:
+        blind = prefix_suffix_attention(q, k, k, torch.full((5,), -3), backend=backend)
+        assert blind.abs().max() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_autocast_runs_in_the_dtype_of_the_region(backend: str, dtype: torch.dtype) -> None:
     inputs, options = make(TwoStreamShape(17, 5), torch.float32)
     expected = two_stream_attention(**{n: x.to(dtype) for n, x in inputs.items()}, **options, backend=backend)
@@ -219,18 +226,17 @@ def test_autocast_runs_in_the_dtype_of_the_region(backend: str, dtype: torch.dty
     leaves["q_query"] = leaves["q_query"].detach().to(dtype).requires_grad_()  # mixed dtypes are cast too
     with torch.autocast("cpu", dtype):
         actual = two_stream_attention(**leaves, **options, backend=backend)
-        single = prefix_suffix_attention(
-            leaves["k"], leaves["k"], leaves["v"], visibility.causal_shifts(29), backend=backend
-        )
+        if backend in ATTENTION_BACKENDS:
+            k, shift = leaves["k"], visibility.causal_shifts(29)
+            assert prefix_suffix_attention(k, k, leaves["v"], shift, backend=backend).dtype == dtype
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == dtype
         assert torch.equal(a, b)
-    assert single.dtype == dtype
     gradients = torch.autograd.grad(actual[0].float().sum() + actual[1].float().sum(), list(leaves.values()))
     assert [g.dtype for g in gradients] == [x.dtype for x in leaves.values()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_opcheck(backend: str) -> None:
     """torch.library's own checks: schema, autograd registration, fake tensors, AOT dispatch (assertion 10)."""
     inputs, options = make(TwoStreamShape(9, 4, size=16, image_order=True), torch.float32)
@@ -240,56 +246,7 @@ def test_opcheck(backend: str) -> None:
     q = torch.randn(2 * 19, 2, 16, requires_grad=True)
     kv = torch.randn(2, 14, 2, 2, 16, requires_grad=True)
     opcheck(two_stream_attention_packed_op, (q, kv, 4, 5, True, 0.25, backend))
+    if backend not in ATTENTION_BACKENDS:
+        return
     shift = visibility.causal_shifts(5)
     opcheck(prefix_suffix_attention_op, (q_query, k, v, shift, 4, None, 5, 0.25, backend))
-
-
-@pytest.mark.parametrize("backend", [*BACKENDS, "matmul"])
-@pytest.mark.parametrize("name", ["two_stream_attention", "prefix_suffix_attention"])
-def test_another_default_device_changes_nothing(name: str, backend: str) -> None:
-    """What the ops allocate is on the device of their inputs, not on torch.set_default_device's."""
-    spec = REGISTRY[name]
-    if backend not in spec.backends:
-        return
-    for shape in spec.shapes.values():
-        results = []
-        for device in ("cpu", "meta"):
-            torch.set_default_device(device)
-            try:
-                case = spec.make_case(shape, torch.float32)
-                results.append(
-                    outputs_and_gradients(
-                        spec.function, with_inputs(case, torch.float32), case.options, backend=backend
-                    )
-                )
-            finally:
-                torch.set_default_device(None)
-        (out, gradients), (meta_out, meta_gradients) = results
-        for a, e in zip([*meta_out, *meta_gradients.values()], [*out, *gradients.values()], strict=True):
-            assert torch.equal(a, e)
-
-
-def test_backend_choice_is_a_pure_function_of_the_device() -> None:
-    assert choose_backend("auto", "cpu") == "sdpa" and choose_backend("auto", "cuda") == "sdpa"
-    assert choose_backend("auto", "meta") == "reference"
-    assert choose_backend("auto", "cpu", torch.bfloat16) == "sdpa", "an op without matmul"
-    assert choose_backend("auto", "cpu", torch.bfloat16, TWO_STREAM_BACKENDS) == "matmul"
-    assert choose_backend("auto", "cpu", torch.float16, TWO_STREAM_BACKENDS) == "sdpa"
-    available = available_backends("cpu")
-    assert available.keys() == set(TWO_STREAM_BACKENDS) and available["sdpa"] is available["matmul"] is None
-    with pytest.raises(ValueError, match="cannot run here: needs a CPU or CUDA device, not meta"):
-        choose_backend("sdpa", "meta")
-
-
-def test_auto_takes_triton_on_a_gpu_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decided by device, dtype and head size; a V100 or float64 falls back to torch's attention, or the reference."""
-    monkeypatch.setattr(backends, "reason_against_triton", lambda device, dtype: None)
-    assert choose_backend("auto", "cuda:1", torch.bfloat16, TWO_STREAM_BACKENDS, 128) == "triton"
-    assert choose_backend("auto", "cuda", torch.float32, ("reference", "triton")) == "triton"
-    assert choose_backend("auto", "cuda", torch.bfloat16, TWO_STREAM_BACKENDS, 129) == "sdpa"
-    assert choose_backend("auto", "cpu", torch.float32, TWO_STREAM_BACKENDS, 64) == "sdpa"
-    monkeypatch.setattr(backends, "reason_against_triton", lambda device, dtype: "too old")
-    assert choose_backend("auto", "cuda", torch.float16, TWO_STREAM_BACKENDS, 64) == "sdpa"
-    assert choose_backend("auto", "cuda", torch.float16, ("reference", "triton")) == "reference"
-    with pytest.raises(ValueError, match="backend 'triton' cannot run here: too old"):
-        choose_backend("triton", "cuda", torch.float16, TWO_STREAM_BACKENDS, 64)

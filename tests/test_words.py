@@ -16,11 +16,13 @@ from command_line import FIT, SIZES, TRAINING, pictures
 from rich.console import Console
 from tiny_run import make_cache, make_config
 
-from mapet.commands.options import COMMANDS, in_options
+from mapet.commands import doctor
+from mapet.commands.options import Doctor
+from mapet.commands.parsing import as_typed
 from mapet.commands.probe import as_table
 from mapet.data.images import folder_source
-from mapet.doctor import Finding, doctor, run_findings
-from mapet.evaluate import EvaluationResult, Score
+from mapet.evaluate.frozen import EvaluationResult, Score
+from mapet.machine import Finding
 from mapet.report.loss_curve import read_metrics
 from mapet.report.markdown import plain, table
 from mapet.training.loop import pretrain
@@ -71,7 +73,7 @@ def mapet_process(*arguments: object, **options) -> subprocess.Popen:
 
 
 def test_a_reader_that_leaves_ends_it_quietly():
-    process = mapet_process("pretrain", "--list-options")
+    process = mapet_process("pretrain", "--help")
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 141)
     process.stderr.close()
@@ -80,7 +82,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_streams_are_no_failure(closed):
     done = subprocess.run(
-        f"{sys.executable} -m mapet pretrain --list-options {closed}", shell=True, capture_output=True, timeout=60
+        f"{sys.executable} -m mapet pretrain --help {closed}", shell=True, capture_output=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -95,11 +97,10 @@ def test_variables_of_torchrun_that_are_no_numbers(name, mapet, tmp_path, monkey
 
 
 def test_fields_are_named_as_they_are_typed():
-    text = "optim.global_batch 9: lower optim.lr. --set optim.clip, --cut (objective.cut), a/train.output/b, train.x"
-    told = "--batch 9: lower --lr. --set optim.clip, --cut (objective.cut), a/train.output/b, train.x"
-    assert in_options(text, COMMANDS["pretrain"]) == told
-    assert in_options("raise data.patience (20 s)", COMMANDS["pretrain"]) == "raise --set data.patience (20 s)"
-    assert in_options("optim.global_batch 9", COMMANDS["plan"]) == "--set optim.global_batch 9"
+    text = "optim.global_batch 9: lower optim.lr. --optim.clip, (objective.cut) a/train.output/b, train.x, train.keep=3"
+    told = "--batch 9: lower --lr. --optim.clip, (--cut) a/train.output/b, train.x, --train.keep=3"
+    assert as_typed(text) == told
+    assert as_typed("raise data.patience (20 s)") == "raise --data.patience (20 s)"
 
 
 def test_a_folder_of_another_kind_is_named(mapet, tmp_path):
@@ -107,7 +108,7 @@ def test_a_folder_of_another_kind_is_named(mapet, tmp_path):
     for command in (("probe", "--images", "digits"), ("export", "--output", tmp_path / "model")):
         mapet.fail(*command, "--checkpoint", cache, code=1, names=(f"{cache} is a token cache; give a run folder",))
     mapet.fail("tokenize", "--images", cache, code=1, names=(f"no image in {cache}", "(it is a token cache)"))
-    assert "holds no checkpoint (it is a token cache)" in str(run_findings(cache))
+    assert "holds no checkpoint (it is a token cache)" in str(doctor.run_findings(cache))
 
 
 def test_a_second_interrupt_prints_no_traceback(tmp_path):
@@ -181,14 +182,14 @@ def test_commands_whose_folders_have_names_of_any_bytes(mapet, tmp_path):
 class TestDoctor:
     @pytest.fixture(autouse=True)
     def only_these(self, monkeypatch):
-        monkeypatch.setattr("mapet.doctor.backend_findings", lambda *_: [])
+        monkeypatch.setattr("mapet.commands.doctor.backend_findings", lambda *_: [])
 
     def test_damage_is_exit_code_1_and_health_0(self, tmp_path):
         cache = make_cache(tmp_path / "c")
-        assert doctor(cache=cache, console=Console(quiet=True)) == 0
+        assert doctor.run(Doctor(cache), Console(quiet=True)) == 0
         (tokens,) = cache.glob("tokens*.npy")
         tokens.write_bytes(tokens.read_bytes()[:-1] + b"\xff")
-        assert doctor(cache=cache, console=Console(quiet=True)) == 1
+        assert doctor.run(Doctor(cache), Console(quiet=True)) == 1
 
     @pytest.mark.parametrize("kind", ["pipe", "file", "missing", "pipe inside", "file for checkpoints", "long"])
     def test_what_is_no_folder_is_a_finding(self, kind, tmp_path):
@@ -205,14 +206,12 @@ class TestDoctor:
             place.mkdir()
             (place / "checkpoints").write_text("")
         console = Console(record=True, width=300)
-        assert doctor(cache=place, run=place, console=console) == 1
+        assert doctor.run(Doctor(place, place), console) == 1
         assert console.export_text().count("problem") >= 2
 
     def test_findings_are_printable(self):
         console = Console(record=True, width=100)
-        from mapet.doctor import as_table as findings_table
-
-        console.print(findings_table([Finding("run [/red]", "ok", "a\x1b[31m\udcff", "[/red]")]))
+        console.print(doctor.as_table([Finding("run [/red]", "ok", "a\x1b[31m\udcff", "[/red]")]))
         text = console.export_text()
         assert "\x1b" not in text and "\\xff" in text and "run [/red]" in text
 

@@ -17,8 +17,15 @@ from mapet.data.cache_writer import write_cache
 from mapet.data.manifest import CacheDescription
 from mapet.errors import MapetError
 from mapet.objectives import options
+from mapet.training.checkpoint import CheckpointStore, LoadedCheckpoint
 
 IMAGES = 40
+OBJECTIVE = {
+    "mapet": {},
+    "pim": {"objective.name": "pim"},
+    "mim": {"objective.name": "mim", "objective.masked": 12},
+}
+"""What makes the tiny run one of each method."""
 
 
 def make_cache(path: Path, *, images: int = IMAGES, seed: int = 0, vocabulary: int = 32) -> Path:
@@ -49,6 +56,12 @@ def make_config(cache: Path, output: Path, **changes: Any) -> RunConfig:
         train=TrainConfig(output=output, device="cpu", save_every=1000, log_every=1),
     )
     return change(config, changes)
+
+
+def latest(store: CheckpointStore, config: RunConfig | None = None) -> LoadedCheckpoint | None:
+    """The newest valid checkpoint, None where there is none."""
+    step = store.newest_valid()
+    return None if step is None else store.load(step, config)
 
 
 def main(cache: str, output: str, changes: str = "{}") -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from kmeans_attacks import ATTACKS, cut_off_attack, relu
-from test_kmeans import all_distances, assert_float64_argmin, near_ties, randn
+from kmeans_checks import (
+    DESCRIPTORS,
+    POINTERS,
+    all_distances,
+    assert_float64_argmin,
+    cut_off_attack,
+    randn,
+    relu,
+    use_tiles,
+)
+from op_checks import poisoned
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -21,38 +31,13 @@ from mapet_kernels.kmeans_assign import bound, kernel, passes, triton_backend
 from mapet_kernels.kmeans_assign.triton_backend import Found
 from mapet_kernels.kmeans_update import triton_backend as update_backend
 from mapet_kernels.launch import AssignConfig
-from mapet_kernels.registry import REGISTRY
 from mapet_kernels.triton_launch import Launch
-
-SMALL = AssignConfig(32, 16, 32, warps=4, stages=2, descriptors=False, capacity=4)
-WITH_DESCRIPTORS = AssignConfig(32, 32, 16, warps=4, stages=2, descriptors=True, capacity=2)
-CONFIGS = {"pointers": SMALL, "descriptors": WITH_DESCRIPTORS}
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch):
-    """torch.empty fills with NaN, integers with their largest: an element that is not written shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=CONFIGS)
-def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AssignConfig:
-    return use(monkeypatch, CONFIGS[request.param])
-
-
-def use(monkeypatch: pytest.MonkeyPatch, config: AssignConfig, shares: int | None = None) -> AssignConfig:
-    """Have the kernels run with these tiles and, where given, so many programs for the centroids of a row tile.
-
-    Kernels that go through rows once take many at a time: the interpreter's time goes by programs.
-    """
-    monkeypatch.setattr(launch, "kmeans_assign_scores", lambda *_: config)
-    monkeypatch.setattr(triton_backend, "_feature_blocks", lambda features, *_: (256 if features > 128 else 64, 64))
-    if shares is not None:
-        monkeypatch.setattr(launch, "kmeans_assign_shares", lambda *_: shares)
-    return config
+def poisoned_memory() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 def assign(x: Tensor, centroids: Tensor, **options):
@@ -66,86 +51,17 @@ def redecided(x: Tensor, centroids: Tensor) -> tuple[int, int]:
     return tuple(counts.tolist())
 
 
-@pytest.mark.parametrize(("i_attack", "attack"), enumerate(ATTACKS))
-def test_exact_ids_are_the_float64_argmin(monkeypatch: pytest.MonkeyPatch, i_attack: int, attack: str) -> None:
-    use(monkeypatch, list(CONFIGS.values())[i_attack % 2])
-    x, centroids = ATTACKS[attack]()
-    assert_float64_argmin(assign(x, centroids), x, centroids)
-
-
 @pytest.mark.parametrize("architecture", (80, 90))
 def test_tiles_of_the_launch_table(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
-    use(monkeypatch, launch.kmeans_assign_scores(128, True, launch.TARGETS[architecture]))
+    use_tiles(monkeypatch, launch.kmeans_assign_scores(128, True, launch.TARGETS[architecture]))
     x, centroids = relu(40, 128).half(), relu(140, 128, seed=1)
     assert redecided(x, centroids)[1] == 0
 
 
 def test_8192_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, AssignConfig(16, 16, 512, 4, 2, False))
+    use_tiles(monkeypatch, AssignConfig(16, 16, 512, 4, 2, False))
     x, centroids = relu(5, 8192), relu(7, 8192, seed=1)
     assert redecided(x, centroids)[1] == redecided(x.half(), centroids)[1] == 0
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_random_shapes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Any n, K, D, groups, tiles, shares, dtypes, scales and offsets; few levels make ties and duplicates common."""
-    choose = random.Random(seed)
-    rows, clusters = choose.choice((16, 32)), choose.choice((16, 32))
-    features = choose.choice((16, 32))
-    blocks = triton_backend._feature_blocks
-    use(monkeypatch, AssignConfig(rows, clusters, features, 4, 2, choose.random() < 0.5, choose.randint(1, 5)))
-    if choose.random() < 0.2:
-        monkeypatch.setattr(triton_backend, "_feature_blocks", blocks)
-    if choose.random() < 0.5:
-        count = choose.randint(1, 4)
-        monkeypatch.setattr(passes, "processors", lambda _: count)
-    n, k, d = choose.randint(1, 50), choose.choice((1, 2, 17, 40)), choose.choice((1, 3, 16, 31, 64, 97))
-    lead = choose.choice(((), (), (1,), (3,)))
-    dtype = choose.choice((torch.float16, torch.float32))
-    generator = torch.Generator().manual_seed(seed)
-    levels = choose.choice((2, 5, 1000))
-    values = torch.randint(levels, (*lead, n + k, d), generator=generator) / levels + choose.choice((0.0, 1.0, 100.0))
-    values = (values * 10.0 ** (choose.randint(-3, 2) if dtype == torch.float16 else choose.randint(-30, 30))).to(dtype)
-    x, centroids = values[..., :n, :], values[..., n:, :].contiguous()
-    ids, distances = assign(x, centroids, return_distance=True)
-    assert ids.shape == distances.shape == (*lead, n)
-    for group in range(*lead or (1,)):
-        here = group if lead else ...
-        assert_float64_argmin(ids[here], x[here], centroids[here])
-        truth = (x[here].double() - centroids[here].double()[ids[here]]).square().sum(-1)
-        torch.testing.assert_close(distances[here], truth.float(), rtol=2.0**-22, atol=0)
-
-
-@pytest.mark.parametrize("shares", [1, 2, 3, 5])
-def test_shares_of_the_centroids_do_not_change_the_ids(monkeypatch: pytest.MonkeyPatch, shares: int) -> None:
-    use(monkeypatch, SMALL, shares)
-    x, centroids = relu(50, 32).half(), relu(75, 32, seed=1)
-    centroids[60:] = centroids[:15]
-    truth = all_distances(x, centroids).argmin(1)
-    assert torch.equal(assign(x, centroids), truth)
-    assert torch.equal(assign(x, centroids, exact=False), truth)
-
-
-def test_chunks_of_rows_do_not_change_the_ids(monkeypatch: pytest.MonkeyPatch, config: AssignConfig) -> None:
-    x, centroids = near_ties(36, 16, 1e-7)
-    whole = assign(x.float(), centroids.float(), return_distance=True, return_redecided=True)
-    monkeypatch.setattr(passes, "COPY_BYTES", 1)
-    monkeypatch.setattr(passes, "CHUNK_ROWS", 1)
-    pieces = assign(x.float(), centroids.float(), return_distance=True, return_redecided=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
-
-
-def test_groups_in_several_passes_give_the_same_ids(monkeypatch: pytest.MonkeyPatch, config: AssignConfig) -> None:
-    """Rows that are read where they lie and rows that are copied, whole groups at a time and parts of one."""
-    for dtype in (torch.float16, torch.float32):
-        x, centroids = relu(3, 70, 32).to(dtype), relu(3, 20, 32, seed=1)
-        assert passes.is_direct(x, True, config) == (dtype == torch.float16)
-        whole = assign(x, centroids, return_distance=True, return_redecided=True)
-        for most in (64, 160):
-            with monkeypatch.context() as patch:
-                patch.setattr(passes, "CHUNK_ROWS", most)
-                parts = assign(x, centroids, return_distance=True, return_redecided=True)
-            assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def sparse(folder: Path, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -155,8 +71,8 @@ def sparse(folder: Path, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def test_lists_beyond_2_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """20 rows as the first of 2^29, in five shares: the last share's lists begin at 2^31, where 32 bits wrap."""
-    config, shares, most = replace(SMALL, capacity=1), 5, 2**29
-    use(monkeypatch, config, shares)
+    config, shares, most = replace(POINTERS, capacity=1), 5, 2**29
+    use_tiles(monkeypatch, config, shares)
     x, centroids = relu(1, 20, 32).half(), relu(1, 80, 32, seed=1)
     part, prepared = triton_backend.centroids_launch(centroids, x.dtype, True, config)
     part.run(x.device)
@@ -192,16 +108,9 @@ def test_lists_beyond_2_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert (nearest >= 64).any(), "the last share holds none of them, so nothing was shown"
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_ties_go_to_the_lowest_id(config: AssignConfig, exact: bool) -> None:
-    centroids = randn(30, 32)
-    repeated = torch.cat([centroids, centroids, centroids]).half()
-    assert torch.equal(assign(centroids.half(), repeated, exact=exact), torch.arange(30))
-    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
-    assert torch.equal(assign(torch.zeros(7, 2), corners, exact=exact), torch.zeros(7, dtype=torch.int64))
-
-
-def test_what_is_decided_again_is_counted(config: AssignConfig) -> None:
+@pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+def test_what_is_decided_again_is_counted(monkeypatch: pytest.MonkeyPatch, config: AssignConfig) -> None:
+    use_tiles(monkeypatch, config)
     x = randn(40, 64)
     assert redecided(x, x[:8] * 10) == (0, 0)
     twins = torch.cat([x[:8], x[:8]])
@@ -210,66 +119,6 @@ def test_what_is_decided_again_is_counted(config: AssignConfig) -> None:
     crowd = torch.cat([x[:1]] * (config.capacity + 1) + [x[1:8]])
     few, all_of_them = redecided(x[:1].repeat(40, 1), crowd)
     assert (few, all_of_them) == (0, 40)
-
-
-def test_most_rows_of_clip_like_features_need_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows around centroids, non-negative: the bound for 4096 features leaves a few of them, with few candidates."""
-    use(monkeypatch, AssignConfig(32, 64, 512, 4, 2, False))
-    centroids = relu(60, 4096, seed=1)
-    x = (centroids[:32] + 0.5 * randn(32, 4096)).relu().half()
-    assert redecided(x, centroids) == (0, 0)
-    few, among_all = redecided(relu(32, 4096).half(), centroids)
-    assert among_all == 0 and few < 16
-
-
-def test_fast_mode_agrees_on_separated_data(config: AssignConfig) -> None:
-    for dtype in (torch.float16, torch.float32):
-        x, centroids = randn(36, 64).to(dtype), (3 * randn(50, 64, seed=1)).to(dtype)
-        ids, distances = assign(x, centroids, exact=False, return_distance=True)
-        assert torch.equal(ids, all_distances(x, centroids).argmin(1))
-        torch.testing.assert_close(distances.double(), all_distances_of(x, centroids, ids))
-
-
-def all_distances_of(x: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
-    return (x.double() - centroids.double()[ids]).square().sum(1)
-
-
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "bad"),
-    [(torch.float16, float("nan")), (torch.float16, float("inf")), (torch.float32, -float("inf"))],
-    ids=str,
-)
-def test_rows_that_are_not_finite_are_named(
-    monkeypatch: pytest.MonkeyPatch, exact: bool, dtype: torch.dtype, bad: float
-) -> None:
-    use(monkeypatch, SMALL)
-    x, centroids = randn(40, 32).to(dtype), randn(9, 32, seed=1)
-    x[7, 3] = x[31, 0] = bad
-    with pytest.raises(ValueError, match=r"x must be finite, but 2 of its rows .* first are 7, 31;"):
-        assign(x, centroids, exact=exact)
-    with pytest.raises(ValueError, match=r"x must be finite, but 2 of its rows .* \(1, 7\), \(1, 31\);"):
-        assign(torch.stack([randn(40, 32).to(dtype), x]), torch.stack([centroids, centroids]), exact=exact)
-    centroids[5, 31] = bad
-    with pytest.raises(ValueError, match=r"centroids must be finite, but 1 of its rows .* first are 5;"):
-        assign(x, centroids, exact=exact)
-
-
-def test_rows_anywhere_in_memory_give_the_same_ids(config: AssignConfig) -> None:
-    x, centroids = relu(50, 64).half(), relu(40, 64, seed=1).half()
-    expected = assign(x, centroids)
-    unaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    apart = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :64]
-    turned = x.T.contiguous().T
-    half = torch.stack([x, x], dim=1).view(100, 64)[::2]
-    kinds = [passes.is_direct(v[None], True, config) for v in (x, apart, half, unaligned, turned)]
-    assert kinds == [True, True, True, False, False]
-    for other in (unaligned, apart, turned, half):
-        assert torch.equal(assign(other, centroids.T.contiguous().T), expected)
-    grouped = torch.stack([x, x.flip(0)])
-    both = assign(grouped, torch.stack([centroids, centroids]))
-    assert torch.equal(both, torch.stack([expected, expected.flip(0)]))
-    assert torch.equal(assign(grouped.transpose(0, 1)[:, 0][None], centroids[None])[0], expected)
 
 
 def cut_off(values: np.ndarray, quantum: np.ndarray) -> np.ndarray:
@@ -301,7 +150,7 @@ def worst_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exact_on_the_worst_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, worst_tensor_cores: None, dtype: torch.dtype
 ) -> None:
-    use(monkeypatch, AssignConfig(64, 64, 128, 4, 2, False, capacity=8))
+    use_tiles(monkeypatch, AssignConfig(64, 64, 128, 4, 2, False, capacity=8))
     for x, centroids in (cut_off_attack(dtype), (relu(40, 512).to(dtype), relu(30, 512, seed=1))):
         assert_float64_argmin(assign(x, centroids), x, centroids)
 
@@ -319,10 +168,10 @@ def test_scores_are_within_the_stated_bound(dtype: torch.dtype, spread: float) -
 
 def scores_and_bound(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n, K) float64: the scores in the kernel's arithmetic, their error bound, and P^2 S_k."""
-    direct = passes.is_direct(x[None], True, SMALL)
-    part, prepared = triton_backend.centroids_launch(centroids[None], x.dtype, direct, SMALL)
+    direct = passes.is_direct(x[None], True, POINTERS)
+    part, prepared = triton_backend.centroids_launch(centroids[None], x.dtype, direct, POINTERS)
     part.run(x.device)
-    part, rows = triton_backend.rows_launch(x[None], prepared, direct, True, SMALL)
+    part, rows = triton_backend.rows_launch(x[None], prepared, direct, True, POINTERS)
     part.run(x.device)
     clusters = len(centroids)
     product = worst_product(rows.values.numpy(), prepared.values.numpy().T, np.zeros((len(x), len(prepared.values))))
@@ -340,7 +189,7 @@ def scores_and_bound(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def test_without_the_bound_the_ids_would_be_wrong(monkeypatch: pytest.MonkeyPatch, worst_tensor_cores: None) -> None:
     """The attack has teeth: the fast pass on the same data is wrong."""
-    use(monkeypatch, AssignConfig(64, 64, 128, 4, 2, False))
+    use_tiles(monkeypatch, AssignConfig(64, 64, 128, 4, 2, False))
     x, centroids = cut_off_attack(torch.float16)
     wrong = assign(x, centroids, exact=False) != all_distances(x, centroids).argmin(1)
     assert wrong.any()
@@ -354,18 +203,6 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         assign(x.bfloat16(), centroids.bfloat16())
     with pytest.raises(ValueError, match=r"wrong.* in bfloat16|computes bfloat16 wrongly"):
         kmeans_update(x.bfloat16(), torch.zeros(4, dtype=torch.int64), 1, backend="triton")
-
-
-@pytest.mark.parametrize("name", REGISTRY["kmeans_assign"].shapes)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_registry_shapes_of_assign(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
-    use(monkeypatch, SMALL)
-    spec = REGISTRY["kmeans_assign"]
-    case = spec.make_case(spec.shapes[name], dtype)
-    ids, distances = spec.plain(**{key: x.double() for key, x in case.inputs.items()}, **case.options)
-    actual = spec.function(**case.inputs, **case.options, backend="triton")
-    assert torch.equal(actual[0], ids)
-    torch.testing.assert_close(actual[1].double(), distances, rtol=2.0**-22, atol=0)
 
 
 def exact_sums(x: Tensor, ids: Tensor, clusters: int) -> Tensor:
@@ -432,7 +269,7 @@ def test_update_of_random_clusters_in_chunks(monkeypatch: pytest.MonkeyPatch, se
 
 
 def test_opcheck_of_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, SMALL)
+    use_tiles(monkeypatch, POINTERS)
     ops = SimpleNamespace(assign=torch.ops.mapet_kernels.kmeans_assign, add=torch.ops.mapet_kernels.kmeans_update_add)
     torch.library.opcheck(ops.assign, (randn(2, 5, 4).half(), randn(2, 3, 4), True, True, "triton"))
     out = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
@@ -445,10 +282,10 @@ def test_opcheck_of_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None
 def test_preparation_in_torch_is_that_of_the_kernels(dtype: torch.dtype, direct: bool) -> None:
     """Operands bit for bit; coefficients of the bound, sums in another order, but for their own rounding."""
     x, centroids = relu(2, 37, 64).to(dtype), 3 * relu(2, 21, 64, seed=1) + 1
-    part, prepared = triton_backend.centroids_launch(centroids, dtype, direct, SMALL)
+    part, prepared = triton_backend.centroids_launch(centroids, dtype, direct, POINTERS)
     part.run(x.device)
-    plain = bound.centroids_of(centroids, dtype, direct, SMALL.clusters, SMALL.features)
-    part, rows = triton_backend.rows_launch(x, prepared, direct, True, SMALL)
+    plain = bound.centroids_of(centroids, dtype, direct, POINTERS.clusters, POINTERS.features)
+    part, rows = triton_backend.rows_launch(x, prepared, direct, True, POINTERS)
     part.run(x.device)
     plain_rows = bound.rows_of(x, plain, direct)
     assert torch.equal(plain.values, prepared.values) and torch.equal(plain_rows.values, rows.values)

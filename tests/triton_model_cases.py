@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from check_golden import TOLERANCE, compare
+from tasks import make_task, random_batch
 
-from mapet.config import ModelConfig, ObjectiveConfig
-from mapet.objectives import build_objective
+from mapet.config import ModelConfig
+from mapet.rng import StepRng
 from mapet_kernels.permuted_embed import triton_backend as embed_backend
 from mapet_kernels.two_stream_attention import triton_backend as attention_backend
 
@@ -34,18 +35,14 @@ def test_golden(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: 
 
 def losses(backend: str, name: str, steps: int, *, compiled: bool = False) -> list[float]:
     """Losses of a few steps on fixed random images; from the third step on nothing may be compiled again."""
-    torch.manual_seed(0)
-    objective = build_objective(ObjectiveConfig(name, 6), MODEL, backend=backend)
-    forward = torch.compile(objective, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else objective
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    tokens = torch.randint(0, 64, (2, 16), generator=generator)
-    curve = []
+    task = make_task(name, 6, MODEL, backend=backend)
+    forward = torch.compile(task, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else task
+    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
+    batch, curve = random_batch(MODEL, images=2), []
     for step in range(steps):
-        plan = objective.sample_plan(2, generator, "cpu")
+        draws = task.draw(2, StepRng(0, step))
         with torch._dynamo.config.patch(error_on_recompile=compiled and step >= 2):
-            loss, _ = forward(images, tokens, plan.permutation, plan.keep, with_accuracy=False)
+            loss = forward(batch, draws, metrics=False)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

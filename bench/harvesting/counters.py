@@ -6,9 +6,6 @@ Run as a module it is the program that ncu watches.
 from __future__ import annotations
 
 import csv
-import io
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +14,8 @@ from typing import Any
 import torch
 
 from bench import tune
-from bench.harvesting.common import attention_shape, device_of, dtypes_of
-from bench.harvesting.kernels import OPS, entry_for
+from bench.harvesting.common import attention_shape, device_of, dtypes_of, tool
+from bench.harvesting.kernels import entry_for
 from bench.harvesting.part import Run, Skipped
 
 SECTIONS = (
@@ -36,7 +33,7 @@ def command(ncu: str, seconds: float) -> list[str]:
     return [
         ncu, "--csv", "--page", "raw", "--clock-control", "none", *sections, "--profile-from-start", "off",
         "--target-processes", "all", "--kernel-name", f"regex:{'|'.join(WATCHED)}",
-        sys.executable, "-m", __name__, f"{seconds:.1f}",
+        sys.executable, "-m", "bench.harvesting.counters", f"{seconds:.1f}",
     ]  # fmt: skip
 
 
@@ -50,7 +47,7 @@ def measure(run: Run) -> None:
     if run.dry:
         watched(run)  # all but ncu itself
         raise Skipped(f"a dry run has no counters; a GPU would run: {' '.join(command('ncu', run.left()))}")
-    if (ncu := find_ncu()) is None:
+    if (ncu := tool("ncu")) is None:
         raise Skipped("ncu (Nsight Compute) is neither on PATH nor in the CUDA toolkit")
     with (run.folder / "ncu.csv").open("wb") as file:
         done = subprocess.run(command(ncu, run.left()), stdout=file, check=False)
@@ -68,12 +65,6 @@ def measure(run: Run) -> None:
         raise RuntimeError(f"ncu ended with code {done.returncode}")
 
 
-def find_ncu() -> str | None:
-    """On PATH, or in the CUDA toolkit."""
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("ncu") or shutil.which("ncu", path=f"{toolkit}/bin")
-
-
 def parse(report: str) -> list[dict[str, Any]]:
     """Kernels in the order they ran, with metrics and units by name, from `ncu --csv --page raw`.
 
@@ -86,15 +77,13 @@ def parse(report: str) -> list[dict[str, Any]]:
     header = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), None)
     if header is None:
         raise ValueError("no table in ncu's output; did any kernel run?")
-    units, *rows = csv.DictReader(io.StringIO("\n".join(lines[header:])))
+    units, *rows = csv.DictReader(lines[header:])
     found = []
     for row in rows:
         numbers = {name: number(text) for name, text in row.items() if name not in IDENTITY}
         metrics = {name: value for name, value in numbers.items() if value is not None}
-        found.append({
-            "kernel": row["Kernel Name"].split("(")[0], "metrics": metrics,
-            "units": {name: units[name] for name in metrics if units.get(name)},
-        })  # fmt: skip
+        told = {name: units[name] for name in metrics if units.get(name)}
+        found.append({"kernel": row["Kernel Name"].split("(")[0], "metrics": metrics, "units": told})
     return found
 
 
@@ -109,9 +98,8 @@ def number(text: str | None) -> float | None:
 def watched(run: Run) -> None:
     """Each kernel twice: unwatched, which compiles it, and then between the profiler's start and stop."""
     device, shape = device_of(run), attention_shape(run)
-    ((dtype, _),) = dtypes_of(run, "bf16").items()
-    for kernel in OPS:
-        entry = entry_for(kernel, dtype, shape, device)
+    for kernel in tune.KERNELS:
+        entry = entry_for(kernel, next(iter(dtypes_of(run, "bf16"))), shape, device)
         call = tune.Runner(entry, shape, device).call(entry.present())
         call()
         if device.type == "cuda":

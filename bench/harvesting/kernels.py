@@ -6,38 +6,39 @@ while there is time. A row is written after each round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from bench import timing, tune
-from bench.attention_ways import (
-    FLEX_SETTINGS,
-    FlexSetting,
-    Operands,
+from bench.attention_pass import Pass, random_on
+from bench.attention_ways import FLEX_SETTINGS, FlexSetting, Operands, flex, official, random_operands, sdpa_mask
+from bench.attention_ways import Way as Peer
+from bench.harvesting.common import (
     Way,
-    flex,
-    official,
-    random_operands,
-    sdpa_mask,
+    attempt,
+    attention_shape,
+    calls,
+    config_row,
+    device_of,
+    dtypes_of,
+    shape_row,
+    timed,
 )  # fmt: skip
-from bench.harvesting.common import attention_shape, config_row, device_of, dtypes_of, guarded, record_time
 from bench.harvesting.part import Run
 from bench.records import quantiles
 from bench.timing import Clock
+from bench.tune import OPS, Entry, Runner
 from mapet_kernels import triton_launch
 from mapet_kernels.launch import LaunchConfig
 from mapet_kernels.permuted_embed.op import permuted_patches_op
 from mapet_kernels.registry import TwoStreamShape
-from mapet_kernels.two_stream_attention import triton_backend
-from mapet_kernels.two_stream_attention.problem import Problem, Streams
 
-OPS = {"attention_forward": "forward", "attention_query_gradient": "dq", "attention_key_gradient": "dkdv"}
-"""Function of the launch table -> op, as rows tell it."""
 LENGTHS = (197, 50, 344, 785, 1025)
 FIRST_REPEATS, REPEATS = 3, 20
 WAY_SECONDS = 1.5
@@ -61,75 +62,110 @@ CANDIDATES = {
 the L2 cache, or more programs on a processor, which no static figure weighs against each other."""
 
 
-def entry_for(kernel: str, dtype: str, shape: TwoStreamShape, device: torch.device) -> tune.Entry:
+def lengths_of(run: Run, lengths: Sequence[int] = LENGTHS) -> Iterator[TwoStreamShape]:
+    """Shapes of all lengths, in a dry run of the first, while there is time."""
+    for tokens in lengths[: 1 if run.dry else None]:
+        if run.left() > 0:
+            yield attention_shape(run, tokens)
+
+
+def entry_for(kernel: str, dtype: str, shape: TwoStreamShape, device: torch.device) -> Entry:
     """The launch table's entry for a device."""
-    return tune.Entry(kernel, dtype, shape.size, triton_launch.target(device))
+    return Entry(kernel, dtype, shape.size, triton_launch.target(device))
 
 
-def configs_for(entry: tune.Entry) -> list[LaunchConfig]:
-    """Today's configuration, then OTHERS others."""
+def configs_for(run: Run, entry: Entry) -> list[LaunchConfig]:
+    """Today's configuration, then OTHERS others, or with the argument `all` those that can work; in a dry run one."""
     others = [LaunchConfig(*numbers) for numbers in CANDIDATES[entry.kernel]]
+    count = 1 if run.dry else OTHERS
+    if run.arguments.get("all"):
+        others = list(tune.candidates(entry))
+        count = 1 if run.dry else len(others)
     today = entry.present()
-    return [today, *[config for config in others if config_row(config) != config_row(today)][:OTHERS]]
+    return [today, *[config for config in others if config_row(config) != config_row(today)][:count]]
 
 
-@dataclass(frozen=True)
-class Calls:
-    """A way as calls by op, each timed alone."""
-
-    calls: Mapping[str, Callable[[], Any]]
-
-    def sample(self, clock: Clock) -> dict[str, float]:
-        """Seconds by op."""
-        return {op: clock.time(call)[1] for op, call in self.calls.items()}
+def record_time(
+    run: Run, op: str, way: str, seconds: Sequence[float], shape: TwoStreamShape, dtype: str, **more
+) -> None:
+    """A row "time"; a later one of the same op, way, configuration, shape and dtype replaces it, with more repeats."""
+    more = {"config": None, "default": True} | more
+    run.record("time", op=op, way=way, shape=shape_row(shape), dtype=dtype, **more, **quantiles(seconds))
 
 
-@dataclass(frozen=True)
-class Passes:
+def passes(peer: Peer, backward: bool = True) -> Way:
     """A peer's forward and backward pass, or the former alone."""
 
-    way: Way
-    backward: bool = True
+    def sample(clock: Clock) -> dict[str, float]:
+        if not backward:
+            leaves = [leaf.detach() for leaf in peer.leaves]
+            return {"forward": clock.time(lambda: peer.attend(*leaves))[1]}
+        outputs, forward = clock.time(peer.forward)
+        return {"forward": forward, "backward": clock.time(partial(peer.backward, outputs))[1]}
 
-    def sample(self, clock: Clock) -> dict[str, float]:
-        """Seconds by op."""
-        if not self.backward:
-            leaves = [leaf.detach() for leaf in self.way.leaves]
-            return {"forward": clock.time(lambda: self.way.attend(*leaves))[1]}
-        outputs, forward = clock.time(self.way.forward)
-        return {"forward": forward, "backward": clock.time(partial(self.way.backward, outputs))[1]}
+    return sample
 
 
-def our_kernels(dtype: str, shape: TwoStreamShape, device: torch.device) -> Calls:
+def ours(dtype: str, shape: TwoStreamShape, device: torch.device) -> Way:
     """The three kernels with today's configurations, and both of the backward pass one after the other."""
-    calls = {}
+    by_op = {}
     for kernel, op in OPS.items():
         entry = entry_for(kernel, dtype, shape, device)
-        calls[op] = tune.Runner(entry, shape, device).call(entry.present())
-    dq, dkdv = calls["dq"], calls["dkdv"]
-    return Calls({**calls, "backward": lambda: (dq(), dkdv())})
+        by_op[op] = Runner(entry, shape, device).call(entry.present())
+    dq, dkdv = by_op["dq"], by_op["dkdv"]
+    return calls({**by_op, "backward": lambda: (dq(), dkdv())})
 
 
-def sdpa(operands: Operands) -> Way:
+def ours_gathering(operands: Operands, dtype: torch.dtype, device: torch.device) -> Way:
+    """Our forward kernel on content rows in image order, which it gathers."""
+    tensors = Pass.make(operands.shape, dtype, random_on(device), perm=operands.permutation)
+    forward = tensors.launches(triton_launch.target(device))[0]
+    return calls({"forward": lambda: forward.run(device)})
+
+
+def sdpa(operands: Operands) -> Peer:
     """torch's scaled_dot_product_attention over all pairs, unmasked: another task, for what its kernels reach."""
     q, d_out = (
         torch.cat(pair, dim=1).transpose(1, 2)
         for pair in ((operands.q_content, operands.q_query), (operands.d_content, operands.d_query))
     )
     leaves = tuple(x.detach().requires_grad_() for x in (q, operands.k.transpose(1, 2), operands.v.transpose(1, 2)))
-    return Way(leaves, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), (d_out,), lambda *_: ())
+    return Peer(leaves, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), (d_out,), lambda *_: ())
 
 
-def ours_gathering(operands: Operands) -> Calls:
-    """Our forward kernel on content rows in image order, which it gathers."""
-    shape = operands.shape
-    problem = Problem(shape.tokens, shape.targets, shape.cuts, True, shape.size**-0.5)
-    q = Streams(operands.q_content, operands.q_query)
-    k, v = torch.stack([operands.k, operands.v], dim=2).unbind(2)
-    out = q.empty_like()
-    lse = Streams(*(x.new_empty(x.shape[:3], dtype=torch.float32) for x in (out.content, out.query)))
-    perm = operands.permutation
-    return Calls({"forward": lambda: triton_backend.forward(q, k, v, out, lse, problem, perm)})
+def flex_setting(run: Run) -> FlexSetting:
+    """Both streams in one call; uncompiled in a dry run. On a CPU it has no backward pass."""
+    return FlexSetting(compiled=False) if run.dry else FLEX_SETTINGS["flex_one_call_128"]
+
+
+def contest(run: Run) -> None:
+    """Ours beside its peers at every length: a short round of all without the slow ones, then long ones with them."""
+    for slow in (False, True):
+        if slow:
+            attempt(run, "permuted_embed", lambda: embedding(run))
+        for shape in lengths_of(run):
+            round_of(run, shape, slow=slow)
+
+
+def round_of(run: Run, shape: TwoStreamShape, *, slow: bool) -> None:
+    """One round at one length; a way that cannot be made or fails is told in a row."""
+    device, ((name, dtype),) = device_of(run), dtypes_of(run, "bf16").items()
+    operands = random_operands(shape, dtype, device)
+    builders: dict[str, Callable[[], Way]] = {"ours": lambda: ours(name, shape, device)}
+    if shape == attention_shape(run):
+        builders["ours_gather"] = lambda: ours_gathering(operands, dtype, device)
+    builders |= {"sdpa": lambda: passes(sdpa(operands)), "sdpa_mask": lambda: passes(sdpa_mask(operands))}
+    if run.dry or shape.tokens in OFFICIAL_LENGTHS:
+        builders["official"] = lambda: passes(official(operands, with_masks=False))
+    if slow:  # it has to be compiled
+        builders["flex"] = lambda: passes(flex(flex_setting(run), operands), backward=not run.dry)
+    ways = {way: attempt(run, way, build, shape=str(shape)) for way, build in builders.items()}
+    ways = {way: made for way, made in ways.items() if made is not None}
+    repeats = 1 if run.dry else REPEATS if slow else FIRST_REPEATS
+    configs = {op: config_row(entry_for(kernel, name, shape, device).present()) for kernel, op in OPS.items()}
+    for way, by_op in timed(run, ways, repeats, 0.0 if run.dry else WAY_SECONDS, shape=str(shape)).items():
+        for op, seconds in by_op.items():
+            record_time(run, op, way, seconds, shape, name, config=configs.get(op) if way == "ours" else None)
 
 
 def embedding(run: Run) -> None:
@@ -139,8 +175,7 @@ def embedding(run: Run) -> None:
     images = torch.randint(0, 256, (batch, 3, side, side), device=device, dtype=torch.uint8)
     patches = torch.rand(batch, (side // patch) ** 2, device=device).argsort(dim=1)
     mean, std = (torch.tensor([0.5, 0.4, 0.3], device=device) for _ in range(2))
-    clock = timing.clock_for(device)
-    taken = []
+    clock, taken = timing.clock_for(device), []
     for _ in range(2 if run.dry else REPEATS):
         out, seconds = clock.time(lambda: permuted_patches_op(images, patches, patch, mean, std, dtype, "triton"))
         taken.append(seconds)
@@ -149,141 +184,57 @@ def embedding(run: Run) -> None:
     run.record("bandwidth", op="permuted_embed", bytes_per_s=moved / (figures["p50_ms"] / 1e3 or 1e-9), **figures)
 
 
-def flex_setting(run: Run) -> FlexSetting:
-    """Both streams in one call; uncompiled in a dry run. On a CPU it has no backward pass."""
-    return FlexSetting(compiled=False) if run.dry else FLEX_SETTINGS["flex_one_call_128"]
-
-
-def peers(run: Run, operands: Operands, *, slow: bool) -> dict[str, Callable[[], Way]]:
-    """Builders by name; `slow` are those that have to be compiled."""
-    if slow:
-        return {"flex": lambda: flex(flex_setting(run), operands)}
-    made: dict[str, Callable[[], Way]] = {"sdpa": lambda: sdpa(operands), "sdpa_mask": lambda: sdpa_mask(operands)}
-    if run.dry or operands.shape.tokens in OFFICIAL_LENGTHS:
-        made["official"] = lambda: official(operands, with_masks=False)
-    return made
-
-
-def contest(run: Run) -> None:
-    """Ours beside its peers at every length: a short round of all without the slow ones, then long ones with them."""
-    device = device_of(run)
-    clock = timing.clock_for(device)
-    ((dtype, _),) = dtypes_of(run, "bf16").items()
-    for slow in (False, True):
-        if slow:
-            _, failure = guarded(lambda: embedding(run))
-            if failure is not None:
-                run.record("failure", way="permuted_embed", reason=failure.reason)
-        for tokens in LENGTHS[:1] if run.dry else LENGTHS:
-            if run.left() > 0:
-                round_of(run, attention_shape(run, tokens), dtype, clock, device, slow=slow)
-
-
-def round_of(run: Run, shape: TwoStreamShape, dtype: str, clock: Clock, device: torch.device, *, slow: bool) -> None:
-    """One round at one length; a way that cannot be made or fails is told in a row."""
-    operands = random_operands(shape, dtypes_of(run, dtype)[dtype], device)
-    builders: dict[str, Callable[[], Any]] = {"ours": lambda: our_kernels(dtype, shape, device)}
-    if shape == attention_shape(run):
-        builders["ours_gather"] = lambda: ours_gathering(operands)
-    for is_slow in (False, True) if slow else (False,):
-        for name, build in peers(run, operands, slow=is_slow).items():
-            builders[name] = lambda build=build, name=name: Passes(build(), not (run.dry and name == "flex"))
-    ways = {}
-    for name, build in builders.items():
-        ways[name], failure = guarded(build)
-        if failure is not None:
-            run.record("failure", way=name, shape=str(shape), reason=failure.reason)
-            del ways[name]
-    repeats = 1 if run.dry else REPEATS if slow else FIRST_REPEATS
-    found = timed(run, ways, clock, repeats, shape)
-    for name, by_op in found.items():
-        for op, seconds in by_op.items():
-            config = our_config(op, dtype, shape, device) if name == "ours" else None
-            record_time(run, op, name, seconds, shape, dtype, config)
-
-
-def our_config(op: str, dtype: str, shape: TwoStreamShape, device: torch.device) -> dict[str, int] | None:
-    """Today's of an op that is one kernel."""
-    return next(
-        (config_row(entry_for(kernel, dtype, shape, device).present()) for kernel, name in OPS.items() if name == op),
-        None,
-    )
-
-
-def timed(
-    run: Run, ways: Mapping[Any, Any], clock: Clock, repeats: int, shape: TwoStreamShape
-) -> dict[Any, dict[str, list[float]]]:
-    """Samples by way and op, interleaved; a way that fails is told in a row."""
-    budget = 0.0 if run.dry else WAY_SECONDS
-    seconds, reasons = timing.interleaved(
-        ways, clock, repeats=repeats, budget=budget, deadline=timing.Deadline(run.left()), guard=guarded,
-        sample=lambda way, clock: way.sample(clock),
-    )  # fmt: skip
-    for way, failure in reasons.items():
-        run.record("failure", way=str(way), shape=str(shape), reason=failure.reason)
-    return seconds
+Wanted = Callable[[Entry], Iterable[LaunchConfig]]
+"""The configurations to time for an entry of the launch table."""
 
 
 def configurations(run: Run) -> None:
     """Today's configuration and others of each kernel: the target first, then the other lengths, then more repeats."""
-    wanted = (lambda entry: configs_for(entry)[:2]) if run.dry else configs_for
-    for repeats in (1,) if run.dry else (FIRST_REPEATS, REPEATS):
-        for tokens in LENGTHS[:1] if run.dry else LENGTHS:
-            compare(run, attention_shape(run, tokens), wanted, repeats)
+    compare_all(run, partial(configs_for, run), run.arguments.get("dtypes", ["bf16"]), (FIRST_REPEATS, REPEATS))
 
 
 def tuned(run: Run) -> None:
     """The best configurations of the first call, and their neighbours, beside today's, at every length."""
-    best = {
-        kernel: LaunchConfig(**run.arguments["best"][op]) for kernel, op in OPS.items() if op in run.arguments["best"]
-    }
+    best = run.arguments["best"]
 
-    def wanted(entry: tune.Entry) -> list[LaunchConfig]:
-        found = best.get(entry.kernel, entry.present())
-        return list(dict.fromkeys([entry.present(), found, *neighbours(found)]))[: 2 if run.dry else None]
+    def wanted(entry: Entry) -> list[LaunchConfig]:
+        today, op = entry.present(), OPS[entry.kernel]
+        found = LaunchConfig(**best[op]) if op in best else today
+        return list(dict.fromkeys([today, found, *neighbours(found)]))[: 2 if run.dry else None]
 
-    for dtype in dtypes_of(run, "bf16", "fp16"):
-        for tokens in LENGTHS[:1] if run.dry else LENGTHS:
-            compare(run, attention_shape(run, tokens), wanted, 1 if run.dry else REPEATS, dtype)
+    compare_all(run, wanted, ("bf16", "fp16"), (REPEATS,))
 
 
-def neighbours(config: LaunchConfig) -> Iterable[LaunchConfig]:
+def compare_all(run: Run, wanted: Wanted, dtypes: Sequence[str], repeats: Sequence[int]) -> None:
+    """Each kernel at every length, so many repeats at a time."""
+    for count, dtype in product((1,) if run.dry else repeats, dtypes_of(run, *dtypes)):
+        for shape, kernel in product(lengths_of(run), OPS):
+            if run.left() > 0:
+                compare(run, kernel, dtype, shape, wanted, count)
+
+
+def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
     """One step away in stages or warps."""
-    for stages in (config.stages - 1, config.stages + 1):
-        if stages >= 1:
-            yield LaunchConfig(config.rows, config.keys, config.warps, stages)
-    for warps in (config.warps // 2, config.warps * 2):
-        if 4 <= warps <= 8:
-            yield LaunchConfig(config.rows, config.keys, warps, config.stages)
+    stages = [replace(config, stages=stages) for stages in (config.stages - 1, config.stages + 1) if stages >= 1]
+    return stages + [replace(config, warps=x) for x in (config.warps // 2, config.warps * 2) if 4 <= x <= 8]
 
 
-def compare(
-    run: Run, shape: TwoStreamShape, wanted: Callable[[tune.Entry], list[LaunchConfig]], repeats: int, dtype: str = ""
-) -> None:
-    """Configurations of each kernel at one shape. One that gives other results than today's is told, and not timed."""
-    device = device_of(run)
-    clock = timing.clock_for(device)
-    dtype = dtype or next(iter(dtypes_of(run, "bf16")))
-    for kernel, op in OPS.items():
+def compare(run: Run, kernel: str, dtype: str, shape: TwoStreamShape, wanted: Wanted, repeats: int) -> None:
+    """Time configurations of a kernel beside today's; one with other results is told, and not timed."""
+    device, op = device_of(run), OPS[kernel]
+    entry = entry_for(kernel, dtype, shape, device)
+    runner, today = Runner(entry, shape, device), entry.present()
+    ways: dict[Any, Way] = {}
+    for config in dict.fromkeys([today, *wanted(entry)]):
         if run.left() <= 0:
-            return
-        entry = entry_for(kernel, dtype, shape, device)
-        runner, today = tune.Runner(entry, shape, device), entry.present()
-        ways = {}
-        for config in wanted(entry):
-            if run.left() <= 0:
-                break
-            if config == today or runner.agrees(config, today):
-                ways[config] = Calls({op: runner.call(config)})
-            else:
-                run.record(
-                    "failure",
-                    way=str(config_row(config)),
-                    shape=str(shape),
-                    reason=f"{op}: other results than today's, or it does not run",
-                )
-        for config, by_op in timed(run, ways, clock, repeats, shape).items():
-            record_time(run, op, "ours", by_op[op], shape, dtype, config_row(config), default=config == today)
+            break
+        if config == today or runner.agrees(config, today):
+            ways[config] = calls({op: runner.call(config)})
+        else:
+            reason = f"{op}: other results than today's, or it does not run"
+            run.record("failure", way=str(config_row(config)), shape=str(shape), reason=reason)
+    for config, by_op in timed(run, ways, repeats, 0.0 if run.dry else WAY_SECONDS, shape=str(shape)).items():
+        record_time(run, op, "ours", by_op[op], shape, dtype, config=config_row(config), default=config == today)
 
 
 def warm(run: Run) -> None:
@@ -291,26 +242,22 @@ def warm(run: Run) -> None:
 
     Few images will do, but all lengths: the compiler looks at whether numbers are 1 or divisible by 16.
     """
-    device = device_of(run)
-    kernel = next(kernel for kernel, op in OPS.items() if op == run.arguments["op"])
-    for dtype in dtypes_of(run, "bf16"):
-        for tokens in LENGTHS[:1] if run.dry else LENGTHS:
-            shape = replace(attention_shape(run, tokens), batch=1)
-            entry = entry_for(kernel, dtype, shape, device)
-            runner = tune.Runner(entry, shape, device)
-            for config in configs_for(entry)[: 2 if run.dry else None]:
-                if run.left() <= 0:
-                    return
-                _, failure = guarded(runner.call(config))
-                run.record("warm", op=run.arguments["op"], config=config_row(config), reason=failure and failure.reason)
+    device, op = device_of(run), run.arguments["op"]
+    kernel = next(kernel for kernel, name in OPS.items() if name == op)
+    for shape in lengths_of(run):
+        shape = replace(shape, batch=1)
+        entry = entry_for(kernel, next(iter(dtypes_of(run, "bf16"))), shape, device)
+        runner = Runner(entry, shape, device)
+        for config in configs_for(run, entry):
+            if run.left() <= 0:
+                return
+            attempt(run, f"warm {config_row(config)}", runner.call(config))
+            run.record("warm", op=op, config=config_row(config))
 
 
 def warm_flex(run: Run) -> None:
     """Compile FlexAttention's forward and backward pass for some lengths."""
-    device = device_of(run)
-    for tokens in run.arguments["lengths"][: 1 if run.dry else None]:
-        shape = attention_shape(run, tokens)
-        operands = random_operands(shape, next(iter(dtypes_of(run, "bf16").values())), device)
-        way = Passes(flex(flex_setting(run), operands), backward=not run.dry)
-        way.sample(timing.CpuClock())
-        run.record("warm", op="flex", config={"tokens": tokens}, reason=None)
+    for shape in lengths_of(run, run.arguments["lengths"]):
+        operands = random_operands(shape, next(iter(dtypes_of(run, "bf16").values())), device_of(run))
+        passes(flex(flex_setting(run), operands), backward=not run.dry)(timing.CpuClock())
+        run.record("warm", op="flex", config={"tokens": shape.tokens})

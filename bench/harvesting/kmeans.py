@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bench import kmeans, timing
-from bench.harvesting.common import device_of, guarded
-from bench.harvesting.kernels import Calls
+from bench import kmeans
+from bench.harvesting.common import calls, device_of, timed
 from bench.harvesting.part import Run
 from bench.records import quantiles
 
@@ -16,25 +15,17 @@ SIZES = ((4096, 8192, 65536), (512, 8192, 65536))
 
 def measure(run: Run) -> None:
     """Each size: a few repeats of all ways at once, then more."""
-    device = device_of(run)
+    device, backend = device_of(run), "triton" if run.dry else "auto"
     for repeats in (1,) if run.dry else (3, 20):
         for features, clusters, rows in ((16, 24, 40),) if run.dry else SIZES:
             if run.left() <= 0:
                 return
-            made = kmeans.KMeansBenchmark(
-                (features,), (clusters,), rows, "fp16", device=device.type, backend="triton" if run.dry else "auto"
-            )
+            made = kmeans.KMeansBenchmark((features,), (clusters,), rows, "fp16", device=device.type, backend=backend)
             x, centroids = kmeans.clip_like(made, features, clusters)
             ways, _ = kmeans.available_ways(x, centroids, made)
             exact = ways["exact"]()
-            seconds, reasons = timing.interleaved(
-                {name: Calls({"assign": way}) for name, way in ways.items()}, timing.clock_for(device),
-                repeats=repeats, budget=2.0, deadline=timing.Deadline(run.left()), guard=guarded,
-                sample=lambda way, clock: way.sample(clock),
-            )  # fmt: skip
-            for name, failure in reasons.items():
-                run.record("failure", way=name, reason=failure.reason)
-            for name, taken in seconds.items():
+            found = timed(run, {name: calls({"assign": way}) for name, way in ways.items()}, repeats, 2.0)
+            for name, taken in found.items():
                 figures = quantiles(taken["assign"])
                 run.record(
                     "kmeans", way=name, shape={"features": features, "clusters": clusters, "rows": rows}, dtype="fp16",

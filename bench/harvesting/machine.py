@@ -18,8 +18,9 @@ def measure(run: Run) -> None:
     """One row of what is here, one of the state before and after, and one of each ceiling."""
     device = device_of(run)
     here = records.environment()
+    told = {"device": here["device"], "versions": here["versions"]}
     run.record(
-        "machine", device=here["device"], versions=here["versions"], cores=os.cpu_count(), system=platform.platform(),
+        "machine", **told, cores=os.cpu_count(), threads=here["threads"], system=platform.platform(),
         packages={name: records.version(name) for name in PACKAGES}, tools={name: shutil.which(name) for name in TOOLS},
         state=records.device_state(device),
     )  # fmt: skip
@@ -28,4 +29,4 @@ def measure(run: Run) -> None:
         rates = roofline.measure(device, {name: DTYPES[name]}, clock, repeats=3 if run.dry else 10)
         run.record("ceiling", name="copy_bytes_per_s", value=rates.bytes_per_second)
         run.record("ceiling", name=f"matmul_{name}_flops_per_s", value=rates.flop_per_second[name])
-    run.record("machine", device=here["device"], versions=here["versions"], state=records.device_state(device))
+    run.record("machine", **told, state=records.device_state(device))

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ class Run:
     """One run of a part, in its own process.
 
     Attributes:
+        folder: for files that come back beside the records.
         seconds: that the part may take from `began`, a reading of time.monotonic.
         dry: on a CPU, with small sizes.
-        folder: for files that come back beside the records.
         arguments: of the part.
     """
 
@@ -77,24 +77,14 @@ class Run:
             file.write(line + "\n")
 
 
-@dataclass(frozen=True)
-class End:
-    """What a part's process says of itself at its end; a process that is killed says nothing."""
-
-    status: str
-    reason: str | None = None
-    traceback: str | None = None
-
-    def write(self, path: Path) -> None:
-        """Whole or not at all."""
-        draft = path.with_suffix(".new")
-        draft.write_text(json.dumps(asdict(self)))
-        draft.replace(path)
-
-
 def records_file(folder: Path, name: str) -> Path:
     """Where the records of a part are."""
     return folder / "parts" / f"{name}.jsonl"
+
+
+def end_file(folder: Path, name: str) -> Path:
+    """What a part's process says of itself at its end: status, reason, traceback. One that is killed says nothing."""
+    return folder / "ends" / f"{name}.json"
 
 
 def ready_file(folder: Path, name: str) -> Path:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from bench.harvest_advice import winners
-from bench.harvest_data import Harvest, timings_of
+from bench.harvest_data import Harvest
 from bench.harvesting.part import OK, SKIPPED, Part
 
 HERE = "bench.harvesting"
-WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}
-"""An error is then raised by the launch that made it."""
-FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
-"""Of processes that compile side by side."""
-
+WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is then raised by the launch that made it
+FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of processes that compile side by side
 MACHINE = "machine"
 """The first part of every call; without a GPU it is the last, too."""
 VARIANTS = ("plain", "last_block", "pim", "gather")
@@ -51,30 +49,29 @@ FIRST = (
     _step("step_small", "small", 256, 30),
     _step("step_tiny", "tiny", 512, 30, graphs=True),
     Part("kmeans", f"{HERE}.kmeans:measure", 20, kernels=True),
-    Part("memory", f"{HERE}.memory:measure", 30),
+    Part("memory", f"{HERE}.step:memory", 30),
 )
 """The first call: slices of 380 seconds."""
+ALL = {"all": True, "dtypes": ["bf16", "fp16"]}
+ALONE = (Part("tune", f"{HERE}.kernels:configurations", 500, "", ALL, kernels=True),)
+"""Parts that are only run by their names."""
 
 AGAIN = 60.0
 """Seconds of a second call for all that failed in the first."""
 
 
-def second(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[Part]:
-    """The second call, from the first one's summary and rows: slices of 245 seconds, or AGAIN more.
+def second(first: Harvest) -> list[Part]:
+    """The second call, from what the first brought home: slices of 245 seconds, or AGAIN more.
 
     The machine, which may be another; what was skipped for lack of time, or failed in whichever way, once more;
     compute-sanitizer comes last, as it is slow and has hung devices.
     """
-    failed = [part for part in FIRST[1:] if _failed(summary["parts"].get(part.name))]
+    failed = [part for part in FIRST[1:] if _failed(first.outcomes.get(part.name))]
     scale = AGAIN / max(AGAIN, sum(part.seconds for part in failed))
-    again = [
-        Part(part.name, part.call, part.seconds * scale, "", part.arguments, part.environment, part.kernels)
-        for part in failed
-    ]
-    best = best_configurations(rows)
+    best = best_configurations(first)
     return [
         FIRST[0],
-        *again,
+        *(replace(part, seconds=part.seconds * scale, stage="") for part in failed),
         Part("tuned", f"{HERE}.kernels:tuned", 40, "", {"best": best}, kernels=True),
         _step("step_tuned", "base", 128, 25, best=best),
         _step("step_volta", "base", 32, 25, dtype="fp16", cap_gib=16),
@@ -87,9 +84,10 @@ def _failed(outcome: dict[str, Any] | None) -> bool:
     """Whether a part is worth running again; one that this machine cannot run is not."""
     if outcome is None:
         return True
-    return outcome["status"] not in (OK, SKIPPED) or (outcome["status"] == SKIPPED and outcome["returncode"] is None)
+    never_began = outcome["status"] == SKIPPED and outcome.get("returncode") is None
+    return never_began or outcome["status"] not in (OK, SKIPPED)
 
 
-def best_configurations(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def best_configurations(first: Harvest) -> dict[str, dict[str, int]]:
     """By op, the fastest launch configuration, by the rule of the page; of bf16 where it was timed."""
-    return {x.op: x.best._asdict() for x in reversed(winners(Harvest(times=timings_of(rows))))}
+    return {x.op: x.best._asdict() for x in reversed(winners(first))}

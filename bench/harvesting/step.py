@@ -1,10 +1,13 @@
-"""The optimizer step: eager, compiled, with CUDA graphs, stochastic depth skipped or not, beside the official way.
+"""The optimizer step: eager, compiled, with CUDA graphs, stochastic depth skipped or not, beside the official way; and
+its peak memory beside the plan's.
 
 Several steps are timed as one, as in training the host runs ahead of the device.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +16,8 @@ from typing import Any
 
 import torch
 
-from bench import timing, tune
-from bench.harvesting.common import device_of, guarded
-from bench.harvesting.kernels import OPS
+from bench import tune
+from bench.harvesting.common import Way, attempt, device_of, timed
 from bench.harvesting.part import Run, Skipped
 from bench.records import quantiles
 from bench.timing import Clock
@@ -24,10 +26,11 @@ from mapet_kernels.launch import LaunchConfig
 try:
     from bench.options import Sizes, scaled_cut
     from bench.step import OfficialStep, Setting, resident
-    from mapet.config import ModelConfig, SpeedConfig
+    from mapet.config import ModelConfig, RunConfig, SpeedConfig
     from mapet.distributed import World
+    from mapet.errors import OutOfMemory
+    from mapet.planning.memory import predict_memory, step_size
     from mapet.training.learner import Learner
-    from mapet.training.limits import cap_memory
 except ModuleNotFoundError as error:  # the model needs packages that a machine with torch alone may lack
     MISSING: str | None = error.name
 else:
@@ -47,14 +50,17 @@ MODES: dict[str, dict[str, bool]] = {
 }
 """Switches of section speed, by mode."""
 PROFILED, TABLE_ROWS = 3, 40
+CAP_GIB = 16
+MEMORY_CASES = ((96, "none"), (128, "cheap"), (512, "blocks"))
+"""(images, what is recomputed) of ViT-B under the cap."""
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """A way to take steps. bytes: what it holds between them. together: steps that are timed as one."""
+    """A way to take steps. held: tensors that it keeps between them. together: steps that are timed as one."""
 
     step: Callable[[], object]
-    bytes: Callable[[], int]
+    held: Callable[[], list[torch.Tensor]]
     together: int = STEPS
 
     def sample(self, clock: Clock) -> dict[str, float]:
@@ -66,9 +72,13 @@ class Stepper:
 
         return {"step": clock.time(several)[1] / self.together}
 
+    def bytes(self) -> int:
+        """Of what it holds."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.held())
+
 
 def setting_for(run: Run) -> Setting:
-    """The step that the part is about.
+    """The step that the part is about, under its cap.
 
     Raises:
         Skipped: the model cannot be imported here.
@@ -76,6 +86,9 @@ def setting_for(run: Run) -> Setting:
     if MISSING is not None:
         raise Skipped(f"the step needs the package {MISSING}, which is not installed")
     device, name = device_of(run), run.arguments["model"]
+    if (cap := run.arguments.get("cap_gib")) and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (cap << 30) / total), device)
     model, batch, dtype = ModelConfig.preset(name), run.arguments["batch"], run.arguments.get("dtype", "bf16")
     if run.dry:
         model, batch, dtype = replace(model, image_size=32, depth=2, width=32, heads=2, vocabulary=16), 2, "fp32"
@@ -83,51 +96,41 @@ def setting_for(run: Run) -> Setting:
     return Setting(sizes, device, backend=run.arguments.get("backend", "auto"))
 
 
-def ours(setting: Setting, mode: str) -> Stepper:
-    """A learner as pre-training makes it, with the switches of a mode."""
-    config = replace(setting.config, speed=replace(SpeedConfig(), **MODES[mode]))
-    learner = Learner(config, World(setting.device), setting.plan)
-    numbers = iter(range(10**9))
+def learning(setting: Setting, config: RunConfig) -> Stepper:
+    """A learner as pre-training makes it."""
+    learner, numbers = Learner(config, World(setting.device), setting.plan), itertools.count()
     return Stepper(
         lambda: learner.step(next(numbers), setting.batch, with_accuracy=False),
-        lambda: size_of(resident(learner.objective, learner.optimizer)),
+        lambda: resident(learner.objective, learner.optimizer),
     )
+
+
+def ours(setting: Setting, mode: str) -> Stepper:
+    """With the switches of a mode."""
+    return learning(setting, replace(setting.config, speed=replace(SpeedConfig(), **MODES[mode])))
 
 
 def official(setting: Setting) -> Stepper:
     """The official way on one step's masks, which lie on the device: building them takes seconds of a CPU."""
     peer = OfficialStep(setting)
     masks = [mask.to(setting.device) for mask in peer.masks(0)]
-    return Stepper(lambda: peer.step(0, masks), lambda: size_of(resident(peer.objective, peer.optimizer)), together=1)
-
-
-def size_of(tensors: list[torch.Tensor]) -> int:
-    """Bytes."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return Stepper(lambda: peer.step(0, masks), lambda: resident(peer.objective, peer.optimizer), together=1)
 
 
 def measure(run: Run) -> None:
     """All modes but the compiled ones and the official way, a few repeats of each; then the compiled ones, and more."""
-    setting, modes = setting_for(run), ["eager", "eager_skip_dropped"]
-    if (cap := run.arguments.get("cap_gib")) and setting.device.type == "cuda":
-        cap_memory(f"{cap}GiB", setting.device)
+    setting, modes, compiled = setting_for(run), ["eager", "eager_skip_dropped"], ["compiled"]
     with dry_compile(run), tuned_table(run.arguments.get("best", {})):
-        compiled = ["compiled"]
-        if run.arguments.get("graphs"):
-            if setting.device.type == "cuda":
-                modes.append("graphs")
-                compiled.append("compiled_graphs")
-            else:
-                run.record("failure", way="graphs", reason="CUDA graphs need a GPU")
-        builders: dict[str, Callable[[], Stepper]] = {mode: partial(ours, setting, mode) for mode in modes}
-        builders["official"] = partial(official, setting)
+        if run.arguments.get("graphs") and setting.device.type == "cuda":
+            modes, compiled = [*modes, "graphs"], [*compiled, "compiled_graphs"]
+        elif run.arguments.get("graphs"):
+            run.record("failure", way="graphs", reason="CUDA graphs need a GPU")
+        builders = {mode: partial(ours, setting, mode) for mode in modes} | {"official": partial(official, setting)}
         steppers: dict[str, Stepper] = {}
         add(run, steppers, builders)
         rounds(run, setting, steppers, 1 if run.dry else FIRST_REPEATS)
         if run.arguments.get("profile") and "eager" in steppers:
-            _, failure = guarded(lambda: profile(run, steppers["eager"]))
-            if failure is not None:
-                run.record("failure", way="profile", reason=failure.reason)
+            attempt(run, "profile", lambda: profile(run, steppers["eager"]))
         add(run, steppers, {mode: partial(ours, setting, mode) for mode in compiled})
         rounds(run, setting, steppers, 1 if run.dry else REPEATS)
 
@@ -135,41 +138,33 @@ def measure(run: Run) -> None:
 def add(run: Run, steppers: dict[str, Stepper], builders: Mapping[str, Callable[[], Stepper]]) -> None:
     """Make ways and take a first step; one that fails is told in a row."""
     for name, build in builders.items():
-        if run.left() <= 0:
-            return
-        stepper, failure = guarded(lambda build=build: _started(build()))
-        if failure is None:
+        if run.left() > 0 and (stepper := attempt(run, name, partial(started, build))) is not None:
             steppers[name] = stepper
-        else:
-            run.record("failure", way=name, reason=failure.reason)
 
 
-def _started(stepper: Stepper) -> Stepper:
+def started(build: Callable[[], Stepper]) -> Stepper:
+    """A way that has taken a step."""
+    stepper = build()
     stepper.step()
     return stepper
 
 
 def rounds(run: Run, setting: Setting, steppers: Mapping[str, Stepper], repeats: int) -> None:
     """Time the ways in turn, and record each with the peak memory of a step."""
-    seconds, reasons = timing.interleaved(
-        steppers, timing.clock_for(setting.device), repeats=repeats, budget=0.3 * max(run.left(), 0.0),
-        deadline=timing.Deadline(run.left()), guard=guarded, sample=lambda way, clock: way.sample(clock),
-    )  # fmt: skip
-    for name, failure in reasons.items():
-        run.record("failure", way=name, reason=failure.reason)
-    for name, taken in seconds.items():
-        figures = quantiles(taken["step"])
+    ways: dict[str, Way] = {name: stepper.sample for name, stepper in steppers.items()}
+    for name, taken in timed(run, ways, repeats, 0.3 * max(run.left(), 0.0)).items():
+        figures, sizes = quantiles(taken["step"]), setting.sizes
         others = sum(stepper.bytes() for other, stepper in steppers.items() if other != name)
         run.record(
-            "step", model=setting.sizes.model_name, batch=setting.sizes.batch, dtype=setting.sizes.dtype,
+            "step", model=sizes.model_name, batch=sizes.batch, dtype=sizes.dtype,
             mode="eager" if name == "official" else name, way="official" if name == "official" else "ours",
             tuned=bool(run.arguments.get("best")), configs=run.arguments.get("best"), backend=setting.backend,
-            images_per_s=setting.sizes.batch / figures["p50_ms"] * 1e3 if figures["p50_ms"] else None,
+            images_per_s=sizes.batch / figures["p50_ms"] * 1e3 if figures["p50_ms"] else None,
             peak_bytes=peak_of(steppers[name], setting.device, others), **figures,
         )  # fmt: skip
 
 
-def peak_of(stepper: Stepper, device: torch.device, others: int) -> int | None:
+def peak_of(stepper: Stepper, device: torch.device, others: int = 0) -> int | None:
     """The allocator's peak in a step, less what other ways hold; None on a CPU."""
     if device.type != "cuda":
         return None
@@ -181,11 +176,8 @@ def peak_of(stepper: Stepper, device: torch.device, others: int) -> int | None:
 
 def profile(run: Run, stepper: Stepper) -> None:
     """The profiler's table of a few steps, as a row and as profile.txt."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
     on_gpu = torch.cuda.is_available()
-    with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
+    with torch.profiler.profile() as found:  # of the CPU, and of a GPU where there is one
         for _ in range(PROFILED):
             stepper.step()
         if on_gpu:
@@ -196,12 +188,33 @@ def profile(run: Run, stepper: Stepper) -> None:
     run.record("profile", table=table)
 
 
+def memory(run: Run) -> None:
+    """ViT-B under a cap: does a step fit with as many images as the plan says, and is the plan right? A row each."""
+    for images, recompute in MEMORY_CASES:
+        if run.left() <= 0:
+            return
+        setting = setting_for(replace(run, arguments={"model": "base", "batch": images, "cap_gib": CAP_GIB}))
+        config = replace(setting.config, train=replace(setting.config.train, recompute=recompute))
+        row = {"model": "base", "micro_batch": setting.sizes.batch, "recompute": recompute}
+        row |= {"planned_bytes": predict_memory(step_size(config, 1)).total, "peak_bytes": None}
+        try:
+            stepper = started(partial(learning, setting, config))
+            stepper.step()
+            run.record("memory", **row | {"peak_bytes": peak_of(stepper, setting.device)}, fits=True, reason=None)
+        except (torch.OutOfMemoryError, OutOfMemory) as error:
+            run.record("memory", **row, fits=False, reason=str(error)[:300])
+        stepper = None  # what it holds is not the next case's
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def warm(run: Run) -> None:
     """Compile the step, so that the cache on disk has it when it is timed."""
     setting = setting_for(run)
     with dry_compile(run):
-        _started(ours(setting, "compiled"))
-    run.record("warm", op=f"step {setting.sizes.name}", config=None, reason=None)
+        started(partial(ours, setting, "compiled"))
+    run.record("warm", op=f"step {setting.sizes.name}", config=None)
 
 
 @contextmanager
@@ -216,7 +229,7 @@ def dry_compile(run: Run) -> Iterator[None]:
 def tuned_table(best: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     """Inside, the launch table has these configurations, by op."""
     with ExitStack() as stack:
-        for kernel, op in OPS.items():
+        for kernel, op in tune.OPS.items():
             if op in best:
                 stack.enter_context(tune.override(kernel, LaunchConfig(**best[op])))
         yield

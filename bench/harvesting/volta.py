@@ -9,21 +9,20 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from bench.harvesting.common import device_of
+from bench.harvesting.common import ROOT, device_of
 from bench.harvesting.part import Run, Skipped
 
-ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "7.5+PTX"
+STEP = {"model": "base", "batch": 32, "dtype": "fp16", "backend": "cuda", "cap_gib": 16}
 
 
-def build_command(target: Path) -> list[str]:
+def build_command(target: Path, checkout: Path = ROOT) -> list[str]:
     """Install the package with its CUDA kernels into a folder, without a network."""
     return [
         sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-        "--target", str(target), "--upgrade", str(ROOT),
+        "--target", str(target), "--upgrade", str(checkout),
     ]  # fmt: skip
 
 
@@ -42,22 +41,14 @@ def measure(run: Run) -> None:
     # pip builds in the folder itself, which may be read-only, and must not be changed.
     left_out = shutil.ignore_patterns(".git", ".venv", "build", "results")
     checkout = shutil.copytree(ROOT, run.folder / "checkout", ignore=left_out)
-    build = [*build_command(target)[:-1], str(checkout)]
     environment = os.environ | {"MAPET_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURE, "MAX_JOBS": "8"}
-    subprocess.run(build, env=environment, check=True)
+    subprocess.run(build_command(target, checkout), env=environment, check=True)
     path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", __name__, run.name, str(run.folder), str(max(1.0, run.left()))]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=run.folder, check=True)
 
 
-def steps(run: Run) -> None:
-    """The step of ViT-B with backend cuda."""
+if __name__ == "__main__":
     from bench.harvesting import step
 
-    step.measure(
-        replace(run, arguments={"model": "base", "batch": 32, "dtype": "fp16", "backend": "cuda", "cap_gib": 16})
-    )
-
-
-if __name__ == "__main__":
-    steps(Run(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])))
+    step.measure(Run(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), arguments=STEP))

@@ -1,10 +1,10 @@
 """`mapet demo`."""
 
 from mapet.commands.options import Demo
-from mapet.demo import DemoOptions, run_demo
+from mapet.demo.run import run_demo
 
 
 def run(options: Demo) -> int:
     """Run the demo."""
-    run_demo(DemoOptions(**vars(options)))
+    run_demo(**vars(options))
     return 0

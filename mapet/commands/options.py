@@ -5,16 +5,15 @@ Nothing here imports torch, so that `mapet COMMAND --help` is quick.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
 
-from mapet.checked import above, at_least, check_fields, fraction
-from mapet.commands.settings import as_text, settings, value_of
+from mapet.checked import above, at_least, fraction
 from mapet.config import (
+    MODEL_PRESETS,
     BatchSize,
     Count,
     CountOrNone,
@@ -26,66 +25,12 @@ from mapet.config import (
     Vocabulary,
     Workers,
 )
-from mapet.errors import FieldError
-
-FIELD_OF = {
-    "cache": "data.cache",
-    "output": "train.output",
-    "objective": "objective.name",
-    "cut": "objective.cut",
-    "epochs": "optim.epochs",
-    "warmup_epochs": "optim.warmup_epochs",
-    "batch": "optim.global_batch",
-    "lr": "optim.lr",
-    "precision": "train.precision",
-    "device": "train.device",
-    "parallel": "train.parallel",
-    "micro_batch": "train.micro_batch",
-    "workers": "data.workers",
-    "seed": "train.seed",
-    "save_every": "train.save_every",
-    "max_steps": "train.max_steps",
-    "gpu_memory": "train.gpu_memory",
-    "budget": "train.budget",
-}
-"""Options of `mapet pretrain` that are short for a field of RunConfig."""
-
-
-def check_options(options: Any) -> None:
-    """FieldError, naming the option as typed, unless the values have their types and ranges, and numbers are finite."""
-    try:
-        check_fields(options)
-    except FieldError as error:
-        short_for = FIELD_OF.get(error.name, "") if hasattr(options, "set") else ""
-        raise as_typed(error, error.name, short_for) from None
-
-
-def as_typed(error: FieldError, option: str, short_for: str = "") -> FieldError:
-    """The error of a field with the option's name before it: --batch-size, or --lr (optim.lr)."""
-    name = f"--{option.replace('_', '-')}" + (f" ({short_for})" if short_for else "")
-    return FieldError(error.name, f"{name}{str(error).removeprefix(error.name)}")
-
-
-def in_options(text: str, kind: type) -> str:
-    """A message about a run with its fields as they are typed in a command, `--lr` or `--set optim.clip`."""
-    typed = {name: f"--{option.replace('_', '-')}" for option, name in FIELD_OF.items() if hasattr(kind, option)}
-    names = "|".join(re.escape(name) for name in sorted(settings(), key=len, reverse=True))
-    return re.sub(
-        rf"(?<![\w./(-])(?<!--set )({names})\b(?![/-]|\.\w)",
-        lambda found: typed.get(found[0], f"--set {found[0]}"),
-        text,
-    )
+from mapet.recipes import RECIPES
 
 
 def _wanted(metavar: str, hint: str = "") -> Any:
     """An option that is None where it is not given; `hint` says what then happens."""
     return arg(metavar=metavar, help_behavior_hint=f"({hint})" if hint else "")
-
-
-def _short_for(option: str) -> Any:
-    """An option that stands for a field of RunConfig, with the field's name and default in its help."""
-    name = FIELD_OF[option]
-    return _wanted(settings()[name].allowed, f"{name}, {as_text(value_of(RunConfig(), name))}")
 
 
 @dataclass(frozen=True)
@@ -157,101 +102,61 @@ class Tokenize:
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """Pre-train a vision transformer on a token cache, or go on with a run; also under torchrun."""
+class Start:
+    """What the defaults of a run are."""
 
-    recipe: Annotated[str | None, _wanted("NAME")] = None
-    """Begin with vit_tiny_kclip, vit_small_kclip or vit_base_kclip, the paper's runs."""
-    model: Annotated[Literal["tiny", "small", "base"] | None, _wanted("tiny|small|base", "tiny")] = None
+    recipe: Annotated[str, arg(metavar="|".join(RECIPES), help_behavior_hint="(default: none)")] = ""
+    """One of the paper's runs to begin with; the options below then default to its values."""
+    preset: Annotated[str, arg(name="model", metavar="|".join(MODEL_PRESETS), help_behavior_hint="(default: tiny)")] = (
+        ""
+    )
     """Width and heads of ViT-T, ViT-S or ViT-B."""
-    cache: Annotated[Path | None, _short_for("cache")] = None
-    """Made by mapet tokenize."""
-    output: Annotated[Path | None, _short_for("output")] = None
-    """Folder for checkpoints and metrics."""
-    objective: Annotated[Literal["mapet", "pim", "mim"] | None, _short_for("objective")] = None
-    """What is predicted from what."""
-    cut: Annotated[int | None, _short_for("cut")] = None
-    """Tokens that are not predicted."""
-    epochs: Annotated[int | None, _short_for("epochs")] = None
-    """Passes over the images."""
-    warmup_epochs: Annotated[int | None, _short_for("warmup_epochs")] = None
-    """Of them, with a rising learning rate."""
-    batch: Annotated[int | None, _short_for("batch")] = None
-    """Images of a step, over all processes."""
-    lr: Annotated[float | None, _short_for("lr")] = None
-    """Peak learning rate."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
-    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
-    device: Annotated[str | None, _short_for("device")] = None
-    """auto, cpu, cuda or cuda:N."""
-    parallel: Annotated[Literal["ddp", "fsdp"] | None, _short_for("parallel")] = None
-    """With several processes: weights and optimizer whole in each (ddp), or shared out (fsdp)."""
-    micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
-    """Images of a forward pass and process; 0 for all of a step."""
-    workers: Annotated[int | None, _short_for("workers")] = None
-    """Processes that read the cache."""
-    seed: Annotated[int | None, _short_for("seed")] = None
-    """Of everything random."""
-    save_every: Annotated[int | None, _short_for("save_every")] = None
-    """Steps between checkpoints."""
-    max_steps: Annotated[int | None, _short_for("max_steps")] = None
-    """Stop after so many steps; 0 for never."""
-    gpu_memory: Annotated[str | None, _wanted("16GB", "all of the GPU's")] = None
-    """Most memory of a GPU to take; sets micro-batch and recomputation that fit, where they are not given."""
-    auto_batch: Annotated[bool, arg(help_behavior_hint="")] = False
-    """When memory runs out, halve the micro-batch and go on with the same step."""
-    budget: Annotated[str | None, _wanted("24h")] = None
-    """Measure for a minute, then set the epochs so that the run ends in time."""
-    gpus: Annotated[Count | None, _wanted("INT", "those of torchrun")] = None
-    """GPUs that the run is meant for; another number of processes is refused."""
-    set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
-    """Any field of the configuration; the options above are short for some of them."""
-    fresh: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Start again, setting the earlier run in --output aside, into before_1 there."""
-    list_options: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Print every field, its value with the options given, and what it means; then stop."""
+    method: Annotated[str, arg(name="objective", metavar="NAME", help_behavior_hint="(default: mapet)")] = ""
+    """What is predicted from what: mapet, pim or mim. Each has options of its own, which its help shows."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Run(Start):
+    """The configuration of a run, every field of it an option."""
+
+    run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
+    given: Annotated[tuple[str, ...], Fixed, Suppress] = ()
+    """Fields of the run that were given, not left at their defaults."""
+
+
+@dataclass(frozen=True)
+class Pretrain(Run):
+    """Pre-train a vision transformer on a token cache, or go on with a run; also under torchrun."""
+
+    gpus: Annotated[Count | None, arg(metavar="INT", help_behavior_hint="(default: those of torchrun)")] = None
+    """GPUs that the run is meant for; another number of processes is refused."""
+    fresh: Annotated[bool, FlagCreatePairsOff] = False
+    """Whether to start again, setting the earlier run in the output folder aside, into before_1 there."""
+
+
+@dataclass(frozen=True)
+class Plan(Run):
     """Predict the memory of a step, by part, and choose micro-batch and recomputation; nothing is run."""
 
-    recipe: Annotated[str | None, _wanted("NAME")] = None
-    """Begin with one of the paper's runs, as mapet pretrain does."""
-    model: Annotated[Literal["tiny", "small", "base"] | None, _wanted("tiny|small|base", "tiny")] = None
-    """Width and heads of ViT-T, ViT-S or ViT-B."""
-    objective: Annotated[Literal["mapet", "pim", "mim"] | None, _short_for("objective")] = None
-    """What is predicted from what."""
-    cut: Annotated[int | None, _short_for("cut")] = None
-    """Tokens that are not predicted."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _short_for("precision")] = None
-    """Of the forward pass; auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
-    parallel: Annotated[Literal["ddp", "fsdp"] | None, _short_for("parallel")] = None
-    """With several processes: weights and optimizer whole in each (ddp), or shared out (fsdp)."""
-    micro_batch: Annotated[int | None, _short_for("micro_batch")] = None
-    """Images of a forward pass; the largest that fits where it is not given."""
-    global_batch: Annotated[BatchSize | None, _wanted("INT", "optim.global_batch, 2048")] = None
-    """Images of a step, over all GPUs."""
     gpus: Count = 1
     """GPUs that share a step."""
-    gpu_memory: Annotated[str | None, _wanted("16GB", "no limit")] = None
-    """Memory of one GPU: GB is 10^9 bytes, GiB 2^30."""
     gpu: Annotated[
-        Literal["V100", "T4", "A100", "H100", "H200", "B200", "RTX 4090"] | None, _wanted("V100|T4|A100|...")
+        Literal["V100", "T4", "A100", "H100", "H200", "B200", "RTX 4090"] | None,
+        arg(metavar="V100|T4|A100|H100|H200|B200|'RTX 4090'", help_behavior_hint="(default: none)"),
     ] = None
-    """Adds images per second on this GPU, computed from its data sheet; its memory is the limit where none is given."""
-    peak: Annotated[str | None, _wanted("312T")] = None
-    """FLOP per second of another GPU, in the precision of the run, for the same."""
-    bandwidth: Annotated[str | None, _wanted("2.0TB")] = None
+    """GPU whose speed to compute from its data sheet; its memory is the limit where none is given."""
+    peak: Annotated[str | None, arg(metavar="312T", help_behavior_hint="(default: that of --gpu)")] = None
+    """FLOP per second, in the run's precision, of a GPU that is not in the list; goes with --bandwidth."""
+    bandwidth: Annotated[str | None, arg(metavar="2.0TB", help_behavior_hint="(default: that of --gpu)")] = None
     """Bytes per second of its memory."""
-    interconnect: Annotated[str | None, _wanted("400Gb")] = None
-    """Bits (Gb) or bytes (GB) per second of one GPU's slowest link: adds traffic and times of several GPUs."""
+    interconnect: Annotated[str | None, arg(metavar="400Gb", help_behavior_hint="(default: none)")] = None
+    """Bits (Gb) or bytes (GB) per second of one GPU's slowest link, which adds traffic and times of several GPUs."""
     images: Annotated[str, arg(metavar="1.28M")] = "1281167"
-    """Images of an epoch, for --gpu and --interconnect."""
-    images_per_second: Annotated[Annotated[float, above(0)] | None, _wanted("FLOAT", "unknown")] = None
-    """What one GPU trains on its own, measured, for --interconnect."""
-    set: Annotated[tuple[str, ...], UseAppendAction, _wanted("SECTION.FIELD=VALUE", "repeatable")] = ()
-    """Any field of the configuration."""
+    """Images of an epoch, for --gpu, --peak and --interconnect."""
+    images_per_second: Annotated[
+        Annotated[float, above(0)] | None, arg(metavar="FLOAT", help_behavior_hint="(default: unknown)")
+    ] = None
+    """Images per second that one GPU trains on its own, measured, for --interconnect."""
 
 
 @dataclass(frozen=True)
@@ -369,3 +274,25 @@ COMMANDS: dict[str, type] = {
     "doctor": Doctor,
 }
 """Sub-commands by name; `mapet.commands.NAME.run` takes the options."""
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "tokenize": (
+        "mapet tokenize --images DIR --output runs/cache",
+        "mapet tokenize --images digits --image-size 28 --patch-size 7 --vocabulary 256 --output runs/digits",
+    ),
+    "pretrain": (
+        "mapet pretrain --cache runs/cache --model tiny --batch 256 --epochs 100 --precision auto",
+        "mapet pretrain --cache runs/cache --objective mim --masked 98 --optim.clip 1 --speed.compile",
+        "mapet pretrain --recipe vit_base_kclip --gpu-memory 16GB",
+    ),
+    "plan": (
+        "mapet plan --model base --precision bf16 --gpu-memory 16GB --batch 1024",
+        "mapet plan --recipe vit_base_kclip --gpus 64 --interconnect 400Gb",
+    ),
+    "probe": ("mapet probe --checkpoint runs/pretrain --images DIR --baselines",),
+    "codebook": ("mapet codebook --cache runs/cache",),
+    "export": ("mapet export --checkpoint runs/pretrain --output runs/pretrain/timm",),
+    "demo": ("mapet demo --output runs/demo",),
+    "doctor": ("mapet doctor --cache runs/cache --run runs/pretrain",),
+}
+"""Whole command lines that work, for --help."""

@@ -9,12 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mapet.commands.options import Plan as Options
-from mapet.commands.pretrain import changed, given
-from mapet.config import Parallel, RunConfig
-from mapet.errors import ConfigError
-from mapet.planning.estimate import GPUS, Cluster, Gpu, expectation_rows, gpu_of, scaling_rows
+from mapet.config import Parallel, RunConfig, change
+from mapet.planning.estimate import GPUS, Gpu, expectation_rows, gpu_of, scaling_rows
 from mapet.planning.memory import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
-from mapet.recipes import recipe
 from mapet.units import gib, parse_bytes, parse_count, parse_link
 from mapet.words import say
 
@@ -37,8 +34,8 @@ def run(options: Options) -> int:
 
     ConfigError where nothing fits.
     """
-    config, values = plan_config(options)
-    plan = make_plan(config, options, values)
+    config = plan_config(options)
+    plan = make_plan(config, options)
     console = Console()
     console.print(memory_table(plan.memory))
     say("\n".join(summary(config, options, plan)))
@@ -49,26 +46,20 @@ def run(options: Options) -> int:
     return 0
 
 
-def plan_config(options: Options) -> tuple[RunConfig, dict[str, object]]:
-    """The configuration, and the fields that were given."""
-    values = given(options)
-    if options.global_batch is not None:
-        if "optim.global_batch" in values:
-            raise ConfigError("--global-batch and --set optim.global_batch=... say the same; give one of them")
-        values["optim.global_batch"] = options.global_batch
-    if options.gpu and options.gpu_memory is None:
-        values["train.gpu_memory"] = GPUS[options.gpu].memory
-    start = recipe(options.recipe) if options.recipe else RunConfig()
-    return changed(start, options, values), values
+def plan_config(options: Options) -> RunConfig:
+    """The configuration that the options give, with a GPU's own memory as the limit where none is given."""
+    if options.gpu and not options.run.train.gpu_memory:
+        return change(options.run, {"train.gpu_memory": GPUS[options.gpu].memory})
+    return options.run
 
 
-def make_plan(config: RunConfig, options: Options, values: dict[str, object]) -> Plan:
+def make_plan(config: RunConfig, options: Options) -> Plan:
     """The choice within the limit; without one, what the configuration says."""
     size = step_size(config, options.gpus)
     if not config.train.gpu_memory:
         memory = predict_memory(size)
         return Plan(size.micro_batch, size.share // size.micro_batch, size.recompute, memory)
-    levels = [config.train.recompute] if "train.recompute" in values else LEVELS
+    levels = [config.train.recompute] if "train.recompute" in options.given else LEVELS
     micro = config.train.micro_batch
     return plan_memory(size, parse_bytes(config.train.gpu_memory), levels=levels, micro_batch=micro)
 
@@ -110,26 +101,22 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
 
 
 def expectation_table(config: RunConfig, options: Options, plan: Plan, gpu: Gpu) -> Table:
-    """mapet/planning/estimate.py for this GPU."""
+    """How fast one GPU would be: mapet/planning/estimate.py."""
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch, recompute=plan.recompute)
-    title = f"one {gpu.name}, {config.train.precision}"
-    table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
-    for row in expectation_rows(size, gpu, parse_count(options.images), config.optim.epochs):
-        table.add_row(*row)
-    return table
+    rows = expectation_rows(size, gpu, parse_count(options.images), config.optim.epochs)
+    return _computed(f"one {gpu.name}, {config.train.precision}", rows)
 
 
 def scaling_table(config: RunConfig, options: Options) -> Table:
-    """mapet/planning/estimate.py for these GPUs."""
-    cluster = Cluster(
-        options.gpus,
-        parse_link(options.interconnect),
-        config.optim.global_batch,
-        parse_count(options.images),
-        options.images_per_second,
-    )
-    title = f"{options.gpus} GPUs, {options.interconnect} per second each, global batch {cluster.global_batch}"
+    """What several GPUs would do: mapet/planning/estimate.py."""
+    link, images = parse_link(options.interconnect), parse_count(options.images)
+    rows = scaling_rows(config, options.gpus, link, images, options.images_per_second)
+    each = f"{options.interconnect} per second each, global batch {config.optim.global_batch}"
+    return _computed(f"{options.gpus} GPUs, {each}", rows)
+
+
+def _computed(title: str, rows: list[tuple[str, str]]) -> Table:
     table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
-    for name, value in scaling_rows(config, cluster):
-        table.add_row(name, value)
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -370,7 +370,11 @@ def pretrain_line(folder: Path) -> str:
         "patch_size": cache.image_size // cache.grid,
         "vocabulary": cache.vocabulary,
     }
-    needed = [f" --set model.{name}={size}" for name, size in sizes.items() if size != getattr(ModelConfig, name)]
+    needed = [
+        f" --model.{name.replace('_', '-')} {size}"
+        for name, size in sizes.items()
+        if size != getattr(ModelConfig, name)
+    ]
     patches, usual = cache.grid**2, ModelConfig().grid ** 2
     if (cut := options("mapet").cut) >= patches:
         needed.append(f" --cut {max(1, round(cut * patches / usual))}")

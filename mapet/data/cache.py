@@ -110,7 +110,7 @@ class TokenCache:
         return self.manifest.images
 
     def __reduce__(self):
-        return TokenCache, (self.path, self.manifest)
+        return type(self), (self.path, self.manifest)
 
     @cached_property
     def names(self) -> list[str]:

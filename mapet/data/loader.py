@@ -1,41 +1,86 @@
-"""From the token cache to batches: which images an optimizer step sees is a pure function of seed and step."""
+"""From the data to batches: which images an optimizer step sees is a pure function of seed and step.
+
+Steps count up from 0. The batches of held-out images have numbers too, from -1 down and the same after every epoch:
+what is drawn for batch -1 comes from (seed, -1), so that all epochs are judged alike, and on draws that no step has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mapet.config import RunConfig
-from mapet.data.feed import PATIENCE, Feed
+from mapet.data.feed import Feed
 from mapet.distributed import World
 from mapet.errors import ConfigError
-from mapet.rng import StepRng
+from mapet.rng import StepRng, step_seed
 from mapet.task import Batch, Data
 
 
 @dataclass(frozen=True)
+class Split:
+    """The images that a run learns from, and those that it is only judged on."""
+
+    trained: int
+    ids: Tensor | None = None
+    """int64, sorted; None where all images are learned from, in which case none is held out."""
+    held_out: Tensor | None = None
+    """int64, sorted."""
+
+    def trained_ids(self, *, seed: int, step: int, global_batch: int) -> Tensor:
+        """Images of the whole global batch of an optimizer step, int64 (global_batch,)."""
+        ids = step_ids(self.trained, seed=seed, step=step, global_batch=global_batch)
+        return ids if self.ids is None else self.ids[ids]
+
+    def held_out_batches(self, global_batch: int) -> int:
+        """Batches that the held-out images make, the last of which may be smaller."""
+        return 0 if self.held_out is None else -(-len(self.held_out) // global_batch)
+
+
+@dataclass(frozen=True)
 class Share:
-    """The images of an optimizer step, and the part of them that one process takes."""
+    """The images of an optimizer step or of a batch of held-out images, and the part of them that one process takes."""
 
     seed: int
     step: int
     images: int
     """Of the whole step."""
     part: slice
+    among: Tensor | None = None
+    """The images that it takes its own from, int64, sorted: those to learn from, or the held-out ones. None for all."""
 
     @property
     def rng(self) -> StepRng:
         """Of the step; draw for all `images`, and take `part`."""
         return StepRng(self.seed, self.step)
 
-    def ids(self, length: int) -> Tensor:
-        """The part's images, int64, out of `length`."""
-        return step_ids(length, seed=self.seed, step=self.step, global_batch=self.images)[self.part]
+    @property
+    def held_out(self) -> bool:
+        """Whether a run is judged on these images, and does not learn from them: no augmentation."""
+        return self.step < 0
+
+
+def split_images(images: int, config: RunConfig) -> Split:
+    """Which images a run learns from: all but a share of data.held_out, at least one where that is not 0.
+
+    Which ones is drawn from the seed, image by image.
+    """
+    if not config.data.held_out:
+        return Split(images)
+    return _split(images, config.train.seed, max(1, round(config.data.held_out * images)))
+
+
+@lru_cache(maxsize=2)
+def _split(images: int, seed: int, held_out: int) -> Split:
+    order = _shuffled(images, step_seed(seed, 0, "held_out"))
+    held, rest = (torch.from_numpy(np.sort(part)) for part in (order[:held_out], order[held_out:]))
+    return Split(len(rest), rest, held)
 
 
 def steps_per_epoch(length: int, global_batch: int) -> int:
@@ -64,23 +109,39 @@ def step_ids(length: int, *, seed: int, step: int, global_batch: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return _shuffled(length, [seed, epoch])
+
+
+def _shuffled(length: int, entropy: int | list[int]) -> np.ndarray:
     # The raw words of a bit generator never change between versions of numpy or torch; their shuffles may.
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length)
+    words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True)
 class _Fetcher:
-    """The number of a step to the batch that one process takes: its contiguous share of the global batch, in order."""
+    """The number of a batch to what one process takes of it: its contiguous share, in order."""
 
     data: Data
+    split: Split
     seed: int
     images: int
     part: slice
 
-    def __call__(self, step: int, beat: Callable[[], None]) -> Batch:
-        share = Share(self.seed, step, self.images, self.part)
-        return self.data.batch(share.ids(len(self.data)), share, beat)
+    def __call__(self, number: int, beat: Callable[[], None]) -> Batch:
+        held_out = number < 0
+        among = self.split.held_out if held_out else self.split.ids
+        share = Share(self.seed, number, self.images, self.part, among)
+        return self.data.batch(self._held_out(number) if held_out else self._trained(number), share, beat)
+
+    def _trained(self, step: int) -> Tensor:
+        return self.split.trained_ids(seed=self.seed, step=step, global_batch=self.images)[self.part]
+
+    def _held_out(self, number: int) -> Tensor:
+        """A process whose part of the last batch is empty gets one image of it, which counts for nothing."""
+        first = (-1 - number) * self.images
+        ids = self.split.held_out[first : first + self.images]
+        return ids[self.part] if self.part.start < len(ids) else ids[:1]
 
 
 def make_loader(
@@ -92,13 +153,12 @@ def make_loader(
     stop_step: int,
     rank: int = 0,
     world_size: int = 1,
-    workers: int = 0,
-    patience: float = PATIENCE,
-    stopped: Callable[[], bool] = lambda: False,
+    **feed: Any,
 ) -> Feed[Batch]:
     """Batches of this process for the optimizer steps [start_step, stop_step), one Batch per step, in order.
 
-    The result is a context manager, which ends the workers; `patience`, `stopped` and errors on the way are Feed's.
+    The result is a context manager, which ends the workers; `feed` are options of Feed: `workers` (0 by default),
+    `patience`, `stopped`. Errors on the way are Feed's too.
 
     Neither the number of workers nor the step it starts from changes what a step gets, and no global random state is
     read or changed.
@@ -107,35 +167,42 @@ def make_loader(
         ConfigError: more images in a batch than in the data, a batch that the processes cannot share evenly, a rank
             outside [0, world_size), or less shared memory than the workers need.
     """
-    steps_per_epoch(len(data), global_batch)
+    fetcher = _Fetcher(data, Split(len(data)), seed, global_batch, _part(global_batch, rank, world_size))
+    return _feed(fetcher, range(start_step, stop_step), **feed)
+
+
+def run_batches(
+    config: RunConfig, data: Data, world: World, numbers: Collection[int], stopped: Callable[[], bool]
+) -> Feed[Batch]:
+    """The batches of these numbers, as one process of a run takes them; see the top of the file and `make_loader`."""
+    batch = config.optim.global_batch
+    split, part = split_images(len(data), config), _part(batch, world.rank, world.size)
+    return _feed(
+        _Fetcher(data, split, config.train.seed, batch, part),
+        numbers,
+        workers=config.data.workers,
+        patience=config.data.patience,
+        stopped=stopped,
+    )
+
+
+def _part(global_batch: int, rank: int, world_size: int) -> slice:
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank must be in [0, world size {world_size}), got {rank}")
     if global_batch % world_size:
         raise ConfigError(f"global batch {global_batch} is not divisible by the {world_size} processes")
     share = global_batch // world_size
+    return slice(rank * share, (rank + 1) * share)
+
+
+def _feed(fetcher: _Fetcher, numbers: Collection[int], *, workers: int = 0, **feed: Any) -> Feed[Batch]:
+    steps_per_epoch(fetcher.split.trained, fetcher.images)
     return Feed(
-        _Fetcher(data, seed, global_batch, slice(rank * share, (rank + 1) * share)),
-        range(start_step, stop_step),
+        fetcher,
+        numbers,
         workers=workers,
-        batch_bytes=share * data.image_bytes,
-        patience=patience,
-        stopped=stopped,
+        batch_bytes=(fetcher.part.stop - fetcher.part.start) * fetcher.data.image_bytes,
         pin_memory=torch.cuda.is_available(),
         prefix="data.",
-    )
-
-
-def run_batches(config: RunConfig, data: Data, world: World, steps: range, stopped: Callable[[], bool]) -> Feed[Batch]:
-    """The batches that one process of a run takes in these steps; see `make_loader`."""
-    return make_loader(
-        data,
-        seed=config.train.seed,
-        global_batch=config.optim.global_batch,
-        start_step=steps.start,
-        stop_step=steps.stop,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.workers,
-        patience=config.data.patience,
-        stopped=stopped,
+        **feed,
     )

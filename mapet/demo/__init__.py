@@ -1,5 +1,1 @@
-"""The whole main job on images that ship inside Python packages: `run_demo`."""
-
-from mapet.demo.run import DemoOptions, run_demo
-
-__all__ = ["DemoOptions", "run_demo"]
+"""The whole main job on images that ship inside Python packages: `mapet.demo.run.run_demo`."""

@@ -17,7 +17,7 @@ from mapet import __version__
 from mapet.config import to_dict
 from mapet.demo.recipe import Recipe
 from mapet.errors import ConfigError, DataError
-from mapet.evaluate import EvaluationResult
+from mapet.evaluate.frozen import EvaluationResult
 from mapet.files import read_json, read_record, write_whole
 from mapet.folders import LOCK
 
@@ -53,32 +53,28 @@ class DemoFolder:
         return self.seed(seed) / "run" / "metrics.jsonl"
 
     def claim(self, recipe: Recipe, device: str) -> None:
-        """Make the folder this recipe's, or find that it is.
-
-        Raises:
-            ConfigError: it holds results of other settings, or something else.
-        """
+        """Make the folder this recipe's, or find that it is; ConfigError where it holds anything else."""
         wanted = {"mapet": __version__, "torch": torch.__version__, "device": device, "recipe": to_dict(recipe)}
         path = self.root / SETTINGS
-        if path.is_file():
-            found = read_json(path, advice=AGAIN)
-            if different := sorted(_differences(found, wanted)):
-                more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
-                raise ConfigError(
-                    f"{self.root} holds a demo with other settings ({'; '.join(different[:SHOWN])}{more}): results are "
-                    "not mixed. Name another --output, or delete that folder"
-                )
-            return
-        if self.root.exists() and (not self.root.is_dir() or any(path.name != LOCK for path in self.root.iterdir())):
-            raise ConfigError(f"{self.root} is no folder of a demo and is not empty: name another --output")
-        write_json(path, wanted)
+        if not path.is_file():
+            if self.root.exists() and (not self.root.is_dir() or {path.name for path in self.root.iterdir()} - {LOCK}):
+                raise ConfigError(f"{self.root} is no folder of a demo and is not empty: name another --output")
+            write_json(path, wanted)
+        found, wanted = _flat(read_json(path, advice=AGAIN)), _flat(wanted)
+        names = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
+        if names:
+            shown = [f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:SHOWN]]
+            more = f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise ConfigError(
+                f"{self.root} holds a demo with other settings ({'; '.join(shown)}{more}): results are not mixed. "
+                "Name another --output, or delete that folder"
+            )
 
     def load_result(self, seed: int) -> SeedResult | None:
         """The result of a seed that is done; DataError where its file is damaged."""
         path = self.seed(seed) / "scores.json"
-        if not path.is_file():
-            return None
-        return read_record(path, SeedResult, advice="delete it, and the demo measures this seed anew")
+        advice = "delete it, and the demo measures this seed anew"
+        return read_record(path, SeedResult, advice=advice) if path.is_file() else None
 
     def save_result(self, result: SeedResult) -> None:
         """Record that a seed is done."""
@@ -89,10 +85,9 @@ class Timings:
     """Seconds of every stage, those of earlier calls of the same demo included. Kept in timings.json."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "timings.json"
-        self.seconds: dict[str, float] = (
-            read_record(self.path, dict[str, float], advice=AGAIN) if self.path.is_file() else {}
-        )
+        self.path, self.seconds = folder / "timings.json", {}
+        if self.path.is_file():
+            self.seconds = read_record(self.path, dict[str, float], advice=AGAIN)
 
     @contextmanager
     def stage(self, name: str, *, anew: bool = False) -> Iterator[None]:
@@ -115,12 +110,9 @@ def write_json(path: Path, values: Any) -> None:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """'name: found instead of wanted' for every value that differs."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        below = [
-            _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-            for key in found.keys() | wanted.keys()
-        ]
-        return [text for texts in below for text in texts]
-    return [] if found == wanted else [f"{name}: {found} instead of {wanted}"]
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Values by dotted names."""
+    if not isinstance(values, dict):
+        return {name: values}
+    parts = [_flat(below, f"{name}.{key}".lstrip(".")) for key, below in values.items()]
+    return {key: value for part in parts for key, value in part.items()}

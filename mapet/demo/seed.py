@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,19 @@ import numpy as np
 import torch
 
 from mapet.config import RunConfig
+from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource
 from mapet.data.subset import Subset
 from mapet.demo.folder import DemoFolder, SeedResult, Timings, write_json
 from mapet.demo.recipe import Recipe
-from mapet.evaluate import CacheImages, EvaluationResult, FeatureFunction, SourceImages, evaluate, pixel_features, split
+from mapet.evaluate.features import pixel_features
+from mapet.evaluate.frozen import evaluate
+from mapet.evaluate.images import CacheImages, SourceImages
+from mapet.evaluate.labels import split
 from mapet.model.export import to_timm
 from mapet.model.official_names import StateDict
 from mapet.objectives import build_task
-from mapet.report.loss_curve import unigram_entropy
 from mapet.rng import seed_global_generators
 from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from mapet.tokenizers.encode import fit_batches, tokenize
@@ -26,13 +30,7 @@ from mapet.tokenizers.store import MANIFEST
 from mapet.training.checkpoint import load_weights
 from mapet.training.loop import pretrain
 
-
-class Stopped(Exception):
-    """Pre-training ended early on a signal, with a checkpoint."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class SeedJob:
         return self.recipe.run(self.seed, self.place / "cache", self.place / "run", self.device)
 
     def run(self, digits: ImageSource) -> SeedResult:
-        """Do what is not done yet. Stopped when a signal ends pre-training."""
+        """Do what is not done yet. A signal during pre-training ends the process as the signal would."""
         train, test = self.split(digits)
         with self.timings.stage("fit the tokenizers, tokenise"):
             self.tokens(train)
@@ -75,58 +73,44 @@ class SeedJob:
 
     def tokens(self, train: ImageSource) -> None:
         """Fit a tokenizer on the training images and fill their cache, unless both are there."""
-        recipe = self.recipe
-        fresh = make_tokenizer(
-            "pixel", image_size=recipe.image_size, patch_size=recipe.patch_size, vocabulary=recipe.vocabulary
+        model = self.recipe.model
+        tokenizer = fitted(
+            self.place / "tokenizer", train, model.image_size, model.patch_size, model.vocabulary, self.seed
         )
-        tokenizer = fitted(self.place / "tokenizer", fresh, train, seed=self.seed)
-        tokenize(train, tokenizer, self.config.data.cache, image_size=recipe.image_size, workers=0)
+        tokenize(train, tokenizer, self.config.data.cache, image_size=model.image_size, workers=0)
 
     def pretrain(self) -> None:
         """Pre-train, from the newest checkpoint if there is one."""
         result = pretrain(self.config)
+        if result.signal and result.exit_code == INTERRUPTED:
+            raise KeyboardInterrupt("stopped by Ctrl-C; the same command goes on from the last checkpoint")
         if result.signal:
-            raise Stopped(result.exit_code)
+            raise SystemExit(result.exit_code)
 
     def measure(self, test: ImageSource) -> SeedResult:
         """Score the pre-trained network, itself before training, and the pixels, on the same images and labels."""
-        cache = TokenCache.open(self.config.data.cache)
-        weights = load_weights(self.config.train.output)[2]
-        return SeedResult(
-            seed=self.seed,
-            pretrained=self.score(self.network(weights), cache, test),
-            random_init=self.score(self.network(initial_weights(self.config)), cache, test),
-            raw_pixels=self.score(pixel_features, cache, test),
-            token_entropy=unigram_entropy(cache.tokens(np.arange(len(cache)))),
-        )
-
-    def network(self, weights: StateDict) -> torch.nn.Module:
-        """The timm vision transformer of some weights, on the demo's device."""
-        return to_timm(self.recipe.model(), weights).to(self.device)
-
-    def score(
-        self, features: torch.nn.Module | FeatureFunction, cache: TokenCache, test: ImageSource
-    ) -> EvaluationResult:
-        """kNN and linear probes of features, the training images from the cache."""
-        return evaluate(
-            features,
-            CacheImages(cache, np.arange(len(cache))),
-            cache.labels,
-            SourceImages(test, self.recipe.image_size, np.arange(len(test))),
-            test.labels,
-            config=self.recipe.evaluation(self.seed),
-            classes=test.classes,
-            device=self.device,
-        )
+        cache, size = TokenCache.open(self.config.data.cache), self.recipe.model.image_size
+        _, _, weights = load_weights(self.config.train.output)
+        networks = [to_timm(self.recipe.model, w).to(self.device) for w in (weights, initial_weights(self.config))]
+        train_images = CacheImages(cache, np.arange(len(cache)))
+        test_images = SourceImages(test, size, np.arange(len(test)))
+        options = {"config": self.recipe.evaluation(self.seed), "classes": test.classes, "device": self.device}
+        scores = [
+            evaluate(features, train_images, cache.labels, test_images, test.labels, **options)
+            for features in (*networks, pixel_features)
+        ]
+        return SeedResult(self.seed, *scores, token_entropy=math.log(count_usage(cache).perplexity))
 
 
-def fitted(folder: Path, fresh: Tokenizer, images: ImageSource, *, seed: int) -> Tokenizer:
-    """The tokenizer saved in the folder; where there is none, `fresh` is fitted and saved."""
-    if (folder / MANIFEST).is_file():
-        return load_tokenizer(folder)
-    fresh.fit(fit_batches(images, fresh, workers=0, seed=seed), seed=seed, redos=1)
-    fresh.save(folder)
-    return fresh
+def fitted(
+    folder: Path, images: ImageSource, image_size: int, patch_size: int, vocabulary: int, seed: int
+) -> Tokenizer:
+    """The k-means tokenizer of pixels saved in the folder; where there is none, it is fitted and saved."""
+    if not (folder / MANIFEST).is_file():
+        fresh = make_tokenizer("pixel", image_size=image_size, patch_size=patch_size, vocabulary=vocabulary)
+        fresh.fit(fit_batches(images, fresh, workers=0, seed=seed), seed=seed, redos=1)
+        fresh.save(folder)
+    return load_tokenizer(folder)
 
 
 def initial_weights(config: RunConfig) -> StateDict:

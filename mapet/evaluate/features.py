@@ -6,7 +6,6 @@ class token it is the mean alone (the paper follows BEiT's linear evaluation).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,17 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from mapet.errors import CheckpointError, DataError
 from mapet.evaluate.images import Images, as_tensor
 from mapet.files import UnreadableFile, map_array, read_record, replacing, write_whole
 
 Layers = Literal["all", "last"]
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,8 @@ def extract_features(
     Raises DataError when there are no images or they have another size, CheckpointError when a feature is not finite.
     """
     values = np.empty(_shape(model, len(images), layers), np.float32)
-    start = 0
-    for batch in _feature_batches(model, images, layers, batch_size):
+    for start, batch in _feature_batches(model, images, layers, batch_size):
         values[start : start + len(batch)] = batch
-        start += len(batch)
     return Features(values, _layer_names(model, layers))
 
 
@@ -97,27 +95,22 @@ def cached_features(
     model: VisionTransformer,
     images: Images,
     *,
-    data_fingerprint: str | None = None,
+    fingerprint: str,
     layers: Layers = "all",
     batch_size: int = 256,
 ) -> Features:
     """As `extract_features`, computed once per (weights, images, layers) and then read from `folder`, memory-mapped.
 
     Args:
-        data_fingerprint: text that changes when the images do; without it the pixels are hashed.
+        fingerprint: text that changes when the images do.
 
     Raises DataError, naming the file and what differs, when a cached file is damaged or is not what its name says.
     """
-    fingerprint = data_fingerprint or images_fingerprint(images, batch_size)
-    key = FeatureKey(weights_fingerprint(model), fingerprint, layers, len(images))
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    key = FeatureKey(hashlib.sha256(safetensors.torch.save(weights)).hexdigest(), fingerprint, layers, len(images))
     path = Path(folder) / f"features_{key.digest()}.npy"
     if not path.exists():
         _write_cache(path, key, model, images, batch_size)
-    return load_features(path, key, model)
-
-
-def load_features(path: Path, key: FeatureKey, model: VisionTransformer) -> Features:
-    """Map a file that `cached_features` wrote. Raises DataError when it is damaged or belongs to another key."""
     advice = f"delete {path.name} and {path.with_suffix('.json').name} in {path.parent} to compute them again"
     try:
         found = read_record(path.with_suffix(".json"), FeatureKey)
@@ -132,66 +125,53 @@ def load_features(path: Path, key: FeatureKey, model: VisionTransformer) -> Feat
     return Features(values, _layer_names(model, key.layers))
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and bytes of a model's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _write_cache(path: Path, key: FeatureKey, model: VisionTransformer, images: Images, batch_size: int) -> None:
+    """Stream the features into a file beside `path` and rename it when it is whole."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": _shape(model, len(images), key.layers)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written, not mapped: a full disk is an error when it is written to, and a crash when it is mapped.
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for _, batch in _feature_batches(model, images, key.layers, batch_size):
+                file.write(np.ascontiguousarray(batch, dtype="<f4").data)
+            file.flush()
+            write_whole(path.with_suffix(".json"), json.dumps(dataclasses.asdict(key), indent=2) + "\n")
+    except OSError as error:
+        raise DataError(f"could not write cached features {path}: {error.strerror or error}") from error
 
 
-def images_fingerprint(images: Images, batch_size: int = 256) -> str:
-    """SHA-256 of the number, size and pixels of images."""
-    digest = hashlib.sha256(str(len(images)).encode())
-    for start in range(0, len(images), batch_size):
-        batch = as_tensor(images[start : start + batch_size]).cpu().contiguous()
-        digest.update(f"{batch.shape[-1]}".encode())
-        digest.update(batch.numpy().data)
-    return digest.hexdigest()
-
-
-def _feature_batches(model: VisionTransformer, images: Images, layers: Layers, batch_size: int) -> Iterator[np.ndarray]:
-    """(b, L, F) of one batch of images after the other."""
-    count = len(_layer_names(model, layers))
-    with _eval_mode(model):
-        for start, pixels in _pixels(model, images, batch_size):
-            features = _block_features(model, pixels, count)
-            if not bool(torch.isfinite(features).all()):
-                raise CheckpointError(
-                    f"features of images {start} to {start + len(pixels) - 1} are not finite: the weights have diverged"
-                )
-            yield features.cpu().numpy()
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
+def _feature_batches(
+    model: VisionTransformer, images: Images, layers: Layers, batch_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """First id and features (b, L, F) of one batch of images after the other."""
+    count, training = len(_layer_names(model, layers)), model.training
     model.eval()
     try:
-        yield
+        for start in range(0, len(images), batch_size):
+            features = _block_features(model, as_tensor(images[start : start + batch_size]), count)
+            if not bool(torch.isfinite(features).all()):
+                ids = f"{start} to {start + len(features) - 1}"
+                raise CheckpointError(f"features of images {ids} are not finite: the weights have diverged")
+            yield start, features.cpu().numpy()
     finally:
         model.train(training)
 
 
-def _pixels(model: VisionTransformer, images: Images, batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """(first id, normalised float32 (b, 3, S, S)) for every batch."""
-    device = next(model.parameters()).device
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(3, 1, 1)
-    for start in range(0, len(images), batch_size):
-        batch = as_tensor(images[start : start + batch_size])
-        if tuple(batch.shape[2:]) != tuple(model.patch_embed.img_size):
-            size, wanted = batch.shape[-1], model.patch_embed.img_size[0]
-            raise DataError(f"images are {size} x {size} pixels, the model takes {wanted} x {wanted}")
-        yield start, (batch.to(device).float() / 255 - mean) / std
-
-
 @torch.inference_mode()
-def _block_features(model: VisionTransformer, pixels: Tensor, count: int) -> Tensor:
-    """(b, 3, S, S) -> (b, count, F): features of the last `count` blocks."""
+def _block_features(model: VisionTransformer, images: Tensor, count: int) -> Tensor:
+    """uint8 (b, 3, S, S) -> (b, count, F): features of the last `count` blocks."""
+    if tuple(images.shape[2:]) != tuple(model.patch_embed.img_size):
+        size, wanted = images.shape[-1], model.patch_embed.img_size[0]
+        raise DataError(f"images are {size} x {size} pixels, the model takes {wanted} x {wanted}")
+    device = next(model.parameters()).device
+    mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     outputs = model.forward_intermediates(
-        pixels, indices=count, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        (images.to(device).float() / 255 - mean) / std,
+        indices=count,
+        return_prefix_tokens=True,
+        output_fmt="NLC",
+        intermediates_only=True,
     )
     if model.cls_token is None:
         return torch.stack([patches.mean(dim=1) for patches in outputs], dim=1)
@@ -208,20 +188,3 @@ def _shape(model: VisionTransformer, count: int, layers: Layers) -> tuple[int, i
 def _layer_names(model: VisionTransformer, layers: Layers) -> tuple[str, ...]:
     names = tuple(f"block {i + 1}" for i in range(len(model.blocks)))
     return names if layers == "all" else names[-1:]
-
-
-def _write_cache(path: Path, key: FeatureKey, model: VisionTransformer, images: Images, batch_size: int) -> None:
-    """Stream the features into a file beside `path` and rename it when it is whole."""
-    manifest = path.with_suffix(".json")
-    header = {"descr": "<f4", "fortran_order": False, "shape": _shape(model, len(images), key.layers)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written, not mapped: a full disk is an error when it is written to, and a crash when it is mapped.
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for batch in _feature_batches(model, images, key.layers, batch_size):
-                file.write(np.ascontiguousarray(batch, dtype="<f4").data)
-            file.flush()
-            write_whole(manifest, json.dumps(dataclasses.asdict(key), indent=2) + "\n")
-    except OSError as error:
-        raise DataError(f"could not write cached features {path}: {error.strerror or error}") from error

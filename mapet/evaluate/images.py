@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as V
+from torchvision.transforms import v2
 
 from mapet.data.cache import TokenCache
 from mapet.data.images import ImageSource, centre_square
+from mapet.data.views import drawing_from
 from mapet.errors import DataError
+from mapet.rng import step_generator
 
 
 class Images(Protocol):
@@ -88,19 +89,7 @@ class RandomViews:
         return torch.stack([self._draw(image, i) for image, i in zip(as_tensor(self.images[which]), ids, strict=True)])
 
     def _draw(self, image: Tensor, i: int) -> Tensor:
-        rng = np.random.default_rng([self.seed, self.view, i])
         size = image.shape[-1]
-        top, left, height, width = random_crop_box(rng, size, self.smallest_area)
-        crop = V.resized_crop(image, top, left, height, width, [size, size], antialias=True)
-        return V.horizontal_flip(crop) if rng.random() < 0.5 else crop
-
-
-def random_crop_box(rng: np.random.Generator, size: int, smallest_area: float) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in a square: area uniform in [smallest_area, 1], aspect log-uniform in [3/4, 4/3]."""
-    for _ in range(10):
-        area = size * size * rng.uniform(smallest_area, 1.0)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 1 <= height <= size and 1 <= width <= size:
-            return int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1)), height, width
-    return 0, 0, size, size
+        draw = v2.Compose([v2.RandomResizedCrop(size, (self.smallest_area, 1.0)), v2.RandomHorizontalFlip()])
+        with drawing_from(step_generator(self.seed, i, f"view {self.view}")):
+            return draw(image)

@@ -49,13 +49,6 @@ def check_neighbours(k: int, images: int) -> None:
         raise ConfigError(f"kNN needs 1 <= k <= {images} training images, got k = {k}")
 
 
-def knn_accuracy(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, **options: object
-) -> float:
-    """Top-1 accuracy in [0, 1] of `knn_predict`, which takes the options."""
-    return float((knn_predict(train, train_labels, test, **options) == test_labels).mean())
-
-
 def _unit(features: np.ndarray, device: str | torch.device) -> Tensor:
     # A mapped file is read-only, and torch wants to own what it may write.
     return F.normalize(torch.tensor(np.asarray(features), dtype=torch.float32, device=device), dim=1)

@@ -110,8 +110,11 @@ def linear_probe(
     accuracy = []
     for epoch in range(config.epochs):
         optimizer.param_groups[0]["lr"] = 0.5 * config.lr * (1 + math.cos(math.pi * epoch / config.epochs))
-        order = torch.randperm(len(targets), generator=generator)
-        _train_epoch(model, optimizer, views[epoch % len(views)], targets, order.split(config.batch), device)
+        for ids in torch.randperm(len(targets), generator=generator).split(config.batch):
+            logits, labels = model(_rows(views[epoch % len(views)], ids.numpy(), device)), targets[ids].to(device)
+            optimizer.zero_grad()
+            sum(F.cross_entropy(layer, labels) for layer in logits).backward()
+            optimizer.step()
         accuracy.append(_layer_accuracy(model, test, test_targets, config.batch, device))
     return LinearProbeResult(test.layers, np.stack(accuracy))
 
@@ -136,23 +139,6 @@ def logistic_probe(
     if any(issubclass(w.category, ConvergenceWarning) for w in caught):
         warnings.warn(f"logistic regression did not converge in {max_iterations} iterations", stacklevel=2)
     return float(pipeline.score(test, test_labels))
-
-
-def _train_epoch(
-    model: LayerClassifiers,
-    optimizer: torch.optim.Optimizer,
-    features: Features,
-    targets: Tensor,
-    batches: Sequence[Tensor],
-    device: str | torch.device,
-) -> None:
-    for ids in batches:
-        logits = model(_rows(features, ids.numpy(), device))
-        labels = targets[ids].to(device)
-        loss = sum(F.cross_entropy(layer, labels) for layer in logits)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 @torch.no_grad()

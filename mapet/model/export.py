@@ -1,14 +1,16 @@
 """Pre-trained weights as a plain timm vision transformer, in memory or as a folder that `timm.create_model` loads.
 
 The content stream without a mask is an ordinary vision transformer, so nothing is lost but the mask token and the
-decoder. The final norm stays `norm`, applied to every token before pooling.
+decoder. The final norm stays `norm`, applied to every token before pooling. The official fine-tuning drops it, averages
+the patches, and starts a fresh `fc_norm` after that: `timm.create_model("local-dir:...", pretrained=True, fc_norm=True,
+num_classes=...)` starts so too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,9 @@ from mapet.errors import CheckpointError, ConfigError, DataError, MapetError
 from mapet.files import read_json, tensors_metadata, write_whole
 from mapet.folders import EXPORT, PRODUCER, Staging
 from mapet.model.official_names import StateDict, backbone, fuse_qkv, has_layer_scale, split_qkv
+from mapet.model.streams import StreamLayout
+from mapet.model.timm_folder import CONFIG, WEIGHTS
+from mapet.model.vit import MaskedTokenViT
 
 Pool = Literal["avg", "token"]
 
@@ -33,12 +38,11 @@ TIMM_NORM_EPS = 1e-6
 """timm's ViT norm; its config.json cannot carry another value."""
 TOLERANCE = 1e-5
 """Largest difference between timm's forward and ours, relative to the largest value, in float32."""
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far timm's forward is from the one written from the paper."""
+    """What was written, and how far timm's forward is from that of the pre-training network."""
 
     folder: Path
     architecture: str
@@ -100,9 +104,8 @@ def export(
 ) -> ExportReport:
     """Write `folder` for `timm.create_model("local-dir:<folder>", pretrained=True)`, and prove that it works.
 
-    Everything is written beside `folder`, read back by timm, compared tensor by tensor and on random images with a
-    forward pass written from the paper, and only then moved into place; an earlier export of ours is replaced, and
-    nothing else.
+    Everything is written beside `folder`, read back by timm, compared tensor by tensor and on random images with
+    the pre-training network, and only then moved into place; an earlier export of ours is replaced, and nothing else.
 
     Args:
         name: what the weights are called in config.json (timm's pretrained tag).
@@ -118,7 +121,10 @@ def export(
     weights = backbone(model, state_dict)
     config = _timm_config(model, weights, name, global_pool)
     try:
-        difference = _publish(staging, model, weights, config)
+        with staging.making() as new:
+            _write(new, config, fuse_qkv(weights))
+            difference = check_export(new, model, weights)
+            staging.move(new)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MapetError(f"could not write the export {folder}: {reason}; nothing was changed there") from error
@@ -142,14 +148,16 @@ def check_export(folder: Path, model: ModelConfig, weights: StateDict, *, images
         vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except RuntimeError as error:
         raise CheckpointError(f"timm cannot load the export: {error}") from error
-    loaded, wanted = split_qkv(vit.state_dict()), weights
-    if wrong := sorted(n for n in loaded.keys() | wanted.keys() if not _same(loaded.get(n), wanted.get(n))):
+    loaded = split_qkv(vit.state_dict())
+    same = {name for name in loaded.keys() & weights.keys() if torch.equal(loaded[name], weights[name])}
+    if wrong := sorted((loaded.keys() | weights.keys()) - same):
         raise CheckpointError(f"timm did not load these tensors as they were exported: {', '.join(wrong)}")
     pixels = torch.randn(images, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
+        features = content_stream(model, weights, pixels)
         pairs = [
-            (vit.forward_features(pixels), content_features(model, weights, pixels)),
-            (vit(pixels), _head(model, weights, content_features(model, weights, pixels), vit.global_pool)),
+            (vit.forward_features(pixels), features),
+            (vit(pixels), _head(model, weights, features, vit.global_pool)),
         ]
     difference = max(((ours - theirs).abs().max() / ours.abs().max()).item() for theirs, ours in pairs)
     # Written so that NaN fails too.
@@ -160,45 +168,34 @@ def check_export(folder: Path, model: ModelConfig, weights: StateDict, *, images
     return difference
 
 
-def content_features(model: ModelConfig, weights: StateDict, pixels: Tensor) -> Tensor:
-    """Features of the content stream with nothing masked, in plain torch: (B, 3, S, S) -> (B, N, D).
+def content_stream(model: ModelConfig, weights: StateDict, pixels: Tensor) -> Tensor:
+    """What the pre-training network makes of normalised pixels with nothing masked: (B, 3, S, S) -> (B, N, D).
 
-    Written from the description of the official forward, blocks and final norm, to check exports against; not fast.
+    The content stream alone, in which every token sees every token, up to the final norm where the weights have it.
     """
-    patch, width = model.patch_size, model.width
-    # (B, 3*p*p, P) -> (B, P, 3*p*p) @ (3*p*p, D) -> (B, P, D)
-    x = F.unfold(pixels, patch, stride=patch).mT @ weights["patch_embed.proj.weight"].reshape(width, -1).T
-    x = x + weights["patch_embed.proj.bias"]
-    if model.class_token:
-        x = torch.cat([weights["cls_token"].expand(len(x), 1, width), x], dim=1)
-    x = x + weights["pos_embed"]
-    for i in range(model.depth):
-        block = {n.removeprefix(f"blocks.{i}."): t for n, t in weights.items() if n.startswith(f"blocks.{i}.")}
-        x = x + _attention(model, block, _norm(x, block, "norm1", model)) * block.get("ls1.gamma", 1.0)
-        hidden = F.gelu(F.linear(_norm(x, block, "norm2", model), block["mlp.fc1.weight"], block["mlp.fc1.bias"]))
-        x = x + F.linear(hidden, block["mlp.fc2.weight"], block["mlp.fc2.bias"]) * block.get("ls2.gamma", 1.0)
-    return _norm(x, weights, "norm", model) if "norm.weight" in weights else x
+    network = MaskedTokenViT(replace(model, layer_scale=1.0)).eval()
+    own = network.state_dict()
+    network.load_state_dict(own | {name: tensor for name, tensor in weights.items() if name in own})
+    if "norm.weight" not in weights:
+        network.norm = torch.nn.Identity()
+    # With a cut of 0 all rows are predicted, so that all come out; the embedding takes no cut below 1.
+    layout = StreamLayout(len(pixels), model.tokens, 0, target_content=True, mask_tokens=False, query_stream=False)
+    order = torch.arange(model.tokens).expand(len(pixels), -1)
+    x = network.embed(pixels, order, replace(layout, cut=1), normalise=False, backend="reference")
+    return network.encode(x, layout, None, _full_attention).unflatten(0, (len(pixels), -1))
 
 
-def _attention(model: ModelConfig, block: StateDict, x: Tensor) -> Tensor:
-    images, tokens, width = x.shape
-    q = F.linear(x, block["attn.q.weight"], block["attn.q.bias"])
-    k, v = F.linear(x, block["attn.kv.weight"], block["attn.kv.bias"]).split(width, dim=-1)
-    q, k, v = (t.reshape(images, tokens, model.heads, model.head_size).transpose(1, 2) for t in (q, k, v))
-    # (B, H, N, d) @ (B, H, d, N) -> (B, H, N, N)
-    scores = (q @ k.mT) * model.head_size**-0.5
-    mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(images, tokens, width)
-    return F.linear(mixed, block["attn.proj.weight"], block["attn.proj.bias"])
-
-
-def _norm(x: Tensor, weights: StateDict, name: str, model: ModelConfig) -> Tensor:
-    return F.layer_norm(x, (model.width,), weights[f"{name}.weight"], weights[f"{name}.bias"], model.norm_eps)
+def _full_attention(q: Tensor, kv: Tensor, layout: StreamLayout) -> Tensor:
+    k, v = (x.transpose(1, 2) for x in kv.unbind(2))  # (B, H, N, d)
+    q = q.unflatten(0, (layout.batch, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
 def _head(model: ModelConfig, weights: StateDict, features: Tensor, global_pool: str) -> Tensor:
     pooled = features[:, 0] if global_pool == "token" else features[:, int(model.class_token) :].mean(dim=1)
     if "fc_norm.weight" in weights:
-        pooled = _norm(pooled, weights, "fc_norm", model)
+        norm = weights["fc_norm.weight"], weights["fc_norm.bias"]
+        pooled = F.layer_norm(pooled, (model.width,), *norm, model.norm_eps)
     return F.linear(pooled, weights["head.weight"], weights["head.bias"]) if "head.weight" in weights else pooled
 
 
@@ -224,24 +221,21 @@ def _timm_arguments(model: ModelConfig, weights: StateDict, global_pool: Pool) -
         "class_token": model.class_token,
         "global_pool": global_pool,
         "fc_norm": "fc_norm.weight" in weights,
-        "num_classes": _classes(weights),
+        "num_classes": len(weights.get("head.weight", ())),
     }
-
-
-def _classes(weights: StateDict) -> int:
-    return weights["head.weight"].shape[0] if "head.weight" in weights else 0
 
 
 def _timm_config(model: ModelConfig, weights: StateDict, name: str, global_pool: Pool) -> dict[str, Any]:
     size = {192: "tiny", 384: "small"}.get(model.width, "base")
+    arguments = _timm_arguments(model, weights, global_pool)
     return {
         **PRODUCER,
         # Any ViT name of timm's registry will do, for model_args say everything; the nearest reads best.
         "architecture": f"vit_{size}_patch16_224",
-        "num_classes": _classes(weights),
+        "num_classes": arguments["num_classes"],
         "num_features": model.width,
         "global_pool": global_pool,
-        "model_args": _timm_arguments(model, weights, global_pool),
+        "model_args": arguments,
         "pretrained_cfg": {
             "tag": name,
             "input_size": [3, model.image_size, model.image_size],
@@ -251,7 +245,7 @@ def _timm_config(model: ModelConfig, weights: StateDict, name: str, global_pool:
             "crop_mode": "center",
             "mean": list(IMAGENET_DEFAULT_MEAN),
             "std": list(IMAGENET_DEFAULT_STD),
-            "num_classes": _classes(weights),
+            "num_classes": arguments["num_classes"],
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
@@ -269,21 +263,8 @@ def _files(folder: Path) -> Sequence[str]:
     return WEIGHTS, CONFIG
 
 
-def _publish(staging: Staging, model: ModelConfig, weights: StateDict, config: dict[str, Any]) -> float:
-    """Write the export beside its place, check it and move it there; the difference that the check found."""
-    with staging.making() as new:
-        _write(new, config, fuse_qkv(weights))
-        difference = check_export(new, model, weights)
-        staging.move(new)
-    return difference
-
-
 def _write(folder: Path, config: dict[str, Any], weights: StateDict) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt", **PRODUCER})
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private to this user; an export is to be shared
     write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)

@@ -17,6 +17,7 @@ from torch import Tensor
 from mapet.config import ModelConfig
 from mapet.errors import CheckpointError, WeightsMissingError
 from mapet.files import UnreadableFile, read_pickle
+from mapet.model.vit import MaskedTokenViT
 
 StateDict = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -27,54 +28,25 @@ OFFICIAL_HEAD_SIZE = 64
 """Width of one attention head in every released model."""
 
 
-def block_shapes(model: ModelConfig, *, layer_scale: bool = True) -> dict[str, Shape]:
-    """Names within one block and their shapes; a timm model may come without layer scale."""
-    width, hidden = model.width, int(model.width * model.mlp_ratio)
-    shapes: dict[str, Shape] = {
-        "attn.q.weight": (width, width),
-        "attn.q.bias": (width,),
-        "attn.kv.weight": (2 * width, width),
-        "attn.kv.bias": (2 * width,),
-        "attn.proj.weight": (width, width),
-        "attn.proj.bias": (width,),
-        "mlp.fc1.weight": (hidden, width),
-        "mlp.fc1.bias": (hidden,),
-        "mlp.fc2.weight": (width, hidden),
-        "mlp.fc2.bias": (width,),
-    }
-    for norm in ("norm1", "norm2"):
-        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-    if layer_scale:
-        shapes |= {"ls1.gamma": (width,), "ls2.gamma": (width,)}
-    return shapes
-
-
-def encoder_shapes(model: ModelConfig, *, layer_scale: bool = True) -> dict[str, Shape]:
-    """Names and shapes of what pre-training and fine-tuning share: embedding and blocks, no final norm."""
-    width, patch = model.width, model.patch_size
-    shapes: dict[str, Shape] = {
-        "pos_embed": (1, model.tokens, width),
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-    }
-    if model.class_token:
-        shapes["cls_token"] = (1, 1, width)
-    block = block_shapes(model, layer_scale=layer_scale)
-    for i in range(model.depth):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return shapes
-
-
 def pretraining_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Names and shapes of a whole pre-training state dict."""
-    width = model.width
-    return encoder_shapes(model) | {
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-        "mask_positional_token": (1, 1, width),
-        "decoder.weight": (model.vocabulary, width),
-        "decoder.bias": (model.vocabulary,),
+    with torch.device("meta"):
+        network = MaskedTokenViT(model)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def backbone_shapes(model: ModelConfig, state_dict: StateDict) -> dict[str, Shape]:
+    """Names and shapes of a vision transformer with the final norm, the layer scale and the head of these weights."""
+    norm = "fc_norm" if "fc_norm.weight" in state_dict else "norm"
+    shapes = {
+        f"{norm}{name.removeprefix('norm')}" if name.startswith("norm.") else name: shape
+        for name, shape in pretraining_shapes(model).items()
+        if name not in PRETRAINING_ONLY and (has_layer_scale(state_dict) or not name.endswith(".gamma"))
     }
+    if "head.weight" in state_dict:
+        classes = state_dict["head.weight"].shape[0]
+        shapes |= {"head.weight": (classes, model.width), "head.bias": (classes,)}
+    return shapes
 
 
 def backbone(model: ModelConfig, state_dict: StateDict) -> StateDict:
@@ -83,12 +55,19 @@ def backbone(model: ModelConfig, state_dict: StateDict) -> StateDict:
     Takes pre-training weights and fine-tuned classifiers alike. Raises CheckpointError, naming the tensors, when one is
     missing, has no place in the model, has another shape, or holds NaN or infinity.
     """
-    expected = _backbone_shapes(model, state_dict)
+    expected = backbone_shapes(model, state_dict)
     kept = {name: tensor for name, tensor in state_dict.items() if name not in PRETRAINING_ONLY}
     problems = [
         _listing("missing", [name for name in expected if name not in kept]),
         _listing("not used by this model", [name for name in kept if name not in expected]),
-        _listing("of another shape", _misshapen(expected, kept)),
+        _listing(
+            "of another shape",
+            [
+                f"{name} is {tuple(kept[name].shape)}, must be {shape}"
+                for name, shape in expected.items()
+                if name in kept and tuple(kept[name].shape) != shape
+            ],
+        ),
         _listing("with NaN or infinity", [n for n, t in kept.items() if not bool(torch.isfinite(t).all())]),
     ]
     if found := [problem for problem in problems if problem]:
@@ -99,26 +78,6 @@ def backbone(model: ModelConfig, state_dict: StateDict) -> StateDict:
 def has_layer_scale(state_dict: StateDict) -> bool:
     """Whether the blocks scale their branches by learned `gamma` vectors; every official model does."""
     return any(name.endswith(".ls1.gamma") for name in state_dict)
-
-
-def _backbone_shapes(model: ModelConfig, state_dict: StateDict) -> dict[str, Shape]:
-    norm = "fc_norm" if "fc_norm.weight" in state_dict else "norm"
-    shapes = encoder_shapes(model, layer_scale=has_layer_scale(state_dict)) | {
-        f"{norm}.weight": (model.width,),
-        f"{norm}.bias": (model.width,),
-    }
-    if "head.weight" in state_dict:
-        classes = state_dict["head.weight"].shape[0]
-        shapes |= {"head.weight": (classes, model.width), "head.bias": (classes,)}
-    return shapes
-
-
-def _misshapen(expected: dict[str, Shape], given: StateDict) -> list[str]:
-    return [
-        f"{name} is {tuple(given[name].shape)}, must be {shape}"
-        for name, shape in expected.items()
-        if name in given and tuple(given[name].shape) != shape
-    ]
 
 
 def _listing(what: str, names: list[str], limit: int = 8) -> str:

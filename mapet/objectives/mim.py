@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.checked import at_least
-from mapet.config import ModelConfig, ObjectiveConfig
+from mapet.config import ModelConfig, ObjectiveConfig, short
 from mapet.errors import FieldError
 from mapet.model.streams import StreamLayout
 from mapet.objectives.two_stream import TwoStreamTask
@@ -21,7 +21,7 @@ class MIMConfig(ObjectiveConfig):
     """MIM masks patches at random and predicts them, all at once."""
 
     name: Literal["mim"] = "mim"
-    masked: Annotated[int, at_least(1)] = 75
+    masked: Annotated[int, at_least(1), short("--masked")] = 75
     """Patches that are masked and predicted. The paper does not state how many; 75 of 196 is the default of the
     official command line."""
 

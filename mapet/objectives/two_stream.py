@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig
+from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, short
 from mapet.data.augment import JitterDraws, color_jitter, sample_color_jitter
 from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, FieldError
@@ -35,7 +35,7 @@ RECOMPUTED_AT_ONCE = 128
 class CutConfig(ObjectiveConfig):
     """Options of the methods that cut a permutation in two."""
 
-    cut: int = 50
+    cut: Annotated[int, short("--cut")] = 50
     """Tokens that are not predicted, the class token included (the paper's c: 50 for ViT-T and ViT-S, 60 for ViT-B)."""
 
     def check_model(self, model: ModelConfig) -> None:

@@ -24,15 +24,15 @@ and, where the images per second r of one GPU are known (its own share, without 
     reading, all GPUs together   G * bytes of one image / the shorter of these steps
     an epoch                     steps * time of a step
 
-`python -m mapet.planning.estimate` prints the README's table, and with `scaling` docs/scaling.md.
+`python -m mapet.planning.estimate` prints the tables of README.md and docs/scaling.md.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from mapet.config import ModelConfig, Precision, RunConfig
+from mapet.config import ModelConfig, OptimConfig, PrecisionChoice, RunConfig
 from mapet.errors import ConfigError
 from mapet.planning.memory import StepSize, plan_memory, step_size
 from mapet.planning.trace import Work, network
@@ -48,49 +48,48 @@ PAPER = {"vit_tiny_kclip": 278, "vit_small_kclip": 139, "vit_base_kclip": 70}
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says. operations: FLOP a second, by precision; bandwidth: bytes a second."""
+    """What a data sheet says: FLOP a second in fp32 and of fp16 products, bytes a second; bf16 is as fast as fp16."""
 
     name: str
     memory: str
-    operations: dict[Precision, float]
+    fp32: float
+    fp16: float
     bandwidth: float
+    bf16: bool = True
 
-
-def _gpu(name: str, memory: str, fp32: float, half: float, gigabytes: float, *, bf16: bool = True) -> Gpu:
-    rates = {"fp32": fp32 * 1e12, "fp16": half * 1e12} | ({"bf16": half * 1e12} if bf16 else {})
-    return Gpu(name, memory, rates, gigabytes * 1e9)
+    def operations(self, precision: PrecisionChoice) -> float:
+        """FLOP a second. ConfigError where the GPU has no such precision."""
+        if precision == "bf16" and not self.bf16:
+            raise ConfigError(f"a {self.name} computes in fp32 and fp16, not in bf16: set train.precision fp16")
+        return self.fp32 if precision == "fp32" else self.fp16
 
 
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("V100", "16GB", 15.7, 125, 900, bf16=False),
-        _gpu("T4", "16GB", 8.1, 65, 320, bf16=False),
-        _gpu("A100", "80GB", 19.5, 312, 2039),
-        _gpu("H100", "80GB", 67, 989, 3350),
-        _gpu("H200", "141GB", 67, 989, 4800),
-        _gpu("B200", "180GB", 75, 2250, 7700),
-        _gpu("RTX 4090", "24GB", 82.6, 165.2, 1008),
-    )
+    "V100": Gpu("V100", "16GB", 15.7e12, 125e12, 900e9, bf16=False),
+    "T4": Gpu("T4", "16GB", 8.1e12, 65e12, 320e9, bf16=False),
+    "A100": Gpu("A100", "80GB", 19.5e12, 312e12, 2039e9),
+    "H100": Gpu("H100", "80GB", 67e12, 989e12, 3350e9),
+    "H200": Gpu("H200", "141GB", 67e12, 989e12, 4800e9),
+    "B200": Gpu("B200", "180GB", 75e12, 2250e12, 7700e9),
+    "RTX 4090": Gpu("RTX 4090", "24GB", 82.6e12, 165.2e12, 1008e9),
 }
-"""By NVIDIA's data sheets (of the RTX 4090 by the Ada white paper): SXM where there are several; memory, TFLOP/s in fp32
-without TF32 and of dense products in fp16 or bf16 that add up in fp32, GB/s. A V100 and a T4 have no bf16."""
+"""By NVIDIA's data sheets (of the RTX 4090 by the Ada white paper), SXM where there are several: fp32 without TF32,
+fp16 of dense products that add up in fp32."""
 
 
 def gpu_of(name: str | None, peak: str | None, bandwidth: str | None) -> Gpu | None:
     """A GPU by name, with rates such as 312T (FLOP per second) and 2.0TB (bytes per second) in place of its own.
 
-    None where nothing is given; ConfigError where something is missing or unknown.
+    None where nothing is given; ConfigError where something is missing.
     """
     if not (name or peak or bandwidth):
         return None
-    if name and name not in GPUS:
-        raise ConfigError(f"no data sheet of {name!r}, but of {', '.join(GPUS)}; give --peak and --bandwidth")
     if not name and not (peak and bandwidth):
         raise ConfigError("a GPU without a name takes both --peak, such as 312T, and --bandwidth, such as 2.0TB")
-    gpu = GPUS[name] if name else Gpu(f"GPU of {peak}FLOP/s and {bandwidth}/s", "", {}, 0)
-    rates = dict.fromkeys(("fp32", "fp16", "bf16"), parse_rate(peak)) if peak else gpu.operations
-    return replace(gpu, operations=rates, bandwidth=parse_link(bandwidth) if bandwidth else gpu.bandwidth)
+    gpu = GPUS[name] if name else Gpu("GPU of these rates", "", 0, 0, 0)
+    if peak:
+        gpu = replace(gpu, fp32=parse_rate(peak), fp16=parse_rate(peak), bf16=True)
+    return replace(gpu, bandwidth=parse_link(bandwidth)) if bandwidth else gpu
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,7 @@ def model_operations(size: StepSize) -> float:
 
 def images_per_second(size: StepSize, gpu: Gpu, shares: Shares) -> float:
     """The arithmetic at the top of the file. ConfigError where the GPU has no such precision."""
-    precision = size.config.train.precision
-    if precision == "auto":
-        precision = "bf16" if "bf16" in gpu.operations else "fp16"
-    if precision not in gpu.operations:
-        known = " and ".join(gpu.operations)
-        raise ConfigError(f"a {gpu.name} computes in {known}, not in {precision}: set train.precision fp16")
-    rate, bandwidth = gpu.operations[precision], gpu.bandwidth * shares.bandwidth
+    rate, bandwidth = gpu.operations(size.config.train.precision), gpu.bandwidth * shares.bandwidth
     reached = {
         "product": rate * shares.products,
         "attention": rate * shares.attention,
@@ -139,93 +132,65 @@ def images_per_second(size: StepSize, gpu: Gpu, shares: Shares) -> float:
     return size.share / (seconds(traced.work) * size.share / size.micro_batch + seconds(traced.update))
 
 
-@dataclass(frozen=True)
-class Expectation:
+def expect(size: StepSize, gpu: Gpu) -> tuple[float, float, float]:
     """Images per second of one GPU: by the low and the high guess, and at most."""
-
-    low: float
-    high: float
-    most: float
-
-    @property
-    def images(self) -> str:
-        """The guesses as text."""
-        return f"{self.low:.0f} to {self.high:.0f}"
-
-    def hours(self, images: int, epochs: int) -> str:
-        """Of so many epochs on one GPU, as text."""
-        least, longest = (epochs * images / rate / 3600 for rate in (self.high, self.low))
-        return f"{least:.0f} to {longest:.0f} h"
+    return tuple(images_per_second(size, gpu, shares) for shares in (*SHARES, Shares()))
 
 
-def expect(size: StepSize, gpu: Gpu) -> Expectation:
-    """What to expect of one GPU."""
-    return Expectation(*(images_per_second(size, gpu, shares) for shares in (*SHARES, Shares())))
+def hours(images: int, epochs: int, slow: float, fast: float) -> str:
+    """Of so many epochs at these images per second, as text."""
+    return f"{epochs * images / fast / 3600:.0f} to {epochs * images / slow / 3600:.0f} h"
 
 
 def expectation_rows(size: StepSize, gpu: Gpu, images: int, epochs: int) -> list[tuple[str, str]]:
     """What is computed, and its value, for people."""
-    expected = expect(size, gpu)
-    low, high = SHARES
+    low, high, most = expect(size, gpu)
+    products, attention, bandwidth = (
+        f"{100 * getattr(SHARES[0], name):.0f} to {100 * getattr(SHARES[1], name):.0f} %" for name in vars(Shares())
+    )
     return [
         ("operations an image needs, forward and backward", f"{model_operations(size) / 1e9:.0f} GFLOP"),
-        ("images per second, at most", f"{expected.most:.0f}"),
-        ("images per second, low to high guess", expected.images),
-        (f"{epochs} epochs of {images:,} images on one GPU", expected.hours(images, epochs)),
-        ("guessed part of the data sheet's operations: products", _part(low.products, high.products)),
-        ("attention", _part(low.attention, high.attention)),
-        ("guessed part of its bandwidth", _part(low.bandwidth, high.bandwidth)),
+        ("images per second, at most", f"{most:.0f}"),
+        ("images per second, low to high guess", f"{low:.0f} to {high:.0f}"),
+        (f"{epochs} epochs of {images:,} images on one GPU", hours(images, epochs, low, high)),
+        ("guessed part of the data sheet's operations: products", products),
+        ("attention", attention),
+        ("guessed part of its bandwidth", bandwidth),
     ]
 
 
-def _part(low: float, high: float) -> str:
-    return f"{100 * low:.0f} to {100 * high:.0f} %"
+def scaling_rows(
+    config: RunConfig, gpus: int, link: float, images: int, rate: float | None = None
+) -> list[tuple[str, str]]:
+    """What is computed of several GPUs, and its value, for people.
 
-
-@dataclass(frozen=True)
-class Cluster:
-    """GPUs and what they work on.
-
-    Attributes:
+    Args:
         link: bytes per second of one GPU's slowest link.
         images: of one epoch.
         rate: images per second that one GPU trains on its own, measured; None for unknown.
     """
-
-    gpus: int
-    link: float
-    global_batch: int
-    images: int
-    rate: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.gpus < 1 or self.global_batch % self.gpus:
-            raise ConfigError(f"a global batch of {self.global_batch} cannot be shared evenly by {self.gpus} GPUs")
-        if self.images < self.global_batch:
-            raise ConfigError(f"{self.images} images are fewer than a global batch of {self.global_batch}")
-        if self.rate is not None and self.rate <= 0:
-            raise ConfigError(f"images per second must be positive, got {self.rate}")
-
-
-def scaling_rows(config: RunConfig, cluster: Cluster) -> list[tuple[str, str]]:
-    """What is computed of several GPUs, and its value, for people."""
-    gpus, batch, built = cluster.gpus, cluster.global_batch, network(config)
-    gradients, image = sum(built.learning), built.image_bytes
-    sent, steps = 2 * (gpus - 1) / gpus * gradients, cluster.images // batch
-    reduce = sent / cluster.link
+    batch, built = config.optim.global_batch, network(config)
+    if gpus < 1 or batch % gpus:
+        raise ConfigError(f"a global batch of {batch} cannot be shared evenly by {gpus} GPUs")
+    if images < batch:
+        raise ConfigError(f"{images} images are fewer than a global batch of {batch}")
+    if rate is not None and rate <= 0:
+        raise ConfigError(f"images per second must be positive, got {rate}")
+    gradients, image, steps = sum(built.learning), built.image_bytes, images // batch
+    sent = 2 * (gpus - 1) / gpus * gradients
     rows = [
         ("images of one GPU in a step", f"{batch // gpus:,}"),
         ("gradients of a step", metric(gradients, "B")),
         ("sent by each GPU in a step", metric(sent, "B")),
-        ("ring all-reduce, without latency", duration(reduce)),
+        ("ring all-reduce, without latency", duration(sent / link)),
         ("one image in the cache", metric(image, "B")),
-        ("storage of the cache", metric(cluster.images * image, "B")),
+        ("storage of the cache", metric(images * image, "B")),
         ("steps of an epoch", f"{steps:,}"),
     ]
-    if not cluster.rate:
+    if rate is None:
         return [*rows, ("computing a step", "unknown: give --images-per-second of one GPU, measured")]
-    compute = batch / (gpus * cluster.rate)
-    hidden, not_hidden = max(compute, reduce), compute + reduce
+    compute = batch / (gpus * rate)
+    hidden, not_hidden = max(compute, sent / link), compute + sent / link
     return [
         *rows,
         ("computing a step", duration(compute)),
@@ -237,64 +202,41 @@ def scaling_rows(config: RunConfig, cluster: Cluster) -> list[tuple[str, str]]:
 
 def between(low: float, high: float) -> str:
     """A range of durations; one where both read alike."""
-    texts = duration(low), duration(high)
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+    return " to ".join(dict.fromkeys((duration(low), duration(high))))
 
 
-def speed_table(gpu: Gpu = GPUS["V100"]) -> str:
-    """The README's table: the paper's recipes on one GPU, in all of its memory."""
-    lines = [
-        _row("computed", "micro-batch", "images/s", "at most", "paper's V100", "300 epochs of ImageNet-1k"),
-        _row("---", *["---:"] * 5),
-    ]
+def speed_table() -> str:
+    """The README's table: the paper's recipes on one V100, in all of its memory."""
+    gpu = GPUS["V100"]
+    header = "computed", "micro-batch", "images/s", "at most", "paper's V100", "300 epochs of ImageNet-1k"
+    rows = [header, ("---", *["---:"] * 5)]
     for name, rate in PAPER.items():
         size = step_size(recipe(name), 1)
         plan = plan_memory(size, parse_bytes(gpu.memory))
-        expected = expect(replace(size, micro_batch=plan.micro_batch, recompute=plan.recompute), gpu)
-        micro_batch = f"{plan.micro_batch}, recompute {plan.recompute}"
-        cells = f"`{name}`", micro_batch, expected.images, f"{expected.most:.0f}", f"{rate}"
-        lines.append(_row(*cells, expected.hours(IMAGENET, 300)))
-    return "\n".join(lines)
+        low, high, most = expect(replace(size, micro_batch=plan.micro_batch, recompute=plan.recompute), gpu)
+        plan, speed = f"{plan.micro_batch}, recompute {plan.recompute}", f"{low:.0f} to {high:.0f}"
+        rows.append((f"`{name}`", plan, speed, f"{most:.0f}", f"{rate}", hours(IMAGENET, 300, low, high)))
+    return _table(rows)
 
 
-LINK, RATE = "400Gb", 1000.0
-DATA = {"ImageNet-1k": IMAGENET, "A billion images": 10**9}
 CLUSTERS = ((8, 2048), (64, 2048), (1024, 2048), (1024, 32768))
 """GPUs and global batch: the paper's batch, and its 32 images per GPU where 1,024 GPUs would have two each."""
 
-INTRODUCTION = f"""# More GPUs, on paper
 
-Everything on this page is computed, not measured: no run with more than one GPU stands behind it. The formulas are in
-`mapet/planning/estimate.py`; `python -m mapet.planning.estimate scaling` prints this page, and a test compares the two.
-
-Assumed: ViT-B at 224 pixels, a link of {LINK} per second for each GPU, no latency, gradients reduced in fp32 by a ring,
-and one GPU that trains {RATE:g} images per second. That rate is a round number to calculate with, not a result; put in
-your own:
-
-    mapet plan --model base --gpus 64 --interconnect {LINK} --images 1.28M --images-per-second RATE
-
-At 1,024 GPUs the paper's batch of 2048 leaves two images to each, and the all-reduce is most of the step; with 32
-images each, as in the paper, the batch is 32,768, for which the learning rate has to be found anew.
-"""
+def scaling_table(images: int, link: str = "400Gb", rate: float = 1000.0) -> str:
+    """A table of docs/scaling.md: ViT-B on several GPUs that each train at a round rate."""
+    columns = []
+    for gpus, batch in CLUSTERS:
+        config = RunConfig(model=ModelConfig.preset("base"), optim=OptimConfig(global_batch=batch))
+        columns.append(scaling_rows(config, gpus, parse_link(link), images, rate))
+    header = "computed", *(f"{gpus:,} GPUs, batch {batch:,}" for gpus, batch in CLUSTERS)
+    rows = [(cells[0][0], *(value for _, value in cells)) for cells in zip(*columns, strict=True)]
+    return _table([header, ["---"] * len(header), *rows])
 
 
-def scaling_page() -> str:
-    """docs/scaling.md."""
-    config, parts = RunConfig(model=ModelConfig.preset("base")), [INTRODUCTION]
-    for data, images in DATA.items():
-        clusters = [Cluster(gpus, parse_link(LINK), batch, images, RATE) for gpus, batch in CLUSTERS]
-        columns = [dict(scaling_rows(config, cluster)) for cluster in clusters]
-        parts.append(f"## {data}\n")
-        parts.append(_row("computed", *(f"{c.gpus:,} GPUs, batch {c.global_batch:,}" for c in clusters)))
-        parts.append(_row(*["---"] * (len(clusters) + 1)))
-        parts += [_row(name, *(column[name] for column in columns)) for name in columns[0]]
-        parts.append("")
-    return "\n".join(parts)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(rows: Iterable[Iterable[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 if __name__ == "__main__":
-    print(scaling_page() if sys.argv[1:] == ["scaling"] else speed_table(), end="" if sys.argv[1:] else "\n")
+    print(speed_table(), scaling_table(IMAGENET), scaling_table(10**9), sep="\n\n")

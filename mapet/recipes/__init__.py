@@ -1,16 +1,15 @@
-"""The paper's pre-training runs by name. A recipe is one file with a docstring (command, cost, the paper's number) and
-a function `config() -> RunConfig`."""
+"""The paper's runs by name. A recipe is a function without arguments that returns a RunConfig; its docstring has the
+commands, the cost and the paper's numbers. `mapet pretrain --recipe NAME --help` shows it, with the recipe's values as
+defaults."""
 
 from collections.abc import Callable
 
 from mapet.config import RunConfig
 from mapet.errors import ConfigError
-from mapet.recipes import vit_base_kclip, vit_small_kclip, vit_tiny_kclip
+from mapet.recipes import pretrain
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "vit_tiny_kclip": vit_tiny_kclip.config,
-    "vit_small_kclip": vit_small_kclip.config,
-    "vit_base_kclip": vit_base_kclip.config,
+    recipe.__name__: recipe for recipe in (pretrain.vit_tiny_kclip, pretrain.vit_small_kclip, pretrain.vit_base_kclip)
 }
 
 

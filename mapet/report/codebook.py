@@ -16,25 +16,26 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mapet.checked import check
 from mapet.config import Count, Rows
 from mapet.data.build import count_usage
 from mapet.data.cache import TokenCache
-from mapet.demo.report import Picture
 from mapet.errors import ConfigError, DataError
 from mapet.files import UnreadableFile, read_bytes, write_whole
 from mapet.folders import LOCK, PARTIAL_FILES, check_place, locked
-from mapet.report.codebook_pictures import draw_usage
-from mapet.report.gallery import GalleryRow, draw_gallery, most_used, share_text
-from mapet.report.markdown import plain, table
+from mapet.report.gallery import GalleryRow, draw_gallery, entry_rows
+from mapet.report.markdown import document, plain, table
+from mapet.report.picture import CONTEXT, FAINT, HIDDEN, INK, QUERY, Picture, frame, save
 from mapet.tokenizers.usage import CodebookUsage, class_counts, pointwise_mutual_information, repeated_entries
 from mapet.words import in_line
 
@@ -45,27 +46,22 @@ SHOWN_CLASSES = 100
 """Classes in the table of report.md, at most; classes.csv has them all."""
 SHOWN_IDS = 40
 """Ids of dead and repeated entries that report.md lists, at most; usage.csv has them all."""
-CLASS_ENTRIES = 5
-"""Entries of a class in the table of report.md."""
-SAVED_CLASS_ENTRIES = 20
-"""And in classes.csv."""
-COLUMNS = 8
+CLASS_ENTRIES, SAVED_CLASS_ENTRIES = 5, 20
+"""Entries of a class in the table of report.md, and in classes.csv."""
+SHOWN_NAME = 14
+"""Characters of a class name beside its patches, at most."""
 
 
-@dataclass(frozen=True)
-class ClassTie:
-    """An entry that is tied to a class.
-
-    Attributes:
-        information: pointwise mutual information in bits.
-        tokens: of the entry, in images of the class.
-        part: of all the entry's tokens, that are in images of the class.
-    """
+class ClassTie(NamedTuple):
+    """An entry that is tied to a class."""
 
     entry: int
     information: float
+    """Pointwise mutual information in bits."""
     tokens: int
+    """Of the entry, in images of the class."""
     part: float
+    """Of all the entry's tokens, that are in images of the class."""
 
 
 class CodebookStatistics:
@@ -88,34 +84,22 @@ class CodebookStatistics:
         self.usage = CodebookUsage(count_usage(cache).counts, repeated=len(self.repeats or ()))
 
     @cached_property
-    def by_class(self) -> np.ndarray:
-        """(classes, K) int64, tokens of every entry in the images of every class."""
-        return class_counts(self.tokens, self.cache.labels, self.cache.vocabulary, len(self.cache.classes))
-
-    @cached_property
-    def information(self) -> np.ndarray:
-        """(classes, K) pointwise mutual information in bits."""
-        return pointwise_mutual_information(self.by_class, self.floor)
+    def _by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """(classes, K) tokens of every entry in the images of every class, and their mutual information in bits."""
+        counts = class_counts(self.tokens, self.cache.labels, self.cache.vocabulary, len(self.cache.classes))
+        return counts, pointwise_mutual_information(counts, self.floor)
 
     def ties(self, number: int, count: int) -> list[ClassTie]:
         """Entries most tied to a class, at most `count`, those above chance only; of equal ties the more frequent."""
-        information = self.information[number]
-        best = np.lexsort((-self.by_class[number], -information))[:count]
-        return [
-            ClassTie(
-                entry=int(entry),
-                information=float(information[entry]),
-                tokens=int(self.by_class[number, entry]),
-                part=float(self.by_class[number, entry] / self.usage.counts[entry]),
-            )
-            for entry in best
-            if information[entry] > 0
-        ]
+        tokens, information = (values[number] for values in self._by_class)
+        best = [int(entry) for entry in np.lexsort((-tokens, -information))[:count] if information[entry] > 0]
+        part = tokens / np.maximum(self.usage.counts, 1)
+        return [ClassTie(entry, float(information[entry]), int(tokens[entry]), float(part[entry])) for entry in best]
 
-    def places(self, entry: int, number: int | None = None) -> np.ndarray:
-        """(m, 2) image and patch of the entry's tokens, in the images of one class if it is given."""
+    def places(self, entry: int, number: int) -> np.ndarray:
+        """(m, 2) image and patch of the entry's tokens in the images of a class."""
         places = np.argwhere(self.tokens == entry)
-        return places if number is None else places[self.cache.labels[places[:, 0]] == number]
+        return places[self.cache.labels[places[:, 0]] == number]
 
 
 def write_codebook_report(
@@ -152,11 +136,11 @@ def write_codebook_report(
             check_ours(output)
             if not (output / REPORT).exists():  # the mark comes before what it is for
                 write_whole(output / REPORT, f"{MARK}\n\nThis report is not done.\n")
-            pictures = list(_pictures(found, output, chosen, rows, seed))
+            pictures = {picture.path.stem: picture for picture in _pictures(found, output, chosen, rows, seed)}
             write_whole(output / USAGE, _usage_csv(found))
             if cache.labels is not None:
                 write_whole(output / CLASSES, _classes_csv(found))
-            write_whole(output / REPORT, f"{MARK}\n\n{render(found, pictures, chosen, command)}")
+            write_whole(output / REPORT, f"{MARK}\n\n{_render(found, pictures, output, chosen, command)}")
     except OSError as error:
         raise DataError(f"could not write the codebook report {output}: {error.strerror or error}") from error
     return output / REPORT
@@ -172,42 +156,46 @@ def check_ours(output: Path) -> None:
             raise DataError(f"{output / name} was not written by mapet codebook, so it stays: name another folder")
 
 
-def render(found: CodebookStatistics, pictures: Sequence[Picture], chosen: Sequence[int], command: str) -> str:
+def _render(
+    found: CodebookStatistics, pictures: dict[str, Picture], folder: Path, chosen: Sequence[int], command: str
+) -> str:
     """The report as Markdown, beside its pictures."""
-    shown = {
-        picture.path.stem: [f"![{picture.path.stem}]({picture.path.name})", "", picture.caption] for picture in pictures
-    }
-    sections = [
+    shown = {name: picture.markdown(folder) for name, picture in pictures.items()}
+    unused = ", ".join(str(entry) for entry in chosen if not found.usage.counts[entry])
+    return document(
         [f"# Codebook of {plain(found.cache.path.name)}", *(["", f"Made by `{in_line(command)}`."] if command else [])],
         ["## Usage", "", *table(("", ""), _facts(found)), "", *shown["usage"]],
         ["## Entries", "", *shown["most_used"]],
         shown["least_used"],
-        *([shown["chosen"]] if "chosen" in shown else []),
-        *([_unused_sentence(found, chosen)] if _unused(found, chosen) else []),
+        shown.get("chosen", []),
+        [f"Chosen, but never used: {unused}."] if unused else [],
         ["## Entries and classes", "", *_class_section(found)],
-        *([shown["classes"]] if "classes" in shown else []),
-    ]
-    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+        shown.get("classes", []),
+    )
 
 
 def _facts(found: CodebookStatistics) -> list[tuple[str, str]]:
     usage, cache = found.usage, found.cache
-    dead = len(usage.dead)
-    if found.repeats is None:
-        repeats = "not known: the codebook was not given"
-    else:
-        repeats = f"{len(found.repeats):,}" + _some(f"{entry} (as {first})" for entry, first in found.repeats.items())
+    used, repeats = usage.vocabulary - len(usage.dead), "not known: the codebook was not given"
+    if found.repeats is not None:
+        repeats = _listed([f"{entry} (as {first})" for entry, first in found.repeats.items()])
     return [
         ("tokenizer", plain(cache.tokenizer)),
         ("images", f"{len(cache):,}, of {cache.grid} x {cache.grid} tokens"),
-        ("entries", f"{usage.vocabulary:,}, of which {usage.vocabulary - dead:,} are used"),
+        ("entries", f"{usage.vocabulary:,}, of which {used:,} are used"),
         ("perplexity", f"{usage.perplexity:,.1f} ({usage.perplexity / usage.vocabulary:.0%} of the entries)"),
         ("entropy", f"{np.log2(usage.perplexity):.2f} of at most {np.log2(usage.vocabulary):.2f} bits a token"),
         ("most used entry", f"{int(usage.counts.argmax())}, {usage.largest_share:.2%} of all tokens"),
-        ("dead entries, never used", f"{dead:,}" + _some(map(str, usage.dead))),
+        ("dead entries, never used", _listed(list(map(str, usage.dead)))),
         ("entries that repeat an earlier one", repeats),
         ("collapsed", "; ".join(usage.collapse()) or "no"),
     ]
+
+
+def _listed(texts: list[str]) -> str:
+    """Their number, and some of them."""
+    more = f" and {len(texts) - SHOWN_IDS:,} more, in usage.csv" if len(texts) > SHOWN_IDS else ""
+    return f"{len(texts):,}" + (f": {', '.join(texts[:SHOWN_IDS])}{more}" if texts else "")
 
 
 def _class_section(found: CodebookStatistics) -> list[str]:
@@ -236,102 +224,92 @@ def _class_section(found: CodebookStatistics) -> list[str]:
     ]
 
 
-def _unused(found: CodebookStatistics, chosen: Sequence[int]) -> list[int]:
-    return [entry for entry in chosen if not found.usage.counts[entry]]
-
-
-def _unused_sentence(found: CodebookStatistics, chosen: Sequence[int]) -> list[str]:
-    return [f"Chosen, but never used: {', '.join(map(str, _unused(found, chosen)))}."]
-
-
-def _some(texts: Iterable[str]) -> str:
-    texts = list(texts)
-    more = f" and {len(texts) - SHOWN_IDS:,} more, in usage.csv" if len(texts) > SHOWN_IDS else ""
-    return f": {', '.join(texts[:SHOWN_IDS])}{more}" if texts else ""
-
-
 def _pictures(
     found: CodebookStatistics, output: Path, chosen: Sequence[int], rows: int, seed: int
 ) -> Iterable[Picture]:
-    counts = found.usage.counts
+    counts, cache = found.usage.counts, found.cache
     yield Picture(
         draw_usage(output / "usage.png", found.usage),
         "Left: tokens of each entry, sorted, on a logarithmic scale; the dashed line is even use. Right: how many"
         " entries cover how much of all tokens; even use is the dashed diagonal.",
     )
-    used = most_used(counts, found.usage.vocabulary)
-    kinds = [
+    used = [int(entry) for entry in np.argsort(-counts, kind="stable") if counts[entry]]
+    for name, entries, title in (
         ("most_used", used[:rows], "Most used entries"),
         ("least_used", used[-rows:][::-1], "Least used entries that occur at all"),
         ("chosen", [entry for entry in chosen if counts[entry]], "Chosen entries"),
-    ]
-    for name, entries, title in kinds:
+    ):
         if entries:
+            shown, subtitle = entry_rows(found.tokens, counts, entries), f"{len(entries)} of the {len(used):,} entries"
             path = output / f"{name}.png"
-            labelled = [
-                GalleryRow(f"entry {entry}", share_text(counts[entry], found.usage.total), found.places(entry))
-                for entry in entries
-            ]
-            _draw(found, path, labelled, title, f"{len(entries)} of the {len(used):,} entries in use", seed)
+            draw_gallery(path, cache, shown, title=title, subtitle=f"{subtitle} in use", seed=seed)
             yield Picture(
                 path, f"{title}: the average patch, then patches that have this token, in their surroundings."
             )
-    if found.cache.labels is not None and (labelled := _class_rows(found, rows)):
-        path = output / "classes.png"
+    if cache.labels is not None and (shown := _class_rows(found, rows)):
         subtitle = "the entry of the highest pointwise mutual information with the class, patches from its images"
-        _draw(found, path, labelled, "Entries most tied to a class", subtitle, seed)
+        path, title = output / "classes.png", "Entries most tied to a class"
+        few = f" Shown are the {len(shown)} classes with the strongest ties."
         yield Picture(
-            path,
+            draw_gallery(path, cache, shown, title=title, subtitle=subtitle, seed=seed),
             "For each class the entry most tied to it, with patches from images of that class only."
-            + (
-                f" Shown are the {len(labelled)} classes with the strongest ties."
-                if len(labelled) < len(found.cache.classes)
-                else ""
-            ),
+            + (few if len(shown) < len(cache.classes) else ""),
         )
 
 
 def _class_rows(found: CodebookStatistics, rows: int) -> list[GalleryRow]:
     """The strongest tie of each class; of more classes than rows, those with the strongest."""
-    best = [(ties[0], number) for number in range(len(found.cache.classes)) if (ties := found.ties(number, 1))]
+    best = [(tie, number) for number in range(len(found.cache.classes)) for tie in found.ties(number, 1)]
     shown = sorted(best, key=lambda pair: -pair[0].information)[:rows]
-    return [
-        GalleryRow(
-            _short(found.cache.classes[number]),
-            f"entry {tie.entry}, {tie.information:.1f} bits",
-            found.places(tie.entry, number),
-        )
-        for tie, number in sorted(shown, key=lambda pair: pair[1])
-    ]
+    named = []
+    for tie, number in sorted(shown, key=lambda pair: pair[1]):
+        name = in_line(found.cache.classes[number])
+        name = name if len(name) <= SHOWN_NAME else f"{name[: SHOWN_NAME - 1]}…"
+        detail = f"entry {tie.entry}, {tie.information:.1f} bits"
+        named.append(GalleryRow(name, detail, found.places(tie.entry, number)))
+    return named
 
 
-def _draw(
-    found: CodebookStatistics, path: Path, rows: Sequence[GalleryRow], title: str, subtitle: str, seed: int
-) -> None:
-    images, columns = _CacheImages(found.cache), min(COLUMNS, max(4, *(len(row.places) for row in rows)))
-    draw_gallery(path, images, rows, found.cache.grid, columns=columns, title=title, subtitle=subtitle, seed=seed)
+def draw_usage(path: str | Path, usage: CodebookUsage) -> Path:
+    """Draw the entries' counts, sorted, and how many entries cover how much of the tokens."""
+    counts = np.sort(usage.counts)[::-1]
+    figure = Figure(figsize=(11.5, 4.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    _draw_counts(left, usage, counts)
+    _draw_cover(right, usage, counts)
+    return save(figure, path)
 
 
-@dataclass(frozen=True)
-class _CacheImages:
-    """The images of a cache, read one by one."""
+def _draw_counts(axes: Axes, usage: CodebookUsage, counts: np.ndarray) -> None:
+    used, even = np.count_nonzero(counts), usage.total / usage.vocabulary
+    rank, bottom = np.arange(1, used + 1), max(0.5, counts[used - 1] / 3)
+    axes.fill_between(rank, counts[:used], bottom, step="mid", color=CONTEXT, alpha=0.22, linewidth=0)
+    axes.step(rank, counts[:used], where="mid", color=CONTEXT, linewidth=1.8)
+    axes.axhline(even, color=INK, linewidth=1.1, linestyle="--")
+    beside = {"textcoords": "offset points", "size": 9}
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (5, -12), "color": INK}
+    axes.annotate(f"even use: {even:,.0f}", (0, even), **place, **beside)
+    if used < usage.vocabulary:
+        axes.axvspan(used + 0.5, usage.vocabulary + 0.5, color=HIDDEN)
+        axes.axvline(used + 0.5, color=QUERY, linewidth=1.2)
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (-5, 0), "color": QUERY, "ha": "right"}
+        axes.annotate(f"{usage.vocabulary - used:,} never used", (used + 0.5, 0.94), **place, **beside)
+    axes.set(yscale="log", ylim=(bottom, 2.2 * counts[0]), xlim=(0.5, usage.vocabulary + 0.5))
+    frame(axes, "y", title="How often each entry is used", x="entries, the most used first", y="tokens (log scale)")
 
-    cache: TokenCache
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.cache), 3, self.cache.image_size, self.cache.image_size)
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.cache.images([index])[0]
-
-
-def _short(name: str, most: int = 14) -> str:
-    name = in_line(name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+def _draw_cover(axes: Axes, usage: CodebookUsage, counts: np.ndarray) -> None:
+    cover = np.concatenate([[0], np.cumsum(counts) / max(usage.total, 1)])
+    axes.plot([0, usage.vocabulary], [0, 100], color=INK, linewidth=1.1, linestyle="--")
+    axes.plot(np.arange(len(cover)), 100 * cover, color=CONTEXT, linewidth=1.8)
+    half = int(np.searchsorted(cover, 0.5))
+    axes.plot([half, half, 0], [0, 50, 50], color=FAINT, linewidth=1)
+    axes.plot([half], [50], "o", color=CONTEXT, markersize=5)
+    axes.text(0.98, 0.03, f"{half:,} entries make up half", transform=axes.transAxes, ha="right", size=9, color=INK)
+    axes.set(xlim=(0, usage.vocabulary), ylim=(0, 101))
+    title = f"Perplexity {usage.perplexity:,.1f} of {usage.vocabulary:,}"
+    frame(axes, "y", title=title, x="entries", y="tokens covered (%)")
 
 
 def _usage_csv(found: CodebookStatistics) -> str:
@@ -354,7 +332,5 @@ def _classes_csv(found: CodebookStatistics) -> str:
 
 def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
     return text.getvalue()

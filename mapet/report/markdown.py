@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from mapet.words import in_line
 
 
+def document(*sections: Sequence[str]) -> str:
+    """A text of sections, which are lines; empty ones are left out."""
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table."""
     lines = [head, ["---"] * len(head), *rows]

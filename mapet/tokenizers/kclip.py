@@ -1,4 +1,4 @@
-"""k-CLIP (MaPeT, section 3.4): k-means over the features of CLIP RN50x64 before its attention pooling."""
+"""k-CLIP (MaPeT, section 4.2): k-means over the features of CLIP RN50x64 before its attention pooling."""
 
 from __future__ import annotations
 

@@ -131,7 +131,8 @@ def decide(config: RunConfig, steps: StepPlan, seconds: float, started: float, n
     """Epochs and warm-up for steps of so many seconds; see the top of the file. ConfigError when no epoch fits."""
     budget, cooldown = config.train.budget, config.optim.cooldown_epochs
     left = parse_duration(budget) * (1 - MARGIN) - (now - started)
-    epoch = steps.per_epoch * seconds
+    # A batch of held-out images counts as a step, though it takes a forward pass only.
+    epoch = (steps.per_epoch + steps.held_out) * seconds
     epochs = int(left / epoch) - cooldown
     if epochs < 1:
         least = ((1 + cooldown) * epoch + now - started) / (1 - MARGIN)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mapet.checked import at_least
-from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, SpeedConfig, from_dict, to_dict
+from mapet.config import MAY_CHANGE, ModelConfig, ObjectiveConfig, RunConfig, field_notes, from_dict, to_dict
 from mapet.data.npyfile import FileRecord
 from mapet.errors import CheckpointError, MapetError
 from mapet.files import (
@@ -50,7 +50,7 @@ from mapet.task import Task
 from mapet.training.optim import trained
 
 T = TypeVar("T")
-FORMAT = 2
+FORMAT, EARLIER = 2, 1
 FOLDER = "checkpoints"
 WANTED = f"give a run folder (with {FOLDER}/ in it) or one of its step_... folders"
 REQUIRED = ("task.safetensors", "trainer.pt", "config.json")
@@ -58,33 +58,6 @@ PARTIAL, REMOVED = ".partial_", ".removed_"
 ATTEMPTS = 20
 """To read weights of a run that goes on, and removes what is being read."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-MAY_CHANGE = frozenset(
-    {
-        # The cache may move; its content may not, and the run checks that against the fingerprint in trainer.pt.
-        "data.cache",
-        "data.workers",
-        "data.patience",
-        "train.output",
-        "train.device",
-        "train.parallel",
-        "train.micro_batch",
-        "train.recompute",
-        "train.gpu_memory",
-        "train.auto_batch",
-        "train.budget",  # the epochs it led to may not change
-        "train.backend",
-        "train.save_every",
-        "train.keep",
-        "train.resume",
-        "train.max_steps",
-        "train.log_every",
-        "train.trackers",
-        "train.deterministic",
-        *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig) if field.name != "fp8"),
-    }
-)
-"""Fields of RunConfig that a resumed run may set differently. Any other field changes what is learned."""
 
 
 @dataclass
@@ -272,9 +245,9 @@ def verify(folder: Path) -> int:
 def config_differences(
     saved: dict[str, Any], current: dict[str, Any], notes: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Fields that differ and are not in MAY_CHANGE; each as "section.field was A, is B", with a note in brackets."""
-    before, now = _flatten(saved), _flatten(current)
-    fields = [name for name in sorted(before | now) if name not in MAY_CHANGE]
+    """Fields that differ and may not change; each as "section.field was A, is B", with a note in brackets."""
+    before, now, marks = _flatten(saved), _flatten(current), field_notes()
+    fields = [name for name in sorted(before | now) if MAY_CHANGE not in marks.get(name, ())]
     return [
         f"{name} was {one_line(before.get(name, 'absent'))}, is {now.get(name, 'absent')}"
         + (f" ({notes[name]})" if notes and name in notes else "")
@@ -316,12 +289,12 @@ def _task_in(folder: Path, ema: bool) -> Task:
             task = build_task(from_dict(config))
     except (ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be used: config.json: {error}") from error
+    average = folder / "ema.safetensors"
+    if ema and not average.exists():
+        raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
     shapes = {name: tuple(value.shape) for name, value in task.state_dict().items()}
     weights = _read(folder, "task.safetensors", read_tensors, shapes, finite=True)
     if ema:
-        average = folder / "ema.safetensors"
-        if not average.exists():
-            raise CheckpointError(f"checkpoint {folder} has no moving average (train.ema_decay was 0); use its weights")
         shapes = {name: shapes[name] for name in trained(task)}
         weights |= _read(folder, average.name, read_tensors, shapes, finite=True)
     task.load_state_dict(weights, assign=True)
@@ -356,6 +329,11 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         manifest = read_record(folder / "manifest.json", Manifest, version=FORMAT)
     except UnreadableFile as error:
+        if f"it has format {EARLIER}," in error.reason:
+            raise CheckpointError(
+                f"checkpoint {folder} is of an earlier version of mapet, which kept no whole task: go on with that "
+                "version, or start afresh with `mapet pretrain --fresh`"
+            ) from error
         reason = "is missing" if error.missing else f"cannot be read: {error.reason}"
         raise _damaged(folder, f"manifest.json {reason}") from error
     if not set(REQUIRED) <= set(manifest.files) or any(Path(name).name != name for name in manifest.files):

@@ -11,6 +11,7 @@ gradient that was not finite: so a run stops up to `log_every` steps late, but w
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -23,7 +24,7 @@ from signal import Signals
 
 from mapet.config import RunConfig, to_dict
 from mapet.data.feed import Feed, FeedStopped
-from mapet.data.loader import run_batches, step_ids
+from mapet.data.loader import run_batches, split_images
 from mapet.distributed import StopRequest, World, connect, launch
 from mapet.errors import CheckpointError, DataError, TrainingError
 from mapet.files import UnreadableFile, read_bytes, write_whole
@@ -40,6 +41,7 @@ from mapet.training.limits import cap_memory
 from mapet.training.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, check_ours, import_trackers
 from mapet.training.precision import settled
 from mapet.training.schedule import StepPlan, learning_rate, plan_steps
+from mapet.training.validation import Validation
 from mapet.words import say
 
 SMALLEST_SCALE = 2.0**-14  # thirty halvings of GradScaler's 65536: no scale will help
@@ -61,7 +63,7 @@ class TrainResult:
     checkpoint: Path | None
     """The newest one; None where the run ended before there was any."""
     loss: float | None
-    """Of the last report, as is what the method logs besides, such as the accuracy."""
+    """Of the last report, as is what the method logs besides: the accuracy, or `val_loss` of held-out images."""
     metrics: dict[str, float]
     best_loss: float | None
     """The smallest loss reported in the whole run, and its step; in the main process."""
@@ -154,7 +156,8 @@ class Run:
         self, config: RunConfig, world: World, data: Data, steps: StepPlan, again: str = "the same command"
     ) -> None:
         self.config, self.world, self.data, self.steps, self.again = config, world, data, steps, again
-        self.learner = Learner(config, world, steps)
+        self.learner, self.split = Learner(config, world, steps), split_images(len(data), config)
+        self.validation = Validation(self.learner, len(data) - self.split.trained)
         self.store = CheckpointStore(config.train.output / FOLDER, config.train.keep)
         self.log: MetricsLog | None = None
         self.display: ProgressDisplay | None = None
@@ -186,16 +189,19 @@ class Run:
         """
         train, last = self.config.train, self.steps.last
         clock, done, saved, metrics = Clock(), start, start, None
-        with self.batches(start, stop) as batches:
+        owed = self.owes_validation(start)
+        with self.batches(start, stop, owed) as batches:
+            if owed:
+                metrics = self.report(done, clock, batches, stop)
             batch, failure = take(batches, clock) if start < last else (None, None)
             stop.post(lacking=batch is None and start < last)
             verdict = stop.agreed()
             while done < last and not verdict.lacking:
-                reporting = done + 1 == last or (done + 1) % train.log_every == 0
+                reporting = done + 1 == last or (done + 1) % train.log_every == 0 or self.validation.due(done + 1)
                 self.learner.step(done, batch, metrics=reporting)
                 done += 1
                 if reporting:
-                    metrics = self.report(done, clock)
+                    metrics = self.report(done, clock, batches, stop)
                 if done < last:
                     batch, failure = take(batches, clock)
                 stop.post(lacking=done < last and batch is None)
@@ -216,18 +222,21 @@ class Run:
             step=done,
             last_step=last,
             checkpoint=self.store.path(saved) if saved else None,
-            loss=metrics and metrics.loss,
+            loss=metrics.loss if metrics and done > start else None,
             metrics=metrics.metrics if metrics else {},
             best_loss=best and best.value,
             best_step=best and best.step,
             signal=verdict.signal,
         )
 
-    def batches(self, start: int, stop: StopRequest) -> Feed[Batch]:
-        """The batches of this process from step `start` on."""
-        return run_batches(
-            self.config, self.data, self.world, range(start, self.steps.last), lambda: bool(stop.received)
-        )
+    def owes_validation(self, start: int) -> bool:
+        """Whether the run was stopped after step `start` before it was judged, as it was due there."""
+        return start > 0 and self.validation.due(start) and self.world.on_main(lambda: start not in self.log.validated)
+
+    def batches(self, start: int, stop: StopRequest, owed: bool = False) -> Feed[Batch]:
+        """The batches of this process from step `start` on, before them those of a validation that is `owed`."""
+        order = self.validation.order(start, now=owed)
+        return run_batches(self.config, self.data, self.world, order, lambda: bool(stop.received))
 
     def lost_data(self, failure: DataError | None, saved: int) -> str:
         """What happened to the data, here or elsewhere, and what is kept."""
@@ -237,22 +246,27 @@ class Run:
         kept = f"The checkpoint of step {saved} is kept, and {self.again} goes on from it" if saved else ""
         return f"{what}. {kept or 'There is no checkpoint yet'}"
 
-    def report(self, done: int, clock: Clock) -> StepMetrics:
-        """Read the numbers since the last report, and show them; TrainingError if one was not finite."""
+    def report(self, done: int, clock: Clock, batches: Feed[Batch], stop: StopRequest) -> StepMetrics:
+        """Read the numbers since the last report, judge the run if that is due, and show all of it.
+
+        TrainingError if one was not finite.
+        """
         numbers = self.learner.read()
         self.check()
         seconds, waited = clock.lap()
+        held_out = self.validation.run(done, lambda: take(batches, clock)[0], stop)
+        clock.lap()  # the speed is that of the steps
         optim = self.config.optim
         metrics = StepMetrics(
             step=done,
             epoch=done / self.steps.per_epoch,
             loss=numbers.loss,
-            metrics=numbers.metrics,
+            metrics={**numbers.metrics, **held_out},
             lr=learning_rate(optim, self.steps.per_epoch, done - 1),
             gradient_norm=numbers.gradient_norm,
             images_per_second=numbers.steps * optim.global_batch / seconds,
             data_wait=waited / seconds,
-            eta_seconds=(self.steps.last - done) * seconds / numbers.steps,
+            eta_seconds=(self.steps.last - done) * seconds / numbers.steps if numbers.steps else math.nan,
             loss_scale=numbers.loss_scale,
         )
         if self.log is not None:
@@ -315,7 +329,7 @@ class Run:
         if broken:
             weights = f"An update before it was too large: {broken} is not finite any more."
         batch = self.config.optim.global_batch
-        ids = step_ids(len(self.data), seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
+        ids = self.split.trained_ids(seed=self.config.train.seed, step=failure.step, global_batch=batch).tolist()
         images = ", ".join(map(str, ids[:IDS_SHOWN]))
         if len(ids) > IDS_SHOWN:
             path = self.config.train.output / FAILURE.format(step=failure.step)

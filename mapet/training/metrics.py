@@ -23,7 +23,7 @@ from mapet.files import read_bytes, write_whole
 FILE_NAME, BOARD = "metrics.jsonl", "tensorboard"
 PROJECT = "mapet"
 NO_CURVE = ("step", "eta_seconds")
-NUMBERS = {"loss", "accuracy", "lr"}
+NUMBERS = {"loss", "accuracy", "lr", "val_loss", "val_accuracy"}
 """What a curve is drawn of."""
 
 
@@ -39,7 +39,8 @@ class StepMetrics:
     """Mean over the global batches since the line before."""
     metrics: dict[str, float]
     """What the method logs besides, over the last global batch: the accuracy, the share of predicted tokens that are
-    right, 0 to 1. Each is an entry of the line by its own name."""
+    right, 0 to 1. After an epoch, loss and these over the held-out images too: `val_loss`, `val_accuracy`. Each is an
+    entry of the line by its own name."""
     lr: float
     """Learning rate of the last step."""
     gradient_norm: float
@@ -81,10 +82,13 @@ class MetricsLog:
 
         modules = import_trackers(trackers)
         self.folder, self.best_loss, self._failed = folder, Best(), set()
+        self.validated: set[int] = set()  # steps before `start` after which the run was judged on held-out images
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for line in keep_until(folder / FILE_NAME, start):
                 self.best_loss.consider(line["step"], line.get("loss"))
+                if "val_loss" in line:
+                    self.validated.add(line["step"])
             self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
             try:
                 self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)

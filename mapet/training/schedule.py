@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 from mapet.config import OptimConfig, RunConfig
+from mapet.data.loader import split_images
 from mapet.errors import ConfigError
 
 
@@ -32,6 +33,8 @@ class StepPlan:
     """Images of one process in a step."""
     micro: int
     """Images of one forward pass."""
+    held_out: int = 0
+    """Batches of held-out images that the run is judged on, after every epoch and its last step."""
 
     @property
     def accumulation(self) -> int:
@@ -40,23 +43,27 @@ class StepPlan:
 
 
 def plan_steps(config: RunConfig, images: int, processes: int) -> StepPlan:
-    """How a run over `images` images divides. Whole batches only: the rest of an epoch is dropped.
+    """How a run over `images` images, held-out ones included, divides. The rest of an epoch is dropped.
 
     ConfigError when the global batch is larger than the data, or processes or micro-batches do not divide it.
     """
-    batch, micro = config.optim.global_batch, config.train.micro_batch
-    if batch > images:
-        raise ConfigError(f"optim.global_batch {batch} is larger than the data, {images} images; lower it")
+    batch, micro, split = config.optim.global_batch, config.train.micro_batch, split_images(images, config)
+    if batch > split.trained:
+        besides = f" beside the {images - split.trained} of data.held_out" if images > split.trained else ""
+        raise ConfigError(
+            f"optim.global_batch {batch} is larger than the data, {split.trained} images{besides}; lower it"
+        )
     if batch % processes:
         raise ConfigError(f"optim.global_batch {batch} is not divisible by the number of processes, {processes}")
-    share, per_epoch = batch // processes, images // batch
+    share, per_epoch = batch // processes, split.trained // batch
     if micro and share % micro:
         raise ConfigError(
             f"train.micro_batch {micro} does not divide {share}, the images of one process in a step "
             f"(optim.global_batch {batch} over {processes} processes)"
         )
     total = (config.optim.epochs + config.optim.cooldown_epochs) * per_epoch
-    return StepPlan(per_epoch, min(total, config.train.max_steps or total), share, micro or share)
+    last = min(total, config.train.max_steps or total)
+    return StepPlan(per_epoch, last, share, micro or share, split.held_out_batches(batch))
 
 
 def learning_rate(optim: OptimConfig, steps_per_epoch: int, step: int) -> float:
