@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from mapet.planning.trace import LiveBytes, storage_bytes
 
 COUNTED = "tensors that operators returned, counted on a CPU: neither what an operator needs inside nor the allocator"
 ALLOCATED = "the CUDA allocator's peak"
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts every storage that an operator returned while it lives; `peak` is the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak, self.at_peak = 0, 0, ""
-        self.known: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        if self.live > self.peak:
-            self.peak, self.at_peak = self.live, str(function)
-        return result
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage from now on until it is gone."""
-        storage = tensor.untyped_storage()
-        if (key := storage._cdata) not in self.known:
-            self.known[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._remove, key)
-
-    def add_all(self, tensors: Iterable[Tensor]) -> None:
-        """Count several; no name is left behind that would keep one alive."""
-        for tensor in tensors:
-            self.add(tensor)
-
-    def _remove(self, key: int) -> None:
-        self.live -= self.known.pop(key)
 
 
 def peak(
@@ -72,9 +37,3 @@ def peak(
             call()
         extra, how = live.peak - held, COUNTED
     return {"peak_bytes": held + extra, "extra_bytes": extra, "resident_bytes": held, "how": how}
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all storages behind the tensors, each once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())

@@ -37,6 +37,14 @@ def parse_count(text: str) -> int:
     return value
 
 
+def parse_rate(text: str) -> float:
+    """FLOP per second from text such as 312T, 989.4T or 2.25P. ConfigError says what is allowed."""
+    value = _number(r"([GTP])", text, {"G": 1e9, "T": 1e12, "P": 1e15})
+    if value <= 0:
+        raise ConfigError(f"FLOP per second end in G, T or P, such as 312T; got {text!r}")
+    return value
+
+
 def parse_duration(text: str) -> float:
     """Seconds from text such as 24h, 90min or 2d. ConfigError says what is allowed."""
     value = _number(f"({'|'.join(SECONDS)})", text, SECONDS)

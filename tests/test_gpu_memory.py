@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mapet.config import ModelConfig, ObjectiveConfig, OptimConfig
-from mapet.objectives import build_objective
-from mapet.planning.memory import StepSize, predict_memory
+from mapet.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SpeedConfig, TrainConfig
+from mapet.distributed import World
+from mapet.objectives import options
+from mapet.planning.memory import StepSize, predict_memory, step_size
+from mapet.training.learner import Learner
 from mapet.training.limits import cap_memory
-from mapet.training.optim import clip_gradients, gated_step, make_optimizer
+from mapet.training.schedule import plan_steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,30 +38,25 @@ def empty_gpu() -> Iterator[None]:
 def peak_of_two_steps(size: StepSize) -> int:
     """torch.cuda.max_memory_allocated over the second of two optimizer steps, less what others held before."""
     before = torch.cuda.memory_allocated(GPU)
-    model, count = size.model, size.micro_batch
-    network = build_objective(size.objective, model, recompute=size.recompute).to(GPU)
-    optimizer = make_optimizer(network, OptimConfig())
-    generator = torch.Generator(GPU).manual_seed(0)
-    images = torch.randint(
-        0, 256, (count, 3, model.image_size, model.image_size), generator=generator, device=GPU, dtype=torch.uint8
-    )
-    tokens = torch.randint(0, model.vocabulary, (count, model.patches), generator=generator, device=GPU)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(size.precision)
-    for _ in range(2):
-        optimizer.zero_grad(set_to_none=True)
+    learner = Learner(size.config, World(GPU), plan_steps(size.config, size.share, 1))
+    batch = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in learner.task.example(size.share).items()}
+    for step in range(2):
         torch.cuda.reset_peak_memory_stats(GPU)
-        plan = network.sample_plan(count, generator, GPU)
-        with torch.autocast("cuda", dtype, enabled=dtype is not None):
-            loss, _ = network(images, tokens, plan.permutation, plan.keep, False)
-        loss.backward()
-        clip_gradients(network.parameters(), 3.0)
-        gated_step(optimizer, torch.zeros((), device=GPU))
-    assert torch.isfinite(loss)
+        learner.step(step, batch, metrics=False)
+    assert math.isfinite(learner.read().loss)
     return torch.cuda.max_memory_allocated(GPU) - before
 
 
 def size_of(model: str, images: int, recompute: str, precision: str = "bf16") -> StepSize:
-    return StepSize(ModelConfig.preset(model), ObjectiveConfig(cut=60), images, images, precision, recompute)
+    config = RunConfig(
+        model=ModelConfig.preset(model),
+        objective=options("mapet", cut=60),
+        data=DataConfig(color_jitter=0.0),
+        optim=OptimConfig(global_batch=images),
+        train=TrainConfig(precision=precision, recompute=recompute),
+        speed=SpeedConfig(skip_dropped=False),
+    )
+    return step_size(config, 1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

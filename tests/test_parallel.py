@@ -13,7 +13,7 @@ from tiny_run import make_cache, make_config
 
 from mapet.distributed import World
 from mapet.errors import ConfigError
-from mapet.planning.memory import in_parts, moments, step_size
+from mapet.planning.memory import moments, step_size
 from mapet.training.checkpoint import CheckpointStore
 from mapet.training.learner import Learner
 from mapet.training.loop import pretrain
@@ -109,7 +109,7 @@ def test_a_checkpoint_is_the_same_after_loading_and_saving_in_parts(found):
 def test_each_process_holds_the_part_that_is_planned(found):
     changes = {**parallel_rank.CHANGES, "train.parallel": "fsdp"}
     size = step_size(make_config(Path("c"), Path("o"), **changes), 2)
-    planned = next(in_parts(size, moment) for moment in moments(size) if moment.moment == "update")
+    planned = next(moment for moment in moments(size) if moment.moment == "update")
     expected = {name: getattr(planned, name) for name in ("weights", "gradients", "optimizer", "average")}
     assert found["held"] == [expected] * 2
 

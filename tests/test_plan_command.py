@@ -57,6 +57,17 @@ def test_a_gpu_that_is_not_here(mapet) -> None:
     mapet.fail("plan", *BASE, "--gpu", "V100", code=2, names=("V100 computes in fp32 and fp16, not in bf16",))
 
 
+def test_a_gpu_by_name_or_by_its_rates(mapet) -> None:
+    images = re.compile(r"images per second, at most +│ (\d+)")
+    rates = {}
+    for options in (("--gpu", "H200"), ("--gpu", "RTX 4090"), ("--peak", "989T", "--bandwidth", "4.8TB")):
+        said = mapet.succeed("plan", "--batch", 64, "--precision", "bf16", *options).out
+        rates[options[1]] = int(images.search(said)[1])
+    assert rates["H200"] == rates["989T"] > 2 * rates["RTX 4090"]
+    mapet.fail("plan", "--batch", 64, "--peak", "989T", code=2, names=("--peak", "--bandwidth"))
+    mapet.fail("plan", "--batch", 64, "--gpu", "GTX", code=2, names=("GTX", "V100", "RTX 4090"))
+
+
 def test_parts_are_planned_for(mapet) -> None:
     copies = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8).out
     parts = mapet.succeed("plan", *BASE, "--micro-batch", 64, "--gpus", 8, "--parallel", "fsdp").out

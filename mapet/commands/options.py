@@ -143,12 +143,19 @@ class Plan(Run):
 
     gpus: Count = 1
     """GPUs that share a step."""
-    gpu: Annotated[Literal["V100"] | None, arg(metavar="V100", help_behavior_hint="(default: none)")] = None
+    gpu: Annotated[
+        Literal["V100", "T4", "A100", "H100", "H200", "B200", "RTX 4090"] | None,
+        arg(metavar="V100|T4|A100|H100|H200|B200|'RTX 4090'", help_behavior_hint="(default: none)"),
+    ] = None
     """GPU whose speed to compute from its data sheet; its memory is the limit where none is given."""
+    peak: Annotated[str | None, arg(metavar="312T", help_behavior_hint="(default: that of --gpu)")] = None
+    """FLOP per second, in the run's precision, of a GPU that is not in the list; goes with --bandwidth."""
+    bandwidth: Annotated[str | None, arg(metavar="2.0TB", help_behavior_hint="(default: that of --gpu)")] = None
+    """Bytes per second of its memory."""
     interconnect: Annotated[str | None, arg(metavar="400Gb", help_behavior_hint="(default: none)")] = None
     """Bits (Gb) or bytes (GB) per second of one GPU's slowest link, which adds traffic and times of several GPUs."""
     images: Annotated[str, arg(metavar="1.28M")] = "1281167"
-    """Images of an epoch, for --gpu and --interconnect."""
+    """Images of an epoch, for --gpu, --peak and --interconnect."""
     images_per_second: Annotated[
         Annotated[float, above(0)] | None, arg(metavar="FLOAT", help_behavior_hint="(default: unknown)")
     ] = None

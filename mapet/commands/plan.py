@@ -10,9 +10,8 @@ from rich.table import Table
 
 from mapet.commands.options import Plan as Options
 from mapet.config import Parallel, RunConfig, change
-from mapet.planning.estimate import GPUS, expectation_rows
+from mapet.planning.estimate import GPUS, Gpu, expectation_rows, gpu_of, scaling_rows
 from mapet.planning.memory import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
-from mapet.planning.scaling import Cluster, scaling_rows
 from mapet.units import gib, parse_bytes, parse_count, parse_link
 from mapet.words import say
 
@@ -24,7 +23,7 @@ PARTS = {
     "images": "images and tokens of the step",
     "activations": "activations: residual stream, norms, MLP",
     "attention": "attention: q, kv, result, log-sum-exp",
-    "head": "head: a chunk of logits, its gradients",
+    "head": "after the last block: head, loss, gradients",
     "temporary": "gradients of activations, recomputed parts",
     "workspace": "workspace of cuBLAS",
 }
@@ -40,8 +39,8 @@ def run(options: Options) -> int:
     console = Console()
     console.print(memory_table(plan.memory))
     say("\n".join(summary(config, options, plan)))
-    if options.gpu:
-        console.print(expectation_table(config, options, plan))
+    if gpu := gpu_of(options.gpu, options.peak, options.bandwidth):
+        console.print(expectation_table(config, options, plan, gpu))
     if options.interconnect:
         console.print(scaling_table(config, options))
     return 0
@@ -101,27 +100,23 @@ def summary(config: RunConfig, options: Options, plan: Plan) -> list[str]:
     return lines
 
 
-def expectation_table(config: RunConfig, options: Options, plan: Plan) -> Table:
-    """mapet/planning/estimate.py for this GPU."""
+def expectation_table(config: RunConfig, options: Options, plan: Plan, gpu: Gpu) -> Table:
+    """How fast one GPU would be: mapet/planning/estimate.py."""
     size = replace(step_size(config, options.gpus), micro_batch=plan.micro_batch, recompute=plan.recompute)
-    title = f"one {options.gpu}, {config.train.precision}"
-    table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
-    for row in expectation_rows(size, GPUS[options.gpu], parse_count(options.images), config.optim.epochs):
-        table.add_row(*row)
-    return table
+    rows = expectation_rows(size, gpu, parse_count(options.images), config.optim.epochs)
+    return _computed(f"one {gpu.name}, {config.train.precision}", rows)
 
 
 def scaling_table(config: RunConfig, options: Options) -> Table:
-    """mapet/planning/scaling.py for these GPUs."""
-    cluster = Cluster(
-        options.gpus,
-        parse_link(options.interconnect),
-        config.optim.global_batch,
-        parse_count(options.images),
-        options.images_per_second,
-    )
-    title = f"{options.gpus} GPUs, {options.interconnect} per second each, global batch {cluster.global_batch}"
+    """What several GPUs would do: mapet/planning/estimate.py."""
+    link, images = parse_link(options.interconnect), parse_count(options.images)
+    rows = scaling_rows(config, options.gpus, link, images, options.images_per_second)
+    each = f"{options.interconnect} per second each, global batch {config.optim.global_batch}"
+    return _computed(f"{options.gpus} GPUs, {each}", rows)
+
+
+def _computed(title: str, rows: list[tuple[str, str]]) -> Table:
     table = Table("computed, not measured", "", title=title, title_justify="left", show_edge=False)
-    for name, value in scaling_rows(config.model, cluster):
-        table.add_row(name, value)
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -12,6 +12,8 @@ the dtype of its inputs whatever autocast says, returns the loss in it, and divi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,23 @@ from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 """Bytes of fp32 logits that exist at a time: what fits the caches of a CPU, or keeps a GPU busy."""
+
+_planned: ContextVar[str] = ContextVar("planned", default="")
+
+
+@contextmanager
+def chunks_as_on(kind: str) -> Iterator[None]:
+    """Within: chunks are those of this kind of device, whatever holds the tensors: a CPU traces a GPU's step."""
+    token = _planned.set(kind)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """CHUNK_BYTES of a device, or of the one that is planned for."""
+    return CHUNK_BYTES.get(_planned.get() or device.type, CHUNK_BYTES["cpu"])
 
 
 def token_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -101,7 +120,7 @@ def _loss_and_gradients(
 
 
 def _chunks(features: Tensor, weight: Tensor) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES.get(features.device.type, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
+    size = max(1, chunk_bytes(features.device) // (4 * weight.shape[0]))
     for first in range(0, features.shape[0], size):
         yield slice(first, min(first + size, features.shape[0]))
 

@@ -1,43 +1,43 @@
-"""How fast a training step can be on a GPU that is not here, computed from its data sheet. Nothing here is measured.
+"""How fast a step can be on GPUs that are not here, computed from data sheets. Nothing here is measured.
 
-For a micro-batch of B images, in the terms of memory.py: R rows of the buffer, C of them content, Q predicted; D,
-F, V; e bytes of what products read and write, f = 4; casts between the two, (e + f) D a row, under autocast only.
+One GPU: every operator of the traced step (trace.py) takes the larger of FLOP / (share * FLOP per second) and bytes /
+(share * bytes per second), and one runs after the other. Bytes are what an operator reads and writes. The shares of
+the data sheet's rates that are reached are guesses (SHARES); with all of them 1, no step can be faster on this GPU.
+Attention's backward pass counts seven products for five, as the kernels in csrc/ form two of them in both of their
+passes. Not counted: the GPU's cache, launches, clocks that fall under load, reading of images, saving; what stochastic
+depth leaves out (speed.skip_dropped) is counted as if it were computed. tests/test_estimate.py counts a real step
+beside it.
 
-    products    m x k by k x n: 2 m k n operations, e (m k + k n + m n) bytes; once forward, twice backward. The patch
-                projection has one backward product.
-                Blocks: q R D D, kv C D 2D, proj R D D, fc1 R D F, fc2 R F D; the last block has Q in place of R.
-                Patch projection: B patches, 3 p p, D. Head: Q D V.
-    attention   4 D operations a visible pair forward (Q K^T and P V), 14 D backward, as the kernels in csrc/ form Q K^T
-                and dO V^T in both of their passes; q, k, v and results once forward, twice backward.
-    passes      what else reads and writes whole tensors in eager mode. Bytes of a row of a block, forward and backward:
-                    norms       2 (2 f D + cast)    2 (6 f D + cast), gradients of x added up
-                    additions   2 (3 f D + cast)    2 (2 f D + cast)
-                    GELU        2 e F               3 e F
-                    biases                          e (4 D + F), the sums over rows
-                A predicted row: logits, (4 f + 3 e) V. A row: the buffer and its gradient, 4 f D. A patch: pixels,
-                3 p p (1 + f + e). A number of the model: in a micro-batch casts of weights and sums of gradients,
-                4 f + e; in a step AdamW and the gradients' norm, 10 f.
+Several GPUs: n of them, P parameters, a global batch of G images, and a link of w bytes per second between neighbours
+of the ring (one link per GPU, its slowest):
 
-What stochastic depth leaves out (speed.skip_dropped) is counted as if it were computed.
+    gradients of a step          4 P bytes                    DDP reduces them in fp32
+    sent by each GPU             2 (n - 1) / n * 4 P          ring all-reduce: reduce-scatter, then all-gather
+    time of the all-reduce       2 (n - 1) / n * 4 P / w      latency left out: a lower bound
+    storage                      images * bytes of one        as a batch has it, whole numbers as uint16
+    steps of an epoch            images // G
 
-Recomputation adds the norms and GELU forward again ("cheap"), or the blocks' whole forward pass ("blocks").
+and, where the images per second r of one GPU are known (its own share, without communication):
 
-Work takes the larger of operations / (share * operations per second) and bytes / (share * bytes per second), product by
-product, and adds up, as one kernel runs after the other. The shares of the data sheet's rates that are reached are
-guesses (SHARES); with all of them 1, this step cannot be faster on this GPU. Not counted: the GPU's cache, launches,
-clocks that fall under load, reading of images, saving. tests/test_expectation.py counts a real step beside it.
+    computing a step             G / (n r)
+    a step                       between max(computing, all-reduce), all of it hidden, and their sum, none of it
+    reading, all GPUs together   G * bytes of one image / the shorter of these steps
+    an epoch                     steps * time of a step
+
+`python -m mapet.planning.estimate` prints the tables of README.md and docs/scaling.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from mapet.config import Precision
+from mapet.config import ModelConfig, OptimConfig, PrecisionChoice, RunConfig
 from mapet.errors import ConfigError
-from mapet.planning.memory import FP32, StepSize, parameters, plan_memory, step_size
+from mapet.planning.memory import StepSize, plan_memory, step_size
+from mapet.planning.trace import Work, network
 from mapet.recipes import recipe
-from mapet.units import parse_bytes
+from mapet.units import duration, metric, parse_bytes, parse_link, parse_rate
 
 IMAGENET = 1_281_167
 """Images of ImageNet-1k for training."""
@@ -48,18 +48,48 @@ PAPER = {"vit_tiny_kclip": 278, "vit_small_kclip": 139, "vit_base_kclip": 70}
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says. operations: a second, by precision; bandwidth: bytes a second."""
+    """What a data sheet says: FLOP a second in fp32 and of fp16 products, bytes a second; bf16 is as fast as fp16."""
 
     name: str
     memory: str
-    operations: dict[Precision, float]
+    fp32: float
+    fp16: float
     bandwidth: float
+    bf16: bool = True
+
+    def operations(self, precision: PrecisionChoice) -> float:
+        """FLOP a second. ConfigError where the GPU has no such precision."""
+        if precision == "bf16" and not self.bf16:
+            raise ConfigError(f"a {self.name} computes in fp32 and fp16, not in bf16: set train.precision fp16")
+        return self.fp32 if precision == "fp32" else self.fp16
 
 
-V100 = Gpu("V100", "16GB", {"fp32": 15.7e12, "fp16": 125e12}, 900e9)
-"""SXM2, NVIDIA's data sheet."""
+GPUS = {
+    "V100": Gpu("V100", "16GB", 15.7e12, 125e12, 900e9, bf16=False),
+    "T4": Gpu("T4", "16GB", 8.1e12, 65e12, 320e9, bf16=False),
+    "A100": Gpu("A100", "80GB", 19.5e12, 312e12, 2039e9),
+    "H100": Gpu("H100", "80GB", 67e12, 989e12, 3350e9),
+    "H200": Gpu("H200", "141GB", 67e12, 989e12, 4800e9),
+    "B200": Gpu("B200", "180GB", 75e12, 2250e12, 7700e9),
+    "RTX 4090": Gpu("RTX 4090", "24GB", 82.6e12, 165.2e12, 1008e9),
+}
+"""By NVIDIA's data sheets (of the RTX 4090 by the Ada white paper), SXM where there are several: fp32 without TF32,
+fp16 of dense products that add up in fp32."""
 
-GPUS = {V100.name: V100}
+
+def gpu_of(name: str | None, peak: str | None, bandwidth: str | None) -> Gpu | None:
+    """A GPU by name, with rates such as 312T (FLOP per second) and 2.0TB (bytes per second) in place of its own.
+
+    None where nothing is given; ConfigError where something is missing.
+    """
+    if not (name or peak or bandwidth):
+        return None
+    if not name and not (peak and bandwidth):
+        raise ConfigError("a GPU without a name takes both --peak, such as 312T, and --bandwidth, such as 2.0TB")
+    gpu = GPUS[name] if name else Gpu("GPU of these rates", "", 0, 0, 0)
+    if peak:
+        gpu = replace(gpu, fp32=parse_rate(peak), fp16=parse_rate(peak), bf16=True)
+    return replace(gpu, bandwidth=parse_link(bandwidth)) if bandwidth else gpu
 
 
 @dataclass(frozen=True)
@@ -74,174 +104,139 @@ class Shares:
 SHARES = (Shares(0.4, 0.08, 0.6), Shares(0.7, 0.25, 0.85))
 """A low and a high guess, for cuBLAS, the kernels in csrc/ and elementwise passes."""
 
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix product (m, k) by (k, n), computed `times` times in a step, the backward pass's two included."""
-
-    m: int
-    k: int
-    n: int
-    times: int = 3
-
-    @property
-    def operations(self) -> float:
-        """Of all times."""
-        return 2.0 * self.m * self.k * self.n * self.times
-
-    def bytes(self, element: int) -> float:
-        """Operands and result once, of all times."""
-        return float(element) * (self.m * self.k + self.k * self.n + self.m * self.n) * self.times
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Operations and bytes of one block's attention, forward and backward."""
-
-    forward: float
-    backward: float
-    bytes: float
-
-
-def products(size: StepSize) -> Iterator[Product]:
-    """Every product of a micro-batch."""
-    model, layout = size.model, size.layout(size.micro_batch)
-    width, hidden = model.width, size.hidden
-    patches = (layout.tokens if layout.target_content else layout.cut) - int(model.class_token)
-    yield Product(layout.batch * patches, 3 * model.patch_size**2, width, times=2)
-    content, times = layout.batch * layout.content_rows, 4 if size.recompute == "blocks" else 3
-    for rows in block_rows(size):
-        yield Product(rows, width, width, times)
-        yield Product(content, width, 2 * width, times)
-        yield Product(rows, width, width, times)
-        yield Product(rows, width, hidden, times)
-        yield Product(rows, hidden, width, times)
-    yield Product(size.predicted(size.micro_batch), width, model.vocabulary)
-
-
-def block_rows(size: StepSize) -> list[int]:
-    """Rows whose outputs each block computes."""
-    rows, predicted = size.layout(size.micro_batch).rows, size.predicted(size.micro_batch)
-    return [rows] * (size.model.depth - 1) + [predicted]
-
-
-def visible_pairs(size: StepSize, predicted_only: bool) -> int:
-    """Pairs of a row and a key that it sees, of a micro-batch; see mapet_kernels.visibility."""
-    layout = size.layout(1)
-    tokens, cut, targets = layout.tokens, layout.cut, layout.targets
-    if layout.mask_tokens:  # every row sees N keys
-        pairs = tokens * (targets if predicted_only else layout.rows)
-    else:
-        query = targets * cut + targets * (targets - 1) // 2
-        pairs = query if predicted_only else cut * cut + 2 * query + targets
-    return pairs * size.micro_batch
-
-
-def attentions(size: StepSize) -> Iterator[Attention]:
-    """Attention of every block of a micro-batch."""
-    layout, width, repeats = size.layout(size.micro_batch), size.model.width, 2 if size.recompute == "blocks" else 1
-    keys = layout.batch * layout.content_rows
-    for i, rows in enumerate(block_rows(size)):
-        pairs = visible_pairs(size, predicted_only=i == size.model.depth - 1)
-        once = 2 * (rows + keys) * width * size.element
-        yield Attention(repeats * 4 * pairs * width, 14 * pairs * width, (repeats + 2) * once)
-
-
-def passes(size: StepSize) -> float:
-    """Bytes of everything else of a micro-batch, and its share of the update."""
-    model, layout, e = size.model, size.layout(size.micro_batch), size.element
-    width, cast = model.width, 0 if size.precision == "fp32" else (size.element + FP32) * size.model.width
-    norms, additions, gelu = 2 * (2 * FP32 * width + cast), 2 * (3 * FP32 * width + cast), 2 * e * size.hidden
-    again = {"none": 0, "cheap": norms + gelu, "blocks": norms + additions + gelu}[size.recompute]
-    backward = 2 * (6 * FP32 * width + cast) + 2 * (2 * FP32 * width + cast)
-    backward += 3 * e * size.hidden + e * (4 * width + size.hidden)
-    rows = sum(block_rows(size)) * (norms + additions + gelu + again + backward)
-    logits = size.predicted(size.micro_batch) * model.vocabulary * (4 * FP32 + 3 * e)
-    pixels = layout.batch * model.patches * 3 * model.patch_size**2 * (1 + FP32 + e)
-    numbers, steps = parameters(model), size.share / size.micro_batch
-    update = numbers * (4 * FP32 + e + 10 * FP32 / steps)
-    return rows + logits + pixels + layout.rows * 4 * FP32 * width + update
+TWO_PASSES = 7 / 5
+"""Products of attention's backward pass that are computed, to those that are needed."""
 
 
 def model_operations(size: StepSize) -> float:
-    """Operations that one image needs forward and backward, however they are computed: nothing twice."""
-    once = replace(size, recompute="none")
-    linear = sum(replace(p, times=min(p.times, 3)).operations for p in products(once))
-    return (linear + sum(3 * a.forward for a in attentions(once))) / size.micro_batch
+    """FLOP that one image needs forward and backward, however they are computed: nothing twice."""
+    work = replace(size, recompute="none").trace().work
+    parts = {kind: sum(flop * n for (k, flop, _), n in work.items() if k == kind) for kind in ("product", "attention")}
+    return (parts["product"] + 3 * parts["attention"]) / size.micro_batch
 
 
 def images_per_second(size: StepSize, gpu: Gpu, shares: Shares) -> float:
     """The arithmetic at the top of the file. ConfigError where the GPU has no such precision."""
-    if size.precision not in gpu.operations:
-        known = " and ".join(gpu.operations)
-        raise ConfigError(f"a {gpu.name} computes in {known}, not in {size.precision}: set train.precision fp16")
-    rate, bandwidth = gpu.operations[size.precision], gpu.bandwidth * shares.bandwidth
-    seconds = passes(size) / bandwidth
-    for p in products(size):
-        seconds += max(p.operations / (rate * shares.products), p.bytes(size.element) / bandwidth)
-    for a in attentions(size):
-        seconds += max((a.forward + a.backward) / (rate * shares.attention), a.bytes / bandwidth)
-    return size.micro_batch / seconds
+    rate, bandwidth = gpu.operations(size.config.train.precision), gpu.bandwidth * shares.bandwidth
+    reached = {
+        "product": rate * shares.products,
+        "attention": rate * shares.attention,
+        "attention backward": rate * shares.attention / TWO_PASSES,
+        "pass": rate,
+    }
+
+    def seconds(work: Work) -> float:
+        return sum(n * max(flop / reached[kind], bytes / bandwidth) for (kind, flop, bytes), n in work.items())
+
+    traced = size.trace()
+    return size.share / (seconds(traced.work) * size.share / size.micro_batch + seconds(traced.update))
 
 
-@dataclass(frozen=True)
-class Expectation:
+def expect(size: StepSize, gpu: Gpu) -> tuple[float, float, float]:
     """Images per second of one GPU: by the low and the high guess, and at most."""
-
-    low: float
-    high: float
-    most: float
-
-    @property
-    def images(self) -> str:
-        """The guesses as text."""
-        return f"{self.low:.0f} to {self.high:.0f}"
-
-    def hours(self, images: int, epochs: int) -> str:
-        """Of so many epochs on one GPU, as text."""
-        least, longest = (epochs * images / rate / 3600 for rate in (self.high, self.low))
-        return f"{least:.0f} to {longest:.0f} h"
+    return tuple(images_per_second(size, gpu, shares) for shares in (*SHARES, Shares()))
 
 
-def expect(size: StepSize, gpu: Gpu) -> Expectation:
-    """What to expect of one GPU."""
-    return Expectation(*(images_per_second(size, gpu, shares) for shares in (*SHARES, Shares())))
+def hours(images: int, epochs: int, slow: float, fast: float) -> str:
+    """Of so many epochs at these images per second, as text."""
+    return f"{epochs * images / fast / 3600:.0f} to {epochs * images / slow / 3600:.0f} h"
 
 
 def expectation_rows(size: StepSize, gpu: Gpu, images: int, epochs: int) -> list[tuple[str, str]]:
     """What is computed, and its value, for people."""
-    expected = expect(size, gpu)
-    low, high = SHARES
+    low, high, most = expect(size, gpu)
+    products, attention, bandwidth = (
+        f"{100 * getattr(SHARES[0], name):.0f} to {100 * getattr(SHARES[1], name):.0f} %" for name in vars(Shares())
+    )
     return [
         ("operations an image needs, forward and backward", f"{model_operations(size) / 1e9:.0f} GFLOP"),
-        ("images per second, at most", f"{expected.most:.0f}"),
-        ("images per second, low to high guess", expected.images),
-        (f"{epochs} epochs of {images:,} images on one GPU", expected.hours(images, epochs)),
-        ("guessed part of the data sheet's operations: products", _part(low.products, high.products)),
-        ("attention", _part(low.attention, high.attention)),
-        ("guessed part of its bandwidth", _part(low.bandwidth, high.bandwidth)),
+        ("images per second, at most", f"{most:.0f}"),
+        ("images per second, low to high guess", f"{low:.0f} to {high:.0f}"),
+        (f"{epochs} epochs of {images:,} images on one GPU", hours(images, epochs, low, high)),
+        ("guessed part of the data sheet's operations: products", products),
+        ("attention", attention),
+        ("guessed part of its bandwidth", bandwidth),
     ]
 
 
-def page(gpu: Gpu = V100) -> str:
-    """The README's table: the paper's recipes on one GPU, in all of its memory."""
-    lines = [
-        "| computed | micro-batch | images/s | at most | paper's V100 | 300 epochs of ImageNet-1k |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+def scaling_rows(
+    config: RunConfig, gpus: int, link: float, images: int, rate: float | None = None
+) -> list[tuple[str, str]]:
+    """What is computed of several GPUs, and its value, for people.
+
+    Args:
+        link: bytes per second of one GPU's slowest link.
+        images: of one epoch.
+        rate: images per second that one GPU trains on its own, measured; None for unknown.
+    """
+    batch, built = config.optim.global_batch, network(config)
+    if gpus < 1 or batch % gpus:
+        raise ConfigError(f"a global batch of {batch} cannot be shared evenly by {gpus} GPUs")
+    if images < batch:
+        raise ConfigError(f"{images} images are fewer than a global batch of {batch}")
+    if rate is not None and rate <= 0:
+        raise ConfigError(f"images per second must be positive, got {rate}")
+    gradients, image, steps = sum(built.learning), built.image_bytes, images // batch
+    sent = 2 * (gpus - 1) / gpus * gradients
+    rows = [
+        ("images of one GPU in a step", f"{batch // gpus:,}"),
+        ("gradients of a step", metric(gradients, "B")),
+        ("sent by each GPU in a step", metric(sent, "B")),
+        ("ring all-reduce, without latency", duration(sent / link)),
+        ("one image in the cache", metric(image, "B")),
+        ("storage of the cache", metric(images * image, "B")),
+        ("steps of an epoch", f"{steps:,}"),
     ]
+    if rate is None:
+        return [*rows, ("computing a step", "unknown: give --images-per-second of one GPU, measured")]
+    compute = batch / (gpus * rate)
+    hidden, not_hidden = max(compute, sent / link), compute + sent / link
+    return [
+        *rows,
+        ("computing a step", duration(compute)),
+        ("a step, all-reduce hidden or not", between(hidden, not_hidden)),
+        ("reading, all GPUs together", f"{metric(batch * image / hidden, 'B')}/s"),
+        ("an epoch, all-reduce hidden or not", between(steps * hidden, steps * not_hidden)),
+    ]
+
+
+def between(low: float, high: float) -> str:
+    """A range of durations; one where both read alike."""
+    return " to ".join(dict.fromkeys((duration(low), duration(high))))
+
+
+def speed_table() -> str:
+    """The README's table: the paper's recipes on one V100, in all of its memory."""
+    gpu = GPUS["V100"]
+    header = "computed", "micro-batch", "images/s", "at most", "paper's V100", "300 epochs of ImageNet-1k"
+    rows = [header, ("---", *["---:"] * 5)]
     for name, rate in PAPER.items():
         size = step_size(recipe(name), 1)
         plan = plan_memory(size, parse_bytes(gpu.memory))
-        expected = expect(replace(size, micro_batch=plan.micro_batch, recompute=plan.recompute), gpu)
-        micro_batch = f"{plan.micro_batch}, recompute {plan.recompute}"
-        cells = [f"`{name}`", micro_batch, expected.images, f"{expected.most:.0f}", f"{rate}"]
-        lines.append(f"| {' | '.join([*cells, expected.hours(IMAGENET, 300)])} |")
-    return "\n".join(lines)
+        low, high, most = expect(replace(size, micro_batch=plan.micro_batch, recompute=plan.recompute), gpu)
+        plan, speed = f"{plan.micro_batch}, recompute {plan.recompute}", f"{low:.0f} to {high:.0f}"
+        rows.append((f"`{name}`", plan, speed, f"{most:.0f}", f"{rate}", hours(IMAGENET, 300, low, high)))
+    return _table(rows)
 
 
-def _part(low: float, high: float) -> str:
-    return f"{100 * low:.0f} to {100 * high:.0f} %"
+CLUSTERS = ((8, 2048), (64, 2048), (1024, 2048), (1024, 32768))
+"""GPUs and global batch: the paper's batch, and its 32 images per GPU where 1,024 GPUs would have two each."""
+
+
+def scaling_table(images: int, link: str = "400Gb", rate: float = 1000.0) -> str:
+    """A table of docs/scaling.md: ViT-B on several GPUs that each train at a round rate."""
+    columns = []
+    for gpus, batch in CLUSTERS:
+        config = RunConfig(model=ModelConfig.preset("base"), optim=OptimConfig(global_batch=batch))
+        columns.append(scaling_rows(config, gpus, parse_link(link), images, rate))
+    header = "computed", *(f"{gpus:,} GPUs, batch {batch:,}" for gpus, batch in CLUSTERS)
+    rows = [(cells[0][0], *(value for _, value in cells)) for cells in zip(*columns, strict=True)]
+    return _table([header, ["---"] * len(header), *rows])
+
+
+def _table(rows: Iterable[Iterable[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 if __name__ == "__main__":
-    print(page())
+    print(speed_table(), scaling_table(IMAGENET), scaling_table(10**9), sep="\n\n")

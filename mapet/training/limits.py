@@ -34,9 +34,14 @@ def memory_limit(config: RunConfig, device: torch.device) -> int:
 
 
 def advice(config: RunConfig, device: torch.device, processes: int, micro_batch: int) -> str:
-    """What to change after a step with this micro-batch ran out of memory."""
-    size = step_size(config, processes, micro_batch)
-    return out_of_memory_advice(size, memory_limit(config, device))
+    """What to change after a step with this micro-batch ran out of memory: with numbers, where it can be planned."""
+    try:
+        return out_of_memory_advice(step_size(config, processes, micro_batch), memory_limit(config, device))
+    except ConfigError as error:
+        return (
+            f"out of memory with micro-batch {micro_batch} and recompute {config.train.recompute}; set a smaller "
+            f"train.micro_batch, or train.recompute=blocks, or give --auto-batch; no numbers, as {error}"
+        )
 
 
 def halved(micro_batch: int, share: int) -> int:
