@@ -296,7 +296,9 @@ def _task_in(folder: Path, ema: bool) -> Task:
     if ema:
         shapes = {name: shapes[name] for name in trained(task)}
         weights |= _read(folder, average.name, read_tensors, shapes, finite=True)
-    task.load_state_dict(weights, assign=True)
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and of no use
+        task = build_task(from_dict(config))
+    task.load_state_dict(weights)
     return task
 
 
