@@ -12,9 +12,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from op_checks import assert_same_bits, check, run
+from tasks import make_task, random_batch
 
-from mapet.config import ModelConfig, ObjectiveConfig
-from mapet.objectives import build_objective
+from mapet.config import ModelConfig
+from mapet.objectives.two_stream import TwoStreamTask
+from mapet.rng import StepRng
+from mapet.task import Batch, Draws
 from mapet_kernels.backends import available_backends, choose_backend, reason_against_listed
 from mapet_kernels.registry import REGISTRY, Case, OpSpec, TwoStreamShape
 from mapet_kernels.selfcheck import two_stream_agreement
@@ -102,30 +105,28 @@ def test_assertion_15_repeats_are_bitwise_equal(backend: str) -> None:
             assert_same_bits(result, first)
 
 
-def objective_for(backend: str) -> torch.nn.Module:
+def task_for(backend: str) -> TwoStreamTask:
     """A small MaPeT in fp32; skips the test of a backend that refuses fp32."""
     skip_if_refused(backend, torch.float32)
-    torch.manual_seed(0)
-    return build_objective(ObjectiveConfig("mapet", 20), TINY, backend=backend).cuda()
+    return make_task("mapet", 20, TINY, backend=backend, skip_dropped=False).cuda()
 
 
-def batch(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random images and tokens."""
-    images = torch.randint(0, 256, (count, 3, 64, 64), generator=generator, device="cuda", dtype=torch.uint8)
-    return images, torch.randint(0, 256, (count, 64), generator=generator, device="cuda")
+def inputs(task: TwoStreamTask, images: int, step: int, batch: Batch | None = None) -> tuple[Batch, Draws]:
+    """A batch of random images, and what a step draws for it, on the GPU."""
+    device = torch.device("cuda")
+    batch = batch or {name: value.cuda() for name, value in random_batch(TINY, images, seed=step).items()}
+    return batch, task.ready(task.draw(images, StepRng(0, step, device)), device)
 
 
 def losses(backend: str, steps: int, *, compile: bool = False) -> list[float]:
     """Losses of a small run on fixed random images."""
-    objective = objective_for(backend)
-    forward = torch.compile(objective, fullgraph=True) if compile else objective
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3)
-    generator = torch.Generator("cuda").manual_seed(0)
-    images, tokens = batch(16, generator)
+    task = task_for(backend)
+    forward = torch.compile(task, fullgraph=True) if compile else task
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
+    batch, _ = inputs(task, 16, 0)
     curve = []
-    for _ in range(steps):
-        plan = objective.sample_plan(16, generator, "cuda")
-        loss, _ = forward(images, tokens, plan.permutation, plan.keep, with_accuracy=False)
+    for step in range(steps):
+        loss = forward(*inputs(task, 16, step, batch), metrics=False)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -149,34 +150,28 @@ def test_assertion_18_compiled_model_does_not_recompile(backend: str) -> None:
 @each_other_backend
 def test_cuda_graph_replays_a_forward_and_backward_pass(backend: str) -> None:
     """Captured once on some images, replayed on others: the loss and gradients of an eager pass."""
-    objective = objective_for(backend)
-    parameters = list(objective.parameters())
+    task = task_for(backend)
+    parameters = list(task.parameters())
 
-    def draw(seed: int) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        images, tokens = batch(8, generator)
-        plan = objective.sample_plan(8, generator, "cuda")
-        return images, tokens, plan.permutation, plan.keep
-
-    def step(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        loss, _ = objective(*inputs, with_accuracy=False)
+    def step(batch: Batch, draws: Draws) -> list[torch.Tensor]:
+        loss = task(batch, draws, metrics=False)["loss"]
         return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
-    inputs = draw(0)
+    first, others = inputs(task, 8, 0), inputs(task, 8, 1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(inputs)
+            step(*first)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = step(inputs)
-    others = draw(1)
-    for static, other in zip(inputs, others, strict=True):
-        static.copy_(other)
+        replayed = step(*first)
+    for static, other in zip(first, others, strict=True):
+        for name, value in static.items():
+            value.copy_(other[name])
     graph.replay()
-    for actual, expected in zip(replayed, step(others), strict=True):
+    for actual, expected in zip(replayed, step(*others), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
