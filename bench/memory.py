@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapet.planning.trace import LiveBytes, storage_bytes
+from mapet.planning.trace import LiveBytes
 
 COUNTED = "tensors that operators returned, counted on a CPU: neither what an operator needs inside nor the allocator"
 ALLOCATED = "the CUDA allocator's peak"
@@ -37,3 +37,9 @@ def peak(
             call()
         extra, how = live.peak - held, COUNTED
     return {"peak_bytes": held + extra, "extra_bytes": extra, "resident_bytes": held, "how": how}
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages behind the tensors, each once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -16,7 +16,7 @@ from mapet.training import learner
 
 def run_out(rank: int, limit: int, call: int) -> None:
     """Let `rank` run out of memory."""
-    forward, accumulate = learner.Learner._forward, learner.Learner._accumulate
+    forward, accumulate = learner.Learner._forward_backward, learner.Learner._accumulate
     calls = {"done": 0}
 
     def counted(self, *arguments, **options):
@@ -25,11 +25,11 @@ def run_out(rank: int, limit: int, call: int) -> None:
 
     def limited(self, batch, *arguments):
         calls["done"] += 1
-        if self.world.rank == rank and len(batch) > limit and calls["done"] >= call:
+        if self.world.rank == rank and len(batch["tokens"]) > limit and calls["done"] >= call:
             raise torch.OutOfMemoryError("injected")
         return forward(self, batch, *arguments)
 
-    learner.Learner._accumulate, learner.Learner._forward = counted, limited
+    learner.Learner._accumulate, learner.Learner._forward_backward = counted, limited
 
 
 if __name__ == "__main__":

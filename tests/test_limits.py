@@ -32,7 +32,7 @@ def run_out(monkeypatch):
     """run_out(limit, call): more than `limit` images do not fit, from the `call`-th forward pass of an attempt on."""
 
     def inject(limit: int, call: int = 1) -> list[int]:
-        forward, accumulate, sizes = Learner._forward, Learner._accumulate, []
+        forward, accumulate, sizes = Learner._forward_backward, Learner._accumulate, []
         calls = []
 
         def counted(self, *arguments, **options):
@@ -40,14 +40,14 @@ def run_out(monkeypatch):
             return accumulate(self, *arguments, **options)
 
         def limited(self, batch, *arguments):
-            calls.append(len(batch))
-            sizes.append(len(batch))
-            if len(batch) > limit and len(calls) >= call:
+            calls.append(len(batch["tokens"]))
+            sizes.append(calls[-1])
+            if calls[-1] > limit and len(calls) >= call:
                 raise torch.OutOfMemoryError("injected")
             return forward(self, batch, *arguments)
 
         monkeypatch.setattr(Learner, "_accumulate", counted)
-        monkeypatch.setattr(Learner, "_forward", limited)
+        monkeypatch.setattr(Learner, "_forward_backward", limited)
         return sizes
 
     return inject

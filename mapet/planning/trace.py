@@ -42,10 +42,9 @@ SHALLOW = (3, 4)
 """Units of the networks that stand for a deeper one: the first, the last, and one or two between them."""
 
 FEW_IMAGES = (128, 256, 384)
-"""Images of micro-batches that stand for a larger one, of blocks computed again in parts, if they are on one line."""
+"""Of micro-batches that stand for a larger multiple, of blocks that are computed again in parts of 128 images or so."""
 LARGEST_TRACED = 512
-OFF_THE_LINE = 0.005
-"""Most that the last of them may differ."""
+"""Micro-batch for which they do not."""
 
 Moment = tuple[str, int | None]
 """A pass of the step, and the unit that it is at."""
@@ -144,19 +143,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.known.pop(key)[0]
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all storages behind the tensors, each once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
 class Counting(LiveBytes):
     """Also counts by part, with a peak of every moment, and the work that operators do."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = ""
-        """Of what operators return from now on."""
+        self.part = "weights"  # of what operators return from now on
         self.moment: Moment | None = None
         self.parts: Counter[str] = Counter()
         self.part_of: dict[int, str] = {}
@@ -167,7 +159,8 @@ class Counting(LiveBytes):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if self.part == "weights" and function is torch.ops.aten._local_scalar_dense.default:
             return 0  # to an initialiser that looks at what it drew
-        if self.part == "weights" and function._schema.name.endswith("_") and arguments:
+        in_place = function._schema.name.endswith("_") and torch.Tag.inplace_view not in function.tags
+        if self.part == "weights" and in_place and arguments:
             return arguments[0]  # what fills a tensor leaves its shape
         options = options or {}
         result = super().__torch_dispatch__(function, types, arguments, options)
@@ -256,8 +249,8 @@ def trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tra
 @functools.lru_cache(maxsize=16)
 def network(config: RunConfig) -> Network:
     """What the task of a configuration is made of; nothing is allocated."""
-    with _faked() as live:
-        return Network.of(_build(_planned(config), live))
+    with _built(_planned(config)) as (task, _):
+        return Network.of(task)
 
 
 def _planned(config: RunConfig) -> RunConfig:
@@ -269,14 +262,11 @@ def _planned(config: RunConfig) -> RunConfig:
 
 def _trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Trace:
     """By fewer units and fewer images, where these say as much."""
-    if config.train.recompute == "blocks" and micro_batch > LARGEST_TRACED:
-        *few, last = (_trace(config, images, share, adds_up) for images in FEW_IMAGES)
-        expected = continued(*few, last.network, *FEW_IMAGES)
-        # In parts, if at all, of the same size: so many images go through the first unit at a time.
-        sizes = {images / (t.calls or 1) for images, t in zip(FEW_IMAGES, (*few, last), strict=True)}
-        in_parts = len(sizes) == 1 and micro_batch % max(sizes) == 0
-        if (in_parts or last.calls <= 1) and abs(expected.peak / last.peak - 1) <= OFF_THE_LINE:
-            return continued(few[-1], last, last.network, *FEW_IMAGES[1:], micro_batch)
+    if config.train.recompute == "blocks" and micro_batch > LARGEST_TRACED and micro_batch % FEW_IMAGES[0] == 0:
+        one, two, three = (_trace(config, images, share, adds_up) for images in FEW_IMAGES)
+        expected = continued(one, two, one.network, *FEW_IMAGES).peak
+        if three.calls > two.calls > one.calls and abs(expected / three.peak - 1) <= 0.005:
+            return continued(two, three, one.network, *FEW_IMAGES[1:], micro_batch)
     step, depth, whole = (micro_batch, share, adds_up), config.model.depth, network(config)
     if whole.repeats and depth > SHALLOW[-1]:
         with suppress(Exception):  # what fails for fewer units may do for all
@@ -290,8 +280,7 @@ def _trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tr
 
 def _step(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Trace:
     """The step as the learner takes it, after one that made the optimizer's state."""
-    with _faked() as live:
-        task = _build(config, live)
+    with _built(config) as (task, live):
         optimizer = make_optimizer(task.parameter_groups(config.optim), config.optim)
         live.part = "average"
         average = WeightAverage(task, config.train.ema_decay) if config.train.ema_decay else None
@@ -326,29 +315,17 @@ def _step(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tra
 
 
 @contextmanager
-def _faked() -> Iterator[Counting]:
-    """Tensors made within are fake, and counted."""
+def _built(config: RunConfig) -> Iterator[tuple[Task, Counting]]:
+    """The task, of fake tensors; those that are made within are fake too, and counted."""
     with chunks_as_on("cuda"), FakeTensorMode(allow_non_fake_inputs=True), Counting() as live:
-        yield live
-
-
-def _build(config: RunConfig, live: Counting) -> Task:
-    live.part = "weights"
-    return build_task(config).train()
+        yield build_task(config).train(), live
 
 
 def by_end(found: Trace, units: int, depth: int) -> Trace:
     """The trace of a few units with the first two and the last two of them numbered as those of a deep network."""
     ends = {0: 0, 1: 1, depth - 2: units - 2, depth - 1: units - 1, None: None}
-    return replace(
-        found,
-        peaks={
-            (name, k): found.peaks[name, i]
-            for name, _ in found.peaks
-            for k, i in ends.items()
-            if (name, i) in found.peaks
-        },
-    )
+    peaks = {(name, k): parts for (name, i), parts in found.peaks.items() for k, j in ends.items() if i == j}
+    return replace(found, peaks=peaks)
 
 
 def continued(few: Trace, more: Trace, network: Network, a: int, b: int, x: int) -> Trace:
