@@ -26,9 +26,10 @@ from bench.contest import Arena, Contest, Entrant, Timed
 from bench.options import Options
 from mapet.data.cache import TokenCache
 from mapet.data.sources import open_source
-from mapet.tokenizers import KClipTokenizer, make_tokenizer
+from mapet.tokenizers import make_tokenizer
 from mapet.tokenizers.encode import tokenize
 from mapet.tokenizers.foreign.clip_trunk import TrunkConfig, build_trunk
+from mapet.tokenizers.kclip import KClipTokenizer
 
 SMALL = TrunkConfig(width=16, layers=(1, 1, 1, 1))
 DIFFERENT = 0.01

@@ -18,7 +18,8 @@ from mapet.data.cache import TokenCache
 from mapet.data.jobs import in_batches
 from mapet.distributed import connect
 from mapet.errors import ConfigError, DataError
-from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from mapet.tokenizers import load_tokenizer, make_tokenizer
+from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.fitting import sample as features_module
 from mapet.tokenizers.fitting.sample import GROUP, MAX_PATCHES, FeatureFiles, SamplePlan, sample_features
 

@@ -25,7 +25,7 @@ from mapet.folders import Staging, locked
 from mapet.model.export import export
 from mapet.model.vit import MaskedTokenViT
 from mapet.tokenizers import load_tokenizer, make_tokenizer
-from mapet.tokenizers.base import Tokenizer
+from mapet.tokenizers.kmeans import KMeansTokenizer
 from mapet.training.loop import pretrain
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=32, depth=1, heads=2, vocabulary=16)
@@ -135,7 +135,7 @@ class TestCache:
 class TestTokenizer:
     def test_two_at_once(self, mapet, images, tmp_path, monkeypatch):
         """The second is refused while the first fits, and while it tokenises; the first is unharmed."""
-        fit, encode, seen = Tokenizer.fit, Tokenizer.encode, []
+        fit, encode, seen = KMeansTokenizer.fit, KMeansTokenizer.encode, []
         command = ("tokenize", "--images", images, "--output", tmp_path / "cache", *SIZES, *FIT)
 
         def intrude(*options):
@@ -153,8 +153,8 @@ class TestTokenizer:
             return encode(*arguments)
 
         process = os.getpid()
-        monkeypatch.setattr(Tokenizer, "fit", fit_and_intrude)
-        monkeypatch.setattr(Tokenizer, "encode", encode_and_intrude)
+        monkeypatch.setattr(KMeansTokenizer, "fit", fit_and_intrude)
+        monkeypatch.setattr(KMeansTokenizer, "encode", encode_and_intrude)
         assert mapet(*command).code == 0
         assert seen == [1, 1, 1, 1]
         cache = TokenCache.open(tmp_path / "cache")
@@ -224,7 +224,7 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("where", ["cache_tokenizer", "cache"])
     def test_a_folder_that_cannot_be_written_is_told_before_the_fit(self, where, mapet, images, tmp_path, monkeypatch):
-        monkeypatch.setattr(Tokenizer, "fit", lambda *arguments, **options: pytest.fail("fitted"))
+        monkeypatch.setattr(KMeansTokenizer, "fit", lambda *arguments, **options: pytest.fail("fitted"))
         (tmp_path / "file").write_text("")
         output = tmp_path / "out/cache"
         if where == "cache":

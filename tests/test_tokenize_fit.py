@@ -14,8 +14,9 @@ from datafakes import NoiseSource
 from forked import killed_at_sync
 
 from mapet.errors import DataError
-from mapet.tokenizers import PixelTokenizer, make_tokenizer
+from mapet.tokenizers import make_tokenizer
 from mapet.tokenizers.fitting import fit
+from mapet.tokenizers.pixel import PixelTokenizer
 from mapet_kernels import kmeans
 
 SCRIPT = Path(__file__).parent / "fit_script.py"

@@ -27,6 +27,7 @@ from mapet.config import (
 )
 from mapet.objectives import OBJECTIVES
 from mapet.recipes import RECIPES
+from mapet.tokenizers import TOKENIZERS
 
 
 def _wanted(metavar: str, hint: str = "") -> Any:
@@ -42,7 +43,7 @@ class Tokenize:
     """Folder of images, labelled by class sub-folders or not, or a built-in set."""
     output: Annotated[Path, arg(metavar="CACHE")] = Path("runs/cache")
     """Folder for the cache."""
-    tokenizer: Annotated[Literal["pixel", "kclip"] | None, _wanted("pixel|kclip", "pixel, or the codebook's")] = None
+    tokenizer: Annotated[str | None, _wanted("|".join(TOKENIZERS), "pixel, or the codebook's")] = None
     """k-means over pixels or over CLIP RN50x64 features."""
     image_size: Annotated[Side | None, _wanted("INT", "224, or the codebook's")] = None
     """Side of the crops in pixels."""

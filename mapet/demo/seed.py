@@ -21,7 +21,8 @@ from mapet.model.export import to_timm
 from mapet.model.official_names import StateDict
 from mapet.objectives import build_task
 from mapet.rng import seed_global_generators
-from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from mapet.tokenizers import load_tokenizer, make_tokenizer
+from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.encode import tokenize
 from mapet.tokenizers.fitting.fit import FitConfig, fit_tokenizer
 from mapet.tokenizers.store import MANIFEST

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from mapet.config import ModelConfig, ObjectiveConfig, RunConfig, short
 from mapet.data.augment import JitterDraws, color_jitter, sample_color_jitter
-from mapet.data.cache import TokenCache
 from mapet.errors import ConfigError, FieldError
 from mapet.model.official_names import PRETRAINING_ONLY
 from mapet.model.stochastic_depth import kept_images
@@ -23,6 +22,9 @@ from mapet.task import Batch, Draws, Task
 from mapet_kernels.backends import TWO_STREAM_BACKENDS, choose_backend
 from mapet_kernels.registry import TwoStreamShape
 from mapet_kernels.selfcheck import two_stream_agreement
+
+if TYPE_CHECKING:
+    from mapet.data.cache import TokenCache
 
 EMBEDDING_BACKENDS = ("auto", "triton", "cuda")
 """Backends that the embedding has as well as attention."""
@@ -83,6 +85,8 @@ class TwoStreamTask(Task):
 
     @classmethod
     def open(cls, config: RunConfig) -> TokenCache:
+        from mapet.data.cache import TokenCache  # images need packages that a bare GPU machine may lack
+
         cache = TokenCache.open(config.data.cache)
         cache.check_model(config.model)
         return cache

@@ -1,21 +1,35 @@
-"""Visual tokenizers: images to codebook ids. `make_tokenizer` for a new one, `load_tokenizer` for a saved one."""
+"""Visual tokenizers: images to codebook ids. `make_tokenizer` for a new one, `load_tokenizer` for a saved one.
+
+A tokenizer is one file, with its class, and one line here. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mapet.config import Precision
 from mapet.errors import ConfigError, DataError
-from mapet.tokenizers import store
-from mapet.tokenizers.base import Tokenizer
-from mapet.tokenizers.foreign.official_codebook import read_official_codebook
-from mapet.tokenizers.kclip import KClipTokenizer
-from mapet.tokenizers.pixel import PixelTokenizer
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"pixel": PixelTokenizer, "kclip": KClipTokenizer}
+if TYPE_CHECKING:
+    import torch
+
+    from mapet.config import Precision
+    from mapet.tokenizers.base import Tokenizer
+
+TOKENIZERS: dict[str, str] = {
+    "pixel": "mapet.tokenizers.pixel:PixelTokenizer",
+    "kclip": "mapet.tokenizers.kclip:KClipTokenizer",
+}
+"""The class of each tokenizer, as module:class."""
+
+
+def tokenizer_class(name: str) -> type[Tokenizer]:
+    """The class of a tokenizer. ConfigError for an unknown name."""
+    if name not in TOKENIZERS:
+        raise ConfigError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
+    module, _, kind = TOKENIZERS[name].partition(":")
+    return getattr(importlib.import_module(module), kind)
 
 
 def make_tokenizer(
@@ -29,28 +43,28 @@ def make_tokenizer(
     weights: str | Path | None = None,
     codebook: str | Path | None = None,
 ) -> Tokenizer:
-    """A tokenizer by name, "pixel" or "kclip"; without a codebook until it is fitted.
+    """A tokenizer by name; without a codebook until it is fitted.
 
     Args:
         image_size, patch_size: of the model, in pixels; they fix the grid of tokens.
-        precision, weights: of the network behind kclip; pixel has none. Precision None is fp16 on a GPU, else fp32.
+        precision, weights: of the network behind it, where it has one. Precision None is fp16 on a GPU, else fp32.
         codebook: .npy file of float32 centroids (vocabulary, features), or a faiss IndexFlatL2 of them, such as the
             official k-CLIP code writes.
 
     Raises:
-        ConfigError: unknown name, sizes that do not fit, or a network option for pixel.
+        ConfigError: unknown name, sizes that do not fit, or a network option for a tokenizer without a network.
         WeightsMissingError: weights neither given, cached nor downloadable.
         DataError: damaged weights or codebook.
     """
-    if name not in TOKENIZERS:
-        raise ConfigError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
-    options: dict[str, Any] = {"precision": precision, "weights": weights}
-    if name == "pixel":
+    kind, options = tokenizer_class(name), {"precision": precision, "weights": weights}
+    if not kind.has_network:
         if weights is not None or precision not in (None, "fp32"):
-            raise ConfigError("tokenizer pixel has no network: weights and precision are for kclip")
+            raise ConfigError(f"tokenizer {name} has no network: weights and precision are for kclip")
         options = {}
-    tokenizer = TOKENIZERS[name](image_size, patch_size, vocabulary, device, **options)
+    tokenizer = kind(image_size, patch_size, vocabulary, device, **options)
     if codebook is not None:
+        from mapet.tokenizers.foreign.official_codebook import read_official_codebook
+
         tokenizer.set_codebook(read_official_codebook(codebook), str(codebook))
     return tokenizer
 
@@ -62,8 +76,11 @@ def load_tokenizer(
 
     DataError names what is missing, damaged or different; WeightsMissingError as for `make_tokenizer`.
     """
+    from mapet.tokenizers import store
+
     name = store.read_manifest(Path(folder)).name
     if name not in TOKENIZERS:
         raise DataError(f"{folder} holds an unknown tokenizer {name!r}; known are {', '.join(TOKENIZERS)}")
-    options = {} if name == "pixel" else {"weights": weights}
-    return TOKENIZERS[name].load(folder, device=device, **options)
+    kind = tokenizer_class(name)
+    options: dict[str, Any] = {"weights": weights} if kind.has_network else {}
+    return kind.load(folder, device=device, **options)

@@ -13,9 +13,10 @@ from torchvision.transforms import InterpolationMode
 
 from mapet.config import Precision
 from mapet.errors import ConfigError
-from mapet.tokenizers.base import Network, Tokenizer
+from mapet.tokenizers.base import Network
 from mapet.tokenizers.foreign.clip_trunk import MEAN, STD, STRIDE, hash_of_trunk, trunk_from_weights
 from mapet.tokenizers.foreign.clip_weights import find_clip_weights, read_weights
+from mapet.tokenizers.kmeans import KMeansTokenizer
 from mapet_kernels.precision import full_fp32
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,7 +27,7 @@ def default_precision(device: torch.device) -> Precision:
     return "fp16" if device.type == "cuda" else "fp32"
 
 
-class KClipTokenizer(Tokenizer):
+class KClipTokenizer(KMeansTokenizer):
     """A patch is the feature of the trunk's last stage at its place: 4096 non-negative numbers for RN50x64.
 
     The image is seen at 32 pixels per patch (448 for the paper's 14 x 14 patches), in CLIP's own preparation: shorter
@@ -43,7 +44,7 @@ class KClipTokenizer(Tokenizer):
         DataError: the weights file is damaged or of another network.
     """
 
-    name = "kclip"
+    name, has_network = "kclip", True
 
     def __init__(
         self,

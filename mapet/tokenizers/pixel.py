@@ -7,10 +7,10 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.data.decode import centre_square
-from mapet.tokenizers.base import Tokenizer
+from mapet.tokenizers.kmeans import KMeansTokenizer
 
 
-class PixelTokenizer(Tokenizer):
+class PixelTokenizer(KMeansTokenizer):
     """A patch is its 3 p^2 values in [0, 1], channel by channel, and its token the nearest mean patch."""
 
     name = "pixel"

@@ -36,9 +36,10 @@ from mapet.folders import (
     locked,
 )
 from mapet.progress import duration
-from mapet.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, store
-from mapet.tokenizers.base import ROWS_PER_ENTRY
+from mapet.tokenizers import load_tokenizer, make_tokenizer, store
+from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.fitting.sample import MAX_PATCHES, OWN_FILES, STATE, sample_features
+from mapet.tokenizers.kmeans import ROWS_PER_ENTRY
 from mapet.tokenizers.usage import FitReport
 from mapet.words import say
 from mapet_kernels.kmeans import Iteration, Settings, share_of_rows
