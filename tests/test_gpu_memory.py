@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.importorskip("safetensors")  # the learner brings the checkpoints with it
-
 from mapet.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SpeedConfig, TrainConfig
 from mapet.distributed import World
 from mapet.objectives import options

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -375,7 +374,9 @@ def _read_trainer(path: Path) -> dict[str, Any]:
 
 
 def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: value.detach().contiguous() for name, value in tensors.items()})
+    from safetensors.torch import save  # steps without checkpoints need fewer packages
+
+    return save({name: value.detach().contiguous() for name, value in tensors.items()})
 
 
 def _rename_over(partial: Path, target: Path) -> None:
