@@ -21,6 +21,7 @@ from mapet.units import parse_bytes, parse_duration
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionChoice = Literal[Precision, "auto"]
 Recompute = Literal["none", "cheap", "blocks"]
+RecomputeChoice = Literal["auto", Recompute]
 Parallel = Literal["ddp", "fsdp"]
 
 Side = Annotated[int, at_least(1, 16384)]
@@ -242,9 +243,10 @@ class TrainConfig:
     micro_batch: Annotated[int, at_least(0, 2**22), MAY_CHANGE, short("--micro-batch")] = 0
     """Images of a forward pass and process; 0 means all of the process's share of a step, or with a limit on memory the
     most that fit."""
-    recompute: Annotated[Recompute, MAY_CHANGE] = "none"
+    recompute: Annotated[RecomputeChoice, MAY_CHANGE] = "auto"
     """What the backward pass computes again instead of keeping it: nothing, norms and GELU (cheap), or all of every
-    block (blocks). It takes less memory and more time, for the same gradients; with a limit on memory it is chosen."""
+    block (blocks). It takes less memory and more time, for the same gradients. auto is none, or with a limit on memory
+    the fastest that fits."""
     backend: Annotated[str, MAY_CHANGE, example("NAME")] = "auto"
     """Attention backend of mapet_kernels, such as sdpa, triton, flash or cuda; auto takes the fastest that runs."""
     ema_decay: Annotated[float, fraction(one=False)] = 0.0
@@ -269,6 +271,11 @@ class TrainConfig:
     """Services to report to as well; metrics.jsonl and TensorBoard are written in any case."""
     deterministic: Annotated[bool, MAY_CHANGE] = False
     """Whether to use only algorithms that give the same bits every time, which is slower on a GPU."""
+
+    @property
+    def recomputed(self) -> Recompute:
+        """What is recomputed where no limit on memory decides."""
+        return "none" if self.recompute == "auto" else self.recompute
 
     def __post_init__(self) -> None:
         check_fields(self, "train.")

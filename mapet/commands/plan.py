@@ -11,8 +11,8 @@ from rich.table import Table
 from mapet.commands.options import Plan as Options
 from mapet.config import Parallel, RunConfig, change
 from mapet.planning.estimate import GPUS, Gpu, expectation_rows, gpu_of, scaling_rows
-from mapet.planning.memory import LEVELS, USABLE, Memory, Plan, plan_memory, predict_memory, step_size
-from mapet.units import gib, parse_bytes, parse_count, parse_link
+from mapet.planning.memory import LEVELS, USABLE, Memory, Plan, plan_run, predict_memory, step_size
+from mapet.units import gib, parse_count, parse_link
 from mapet.words import say
 
 PARTS = {
@@ -35,7 +35,7 @@ def run(options: Options) -> int:
     ConfigError where nothing fits.
     """
     config = plan_config(options)
-    plan = make_plan(config, options)
+    plan = plan_run(config, options.gpus)
     console = Console()
     console.print(memory_table(plan.memory))
     say("\n".join(summary(config, options, plan)))
@@ -51,17 +51,6 @@ def plan_config(options: Options) -> RunConfig:
     if options.gpu and not options.run.train.gpu_memory:
         return change(options.run, {"train.gpu_memory": GPUS[options.gpu].memory})
     return options.run
-
-
-def make_plan(config: RunConfig, options: Options) -> Plan:
-    """The choice within the limit; without one, what the configuration says."""
-    size = step_size(config, options.gpus)
-    if not config.train.gpu_memory:
-        memory = predict_memory(size)
-        return Plan(size.micro_batch, size.share // size.micro_batch, size.recompute, memory)
-    levels = [config.train.recompute] if "train.recompute" in options.given else LEVELS
-    micro = config.train.micro_batch
-    return plan_memory(size, parse_bytes(config.train.gpu_memory), levels=levels, micro_batch=micro)
 
 
 def memory_table(memory: Memory) -> Table:

@@ -10,7 +10,6 @@ from mapet.checked import environment_number
 from mapet.commands.options import Pretrain
 from mapet.config import RunConfig, change
 from mapet.errors import ConfigError
-from mapet.units import gib, parse_bytes
 from mapet.words import say
 
 if TYPE_CHECKING:
@@ -20,9 +19,7 @@ if TYPE_CHECKING:
 def run(options: Pretrain) -> int:
     """Pre-train, and say where the results are. The exit code is 130 or 143 for a run that a signal ended."""
     config = run_config(options)
-    config, decision = planned(config, options, processes(options))
-    if decision and os.environ.get("RANK", "0") == "0":
-        say(decision)
+    check_processes(options)
     from mapet.training.loop import pretrain  # imports torch
 
     result = pretrain(config)
@@ -38,32 +35,14 @@ def run_config(options: Pretrain) -> RunConfig:
     return change(options.run, {"train.resume": False}) if options.fresh else options.run
 
 
-def processes(options: Pretrain) -> int:
-    """Processes of this run; ConfigError if --gpus says another number."""
+def check_processes(options: Pretrain) -> None:
+    """ConfigError if --gpus says another number of processes than this run has."""
     size = environment_number("WORLD_SIZE")
     if options.gpus is not None and options.gpus != size:
         raise ConfigError(
             f"--gpus {options.gpus}, but this run has {size} process{'es' * (size > 1)}, one per GPU: start it with "
             f"`torchrun --nproc-per-node {options.gpus} -m mapet pretrain`, or ask `mapet plan --gpus {options.gpus}`"
         )
-    return size
-
-
-def planned(config: RunConfig, options: Pretrain, processes: int) -> tuple[RunConfig, str]:
-    """With a limit on memory: the micro-batch and recomputation that fit, unless they are given, and what to say."""
-    if not config.train.gpu_memory or {"train.micro_batch", "train.recompute"} <= set(options.given):
-        return config, ""
-    from mapet.planning.memory import LEVELS, plan_memory, step_size  # imports torch
-
-    levels = [config.train.recompute] if "train.recompute" in options.given else LEVELS
-    size, limit = step_size(config, processes), parse_bytes(config.train.gpu_memory)
-    micro = size.micro_batch if "train.micro_batch" in options.given else 0
-    plan = plan_memory(size, limit, levels=levels, micro_batch=micro)
-    fits = change(config, {"train.micro_batch": plan.micro_batch, "train.recompute": plan.recompute})
-    return fits, (
-        f"planned for {config.train.gpu_memory}: micro-batch {plan.micro_batch}, accumulation {plan.accumulation}, "
-        f"recompute {plan.recompute}; {gib(plan.memory.total)} predicted"
-    )
 
 
 def summary(config: RunConfig, result: TrainResult) -> str:

@@ -68,7 +68,7 @@ class TwoStreamTask(Task):
         # Their number differs from step to step, which makes a program of its own of each when compiling, and which a
         # recording cannot follow.
         self.skips_dropped = speed.skip_dropped and not speed.compile and not speed.cuda_graphs
-        self.model = MaskedTokenViT(self.config, recompute=config.train.recompute, fp8=speed.fp8)
+        self.model = MaskedTokenViT(self.config, recompute=config.train.recomputed, fp8=speed.fp8)
 
     @property
     def cut(self) -> int:

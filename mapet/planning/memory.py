@@ -23,7 +23,7 @@ from typing import get_args
 from mapet.config import Parallel, Recompute, RunConfig
 from mapet.errors import ConfigError
 from mapet.planning.trace import Network, Trace, trace
-from mapet.units import gib
+from mapet.units import gib, parse_bytes
 
 LEVELS: tuple[Recompute, ...] = get_args(Recompute)
 """Fastest first."""
@@ -149,7 +149,7 @@ def step_size(config: RunConfig, processes: int, micro_batch: int = 0) -> StepSi
         raise ConfigError(f"optim.global_batch {config.optim.global_batch} is not divisible by {processes} processes")
     if share % (micro or share):
         raise ConfigError(f"train.micro_batch {micro} does not divide the {share} images of one process in a step")
-    return StepSize(config, micro or share, share, config.train.recompute, processes, config.train.parallel)
+    return StepSize(config, micro or share, share, config.train.recomputed, processes, config.train.parallel)
 
 
 def plan_memory(size: StepSize, limit: int, *, levels: Sequence[Recompute] = LEVELS, micro_batch: int = 0) -> Plan:
@@ -174,6 +174,18 @@ def plan_memory(size: StepSize, limit: int, *, levels: Sequence[Recompute] = LEV
     if not candidates:
         raise ConfigError(nothing_fits(size, limit, levels, micro_batch))
     return max(candidates, key=lambda plan: plan.micro_batch)
+
+
+def plan_run(config: RunConfig, processes: int) -> Plan:
+    """What a configuration leaves to choose, chosen within its limit on memory; without one, what it says.
+
+    That is train.micro_batch 0 and train.recompute auto. ConfigError where nothing fits.
+    """
+    size, chosen = step_size(config, processes), config.train.recompute
+    if not config.train.gpu_memory:
+        return Plan(size.micro_batch, size.share // size.micro_batch, size.recompute, predict_memory(size))
+    levels = LEVELS if chosen == "auto" else (chosen,)
+    return plan_memory(size, parse_bytes(config.train.gpu_memory), levels=levels, micro_batch=config.train.micro_batch)
 
 
 def nothing_fits(size: StepSize, limit: int, levels: Sequence[Recompute] = LEVELS, micro_batch: int = 0) -> str:

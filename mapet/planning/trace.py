@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import mapet_kernels.flops  # noqa: F401
-from mapet.config import RunConfig, SpeedConfig
+from mapet.config import DataConfig, RunConfig, SpeedConfig, TrainConfig
 from mapet.errors import ConfigError
 from mapet.objectives import build_task
 from mapet.objectives.loss import chunks_as_on
@@ -225,7 +225,6 @@ class Counting(LiveBytes):
             unit.register_forward_hook(functools.partial(leaving, i))
 
 
-@functools.lru_cache(maxsize=256)
 def trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Trace:
     """One step of a configuration on a process's share of the images.
 
@@ -246,20 +245,33 @@ def trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tra
         ) from error
 
 
-@functools.lru_cache(maxsize=16)
+def _planned(config: RunConfig) -> RunConfig:
+    """What a step's memory depends on, so that alike ones are traced once: whatever kernels there are, without speed.
+
+    The rest of the configuration is at its defaults.
+    """
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision  # fp16 takes as much
+    return RunConfig(
+        model=config.model,
+        objective=config.objective,
+        data=DataConfig(color_jitter=config.data.color_jitter),
+        train=TrainConfig(precision=precision, recompute=config.train.recomputed, ema_decay=config.train.ema_decay),
+        speed=SpeedConfig(skip_dropped=False),
+    )
+
+
 def network(config: RunConfig) -> Network:
     """What the task of a configuration is made of; nothing is allocated."""
-    with _built(_planned(config)) as (task, _):
+    return _network(_planned(replace(config, train=replace(config.train, recompute="none"))))
+
+
+@functools.lru_cache(maxsize=16)
+def _network(config: RunConfig) -> Network:
+    with _built(config) as (task, _):
         return Network.of(task)
 
 
-def _planned(config: RunConfig) -> RunConfig:
-    """As it is traced: whatever kernels there are, with the switches of section speed off."""
-    precision = "bf16" if config.train.precision == "auto" else config.train.precision  # fp16 takes as much
-    train = replace(config.train, backend="auto", precision=precision)
-    return replace(config, train=train, speed=SpeedConfig(skip_dropped=False))
-
-
+@functools.lru_cache(maxsize=256)
 def _trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Trace:
     """By fewer units and fewer images, where these say as much."""
     if config.train.recompute == "blocks" and micro_batch > LARGEST_TRACED and micro_batch % FEW_IMAGES[0] == 0:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mapet.config import RunConfig
+from mapet.config import RunConfig, change
 from mapet.errors import ConfigError
-from mapet.planning.memory import divisors, out_of_memory_advice, step_size
+from mapet.planning.memory import divisors, out_of_memory_advice, plan_run, step_size
 from mapet.units import gib, parse_bytes
 
 
@@ -27,6 +27,18 @@ def cap_memory(limit: str, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(wanted / total, device)
 
 
+def within_memory(config: RunConfig, processes: int) -> tuple[RunConfig, str]:
+    """The configuration with the micro-batch and recomputation that fit train.gpu_memory, and what to say of them."""
+    limit, train = config.train.gpu_memory, config.train
+    if not limit or (train.micro_batch and train.recompute != "auto"):
+        return config, ""
+    plan = plan_run(config, processes)
+    return change(config, {"train.micro_batch": plan.micro_batch, "train.recompute": plan.recompute}), (
+        f"planned for {limit}: micro-batch {plan.micro_batch}, accumulation {plan.accumulation}, "
+        f"recompute {plan.recompute}; {gib(plan.memory.total)} predicted"
+    )
+
+
 def memory_limit(config: RunConfig, device: torch.device) -> int:
     """Bytes that the process may take of its device; 0 for unknown (a CPU)."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
@@ -39,7 +51,7 @@ def advice(config: RunConfig, device: torch.device, processes: int, micro_batch:
         return out_of_memory_advice(step_size(config, processes, micro_batch), memory_limit(config, device))
     except ConfigError as error:
         return (
-            f"out of memory with micro-batch {micro_batch} and recompute {config.train.recompute}; set a smaller "
+            f"out of memory with micro-batch {micro_batch} and recompute {config.train.recomputed}; set a smaller "
             f"train.micro_batch, or train.recompute=blocks, or give --auto-batch; no numbers, as {error}"
         )
 

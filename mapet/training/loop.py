@@ -37,7 +37,7 @@ from mapet.training.budget import FILE as BUDGET
 from mapet.training.budget import Clocks, budgeted
 from mapet.training.checkpoint import FOLDER, CheckpointStore, not_finite
 from mapet.training.learner import Learner
-from mapet.training.limits import cap_memory
+from mapet.training.limits import cap_memory, within_memory
 from mapet.training.metrics import BOARD, FILE_NAME, MetricsLog, StepMetrics, check_ours, import_trackers
 from mapet.training.precision import settled
 from mapet.training.schedule import StepPlan, learning_rate, plan_steps
@@ -100,6 +100,9 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
             config = replace(config, train=replace(config.train, resume=True))
         data = objective(config.objective.name).open(config)
         config, why = settled(config, world)
+        config, fits = within_memory(config, world.size)
+        if fits and world.is_main:
+            say(fits)
         steps = plan_steps(config, len(data), world.size)
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
         world.on_main(lambda: take_folder(config, stack))
