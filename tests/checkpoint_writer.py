@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
 
 import torch
 
-from mapet.config import RunConfig, to_dict
+from mapet.config import ModelConfig, RunConfig, to_dict
+from mapet.objectives import build_task, options
 from mapet.training.checkpoint import CheckpointState, CheckpointStore
+
+SMALL = ModelConfig(image_size=16, patch_size=4, width=8, depth=1, heads=2, vocabulary=8)
 
 
 def make_state(step: int, numbers: int = 1000) -> CheckpointState:
@@ -18,6 +22,17 @@ def make_state(step: int, numbers: int = 1000) -> CheckpointState:
     trainer = {"optimizer": {"moment": torch.full((2 * numbers,), -float(step)), "lr": 0.1 * step}, "step": step}
     average = {name: value + 100 for name, value in weights.items()}
     return CheckpointState(weights, trainer, to_dict(RunConfig()), average)
+
+
+def state_of_a_model(step: int) -> CheckpointState:
+    """Weights that fit a model, each of them the step; the moving average 100 more."""
+    config = RunConfig(model=SMALL, objective=options("mapet", cut=5))
+    task = build_task(config)
+    weights, average = (
+        {name: torch.full_like(weight, value) for name, weight in task.state_dict().items()}
+        for value in (float(step), step + 100.0)
+    )
+    return dataclasses.replace(make_state(step), task=weights, ema=average, config=to_dict(config))
 
 
 def save_for_ever(folder: Path, first: int) -> None:

@@ -170,7 +170,7 @@ def test_a_suite_is_a_command_for_short(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         command_line.main(["--help"])
     said = capsys.readouterr().out
-    assert all(name in said for name in ("run", "report", "compare", "plot", "tune", "aot"))
+    assert all(name in said for name in ("run", "report", "compare", "plot", "aot"))
 
 
 def test_without_tyro_it_says_what_to_do(tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_writer import make_state, save_and_die_at_sync, save_for_ever, save_with_limit
+from checkpoint_writer import SMALL, make_state, save_and_die_at_sync, save_for_ever, save_with_limit, state_of_a_model
 from tiny_run import latest
 
 from mapet.config import MAY_CHANGE, ModelConfig, OptimConfig, RunConfig, TrainConfig, field_notes, to_dict
 from mapet.errors import CheckpointError
-from mapet.objectives import build_task, options
 from mapet.training.checkpoint import (
     CheckpointState,
     CheckpointStore,
@@ -398,20 +397,6 @@ def test_load_weights_takes_a_run_folder_or_a_checkpoint(tmp_path):
     assert torch.equal(weights["norm.weight"], torch.full((8,), 2.0))
     assert torch.equal(load_weights(folders[0])[2]["norm.weight"], torch.full((8,), 1.0))
     assert torch.equal(load_weights(str(tmp_path), ema=True)[2]["norm.weight"], torch.full((8,), 102.0))
-
-
-SMALL = ModelConfig(image_size=16, patch_size=4, width=8, depth=1, heads=2, vocabulary=8)
-
-
-def state_of_a_model(step: int) -> CheckpointState:
-    """Weights that fit a model, each of them the step; the moving average 100 more."""
-    config = RunConfig(model=SMALL, objective=options("mapet", cut=5))
-    task = build_task(config)
-    weights, average = (
-        {name: torch.full_like(weight, value) for name, weight in task.state_dict().items()}
-        for value in (float(step), step + 100.0)
-    )
-    return dataclasses.replace(make_state(step), task=weights, ema=average, config=to_dict(config))
 
 
 @pytest.mark.parametrize(

@@ -144,12 +144,12 @@ def test_a_whole_cache_is_ok_and_a_damaged_one_is_a_problem(monkeypatch, tmp_pat
 
 def test_every_checkpoint_of_a_run_is_checked(tmp_path):
     store = CheckpointStore(tmp_path / FOLDER, keep=3)
-    state = CheckpointState(model={"weight": torch.ones(4)}, trainer={"step": 1}, config=to_dict(RunConfig()))
+    state = CheckpointState(task={"weight": torch.ones(4)}, trainer={"step": 1}, config=to_dict(RunConfig()))
     for step in (9, 10):
         store.save(step, state)
-    weights = store.path(9) / "model.safetensors"
+    weights = store.path(9) / "task.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     found = by_subject(doctor.run_findings(tmp_path))
     assert list(found) == ["run, step 9", "run, step 10"]
-    assert found["run, step 9"].status == "problem" and "model.safetensors" in found["run, step 9"].detail
+    assert found["run, step 9"].status == "problem" and "task.safetensors" in found["run, step 9"].detail
     assert found["run, step 10"].status == "ok"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_writer import make_state
+from checkpoint_writer import state_of_a_model
 from command_line import everything_in, training
 from datafakes import entries, no_space
 from forked import in_fork, run_ranks
@@ -204,45 +204,40 @@ class TestRun:
 
 
 class TestReadingWhileItTrains:
-    @pytest.fixture(autouse=True)
-    def of_this_model(self, monkeypatch):
-        shapes = {name: tuple(tensor.shape) for name, tensor in make_state(1).model.items()}
-        monkeypatch.setattr(checkpoint, "pretraining_shapes", lambda model: shapes)
-
     def test_a_checkpoint_that_goes_while_it_is_read(self, tmp_path, monkeypatch):
         store, verify, gone = CheckpointStore(tmp_path / "checkpoints", keep=1), checkpoint.verify, []
-        store.save(1, make_state(1))
+        store.save(1, state_of_a_model(1))
 
         def verify_and_go_on(folder):
             step = verify(folder)
             if step < 5:
                 gone.append(step)
-                store.save(step + 1, make_state(step + 1))
+                store.save(step + 1, state_of_a_model(step + 1))
             return step
 
         monkeypatch.setattr(checkpoint, "verify", verify_and_go_on)
         _, _, found = load_weights(tmp_path)
-        assert gone == [1, 2, 3, 4] and torch.equal(found["weight"], make_state(5).model["weight"])
+        assert gone == [1, 2, 3, 4] and torch.equal(found["norm.weight"], torch.full((8,), 5.0))
 
     def test_one_that_goes_before_it_is_looked_at(self, tmp_path, monkeypatch):
         store, verify = CheckpointStore(tmp_path / "checkpoints", keep=1), checkpoint.verify
-        store.save(1, make_state(1))
+        store.save(1, state_of_a_model(1))
 
         def go_on_and_verify(folder):
             if folder.name.endswith("1"):
-                store.save(2, make_state(2))
+                store.save(2, state_of_a_model(2))
             return verify(folder)
 
         monkeypatch.setattr(checkpoint, "verify", go_on_and_verify)
-        assert torch.equal(load_weights(tmp_path)[2]["weight"], make_state(2).model["weight"])
+        assert torch.equal(load_weights(tmp_path)[2]["norm.weight"], torch.full((8,), 2.0))
 
     def test_a_run_that_is_too_fast_is_an_error_of_one_line(self, tmp_path, monkeypatch):
         store, verify = CheckpointStore(tmp_path / "checkpoints", keep=1), checkpoint.verify
-        store.save(1, make_state(1))
+        store.save(1, state_of_a_model(1))
 
         def verify_and_go_on(folder):
             step = verify(folder)
-            store.save(step + 1, make_state(step + 1))
+            store.save(step + 1, state_of_a_model(step + 1))
             return step
 
         monkeypatch.setattr(checkpoint, "verify", verify_and_go_on)
@@ -250,7 +245,7 @@ class TestReadingWhileItTrains:
             load_weights(tmp_path)
 
     def test_a_damaged_one_is_still_named(self, tmp_path):
-        folder = CheckpointStore(tmp_path / "checkpoints").save(1, make_state(1))
-        (folder / "model.safetensors").write_bytes(b"")
-        with pytest.raises(CheckpointError, match=r"model.safetensors has 0 bytes"):
+        folder = CheckpointStore(tmp_path / "checkpoints").save(1, state_of_a_model(1))
+        (folder / "task.safetensors").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"task.safetensors has 0 bytes"):
             load_weights(folder)

@@ -33,7 +33,7 @@ SAFE = "model.safetensors"
 
 FEATURES = ("plan.json", "part_00000.json", "features_00000.npy", "kmeans")
 READ = {
-    "resume": [f"{CHECKPOINT}/{name}" for name in ("model.safetensors", "ema.safetensors", "trainer.pt", "config.json")]
+    "resume": [f"{CHECKPOINT}/{name}" for name in ("task.safetensors", "ema.safetensors", "trainer.pt", "config.json")]
     + [f"{CHECKPOINT}/manifest.json"],
     "export": [f"{CHECKPOINT}/{name}" for name in ("ema.safetensors", "config.json")],
     "probe": ["export/config.json", "export/model.safetensors", "probed/features/*.npy", "probed/features/*.json"],
@@ -231,7 +231,6 @@ TRAINER = {
     "negative keys": (lambda t: t["random"]["numpy"][1].fill_(-1), "not the state of a Mersenne twister"),
     "short torch state": (lambda t: t["random"].update(torch=torch.zeros(3, dtype=torch.uint8)), "random.torch is"),
     "random text": (lambda t: t.update(random="x"), "random must be a mapping"),
-    "an objective's part": (lambda t: t.update(objective={"x": torch.zeros(1)}), "objective has no place for 'x'"),
     "a tuple": (lambda t: (t,), "trainer.pt: it holds a tuple"),
     "a tensor that claims more": (lambda t: t.update(x=torch.zeros(1).expand(10**12)), "does not hold as many numbers"),
 }
@@ -253,15 +252,15 @@ def tensors(folder: Path, name: str, change) -> None:
     rehash(folder, path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
+@pytest.mark.parametrize("name", ["task.safetensors", "ema.safetensors"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.pop("norm.bias"), "lacks 'norm.bias'"),
+        (lambda v: v.pop("model.norm.bias"), "lacks 'model.norm.bias'"),
         (lambda v: v.update(more=torch.zeros(1)), "no place for 'more'"),
-        (lambda v: v.update({"norm.bias": torch.zeros(5)}), "norm.bias is torch.float32 (5,)"),
-        (lambda v: v.update({"norm.bias": v["norm.bias"].half()}), "norm.bias is torch.float16"),
-        (lambda v: v["norm.bias"].fill_(torch.nan), "norm.bias has NaN"),
+        (lambda v: v.update({"model.norm.bias": torch.zeros(5)}), "norm.bias is torch.float32 (5,)"),
+        (lambda v: v.update({"model.norm.bias": v["model.norm.bias"].half()}), "norm.bias is torch.float16"),
+        (lambda v: v["model.norm.bias"].fill_(torch.nan), "norm.bias has NaN"),
     ],
 )
 def test_tampered_weights_are_refused_under_a_manifest_that_fits(name, change, message, mapet, fresh):
