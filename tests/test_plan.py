@@ -95,7 +95,7 @@ def test_a_few_blocks_tell_of_many_to_the_byte(monkeypatch, images: int, recompu
     size = size_of("tiny/5", images, recompute, **changes)
     short = size.trace()
     monkeypatch.setattr(trace, "SHALLOW", (3, 100))
-    trace.trace.cache_clear()
+    trace._trace.cache_clear()
     whole = size.trace()
     assert len(whole.peaks) > len(short.peaks) and (short.rows, short.network) == (whole.rows, whole.network)
     assert all(+Counter(short.peaks[moment]) == +Counter(whole.peaks[moment]) for moment in short.peaks)
@@ -110,7 +110,7 @@ def test_a_few_parts_tell_of_many_to_the_byte(monkeypatch) -> None:
     size = size_of("tiny/1", 640, "blocks", objective=options("mapet", cut=150))
     short = size.trace()
     monkeypatch.setattr(trace, "LARGEST_TRACED", 640)
-    trace.trace.cache_clear()
+    trace._trace.cache_clear()
     whole = size.trace()
     assert (short.calls, short.rows, short.peak) == (whole.calls, whole.rows, whole.peak) and whole.calls == 5
 

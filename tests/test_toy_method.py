@@ -31,8 +31,10 @@ from mapet.config import ModelConfig, ObjectiveConfig, RunConfig
 from mapet.data.cache import TokenCache
 from mapet.data.loader import Share
 from mapet.model.export import from_timm
+from mapet.planning.memory import predict_memory, step_size
 from mapet.rng import StepRng
 from mapet.task import Batch, Draws, Task
+from mapet.training import limits
 from mapet.training.checkpoint import CheckpointState, CheckpointStore
 from mapet.training.learner import Learner
 from mapet.training.loop import TrainResult, pretrain
@@ -187,6 +189,21 @@ def test_two_processes_are_one(parallel, cache, tmp_path):
     assert processes(2, cache, tmp_path / "two", changes) == 0
     run(cache, tmp_path / "one")
     assert_same(saved(tmp_path / "two"), saved(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_planned(cache, capsys):
+    """Weights, head and teacher; gradients of what learns; both moments of AdamW. All of it 4 bytes a number."""
+    sizes = ["--objective", "toy", *SIZES.split()[:-2], "--batch", "8"]
+    assert mapet(["plan", *sizes, "--micro-batch", "4"]) == 0
+    assert "micro-batch 4, accumulation 2, recompute none" in capsys.readouterr().out
+    config = make_config(cache, Path("unused"), **CHANGES)
+    planned, task = predict_memory(step_size(config, 1)), Toy(config)
+    numbers, learned = (sum(p.numel() for p in task.parameters() if p.requires_grad or not only) for only in (0, 1))
+    assert numbers - learned == task.teacher.weight.numel() + task.teacher.bias.numel()
+    assert planned.weights == 4 * numbers and planned.average == 4 * learned
+    assert planned.optimizer == pytest.approx(8 * learned, rel=0.01) and planned.activations > planned.images > 0
+    advice = limits.advice(config, torch.device("cpu"), 1, 8)
+    assert "out of memory with micro-batch 8" in advice and "train.micro_batch=4" in advice
 
 
 def test_its_backbone_is_exported_to_timm(cache, tmp_path):
