@@ -14,6 +14,7 @@ the first block or from the last, goes on in a straight line from there.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -329,7 +330,13 @@ def _step(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tra
 @contextmanager
 def _built(config: RunConfig) -> Iterator[tuple[Task, Counting]]:
     """The task, of fake tensors; those that are made within are fake too, and counted."""
-    with chunks_as_on("cuda"), FakeTensorMode(allow_non_fake_inputs=True), Counting() as live:
+    with (
+        chunks_as_on("cuda"),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Counting() as live,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # which copy.deepcopy does
         yield build_task(config).train(), live
 
 
