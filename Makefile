@@ -43,9 +43,9 @@ test-all: $(VENV)/.installed $(OLDER)
 	$(TESTS) tests
 
 # Before a commit: lint, types, and the tests that take seconds: of most parts, none that compiles or draws pictures.
-CHECKS = attention_arguments augment backends cache checkpoint codebook export flash_backend golden images kmeans \
-	kmeans_launch kmeans_lloyd layers learner loader metrics model numbers ops optim parsing permuted_embed progress \
-	recipes rng schedule selfcheck stages static_cost tile_count tokenizers toy_tokenizer views visibility
+CHECKS = attention_arguments augment backends cache checkpoint codebook flash_backend golden images kmeans \
+	kmeans_launch layers learner loader metrics model numbers ops optim parsing permuted_embed progress recipes rng \
+	schedule selfcheck stages static_cost tile_count tokenizers toy_tokenizer visibility
 check: $(VENV)/.checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -269,7 +269,7 @@ class Feed(Generic[T]):
 
     def _check_alive(self) -> None:
         for turn, process in enumerate(self._processes):
-            if process.exitcode not in (None, 0):
+            if process.exitcode:
                 raise WorkerFailure(
                     f"data worker {turn} of {self.workers} (process {process.pid}) {how_it_ended(process.exitcode)}; "
                     f"or take fewer {self.prefix}workers"
