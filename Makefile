@@ -42,7 +42,7 @@ test: $(VENV)/.installed $(OLDER)
 test-all: $(VENV)/.installed $(OLDER)
 	$(TESTS) tests
 
-# Before a commit: lint, types, and the tests that take seconds: of most parts, none that compiles or draws pictures.
+# Before a commit: lint, types, and the tests that take seconds: of most parts, none that compiles, kills or draws.
 CHECKS = attention_arguments augment backends cache checkpoint codebook flash_backend golden images kmeans \
 	kmeans_launch layers learner loader metrics model numbers ops optim parsing permuted_embed progress recipes rng \
 	schedule selfcheck stages static_cost tile_count tokenizers toy_tokenizer visibility
@@ -50,7 +50,7 @@ check: $(VENV)/.checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(TESTS) $(CHECKS:%=tests/test_%.py) -m "not slow and not long and not gpu" -k "not compil and not error_budget"
+	$(TESTS) $(CHECKS:%=tests/test_%.py) -m "not slow and not long and not gpu" -k "not (compil or kill or error_budget or gradcheck)"
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
 # (CONTRIBUTING.md, On a GPU machine). Each is meant to end within 10 minutes.
