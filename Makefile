@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 # Bytecode is made, and kept, of what is used: pip would take half a minute to make it of everything.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-gpu harvest harvest-second harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens lint clean
+.PHONY: demo check test test-all test-gpu harvest harvest-second harvest-dry bench-gpu bench-gpu-sweep bench-gpu-volta bench-gpu-tokens clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mapet needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --editable '.[test,demo]'
+	touch $@
+
+# What only a developer needs: ruff, mypy, pre-commit.
+$(VENV)/.checks: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # Another Triton beside the installed one, of which tests see what it makes of the kernels; 190 MB.
@@ -30,12 +35,22 @@ demo: $(VENV)/.installed
 
 # A process for each core, and one thread in it: the tests' sizes gain nothing from more threads.
 # Tests marked long are left to test-all.
-TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
+TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.installed $(OLDER)
-	$(TESTS) -m "not long"
+	$(TESTS) tests -m "not long"
 
 test-all: $(VENV)/.installed $(OLDER)
-	$(TESTS)
+	$(TESTS) tests
+
+# Before a commit: lint, types, and the tests that take seconds: of most parts, none that compiles, kills or draws.
+CHECKS = attention_arguments augment backends cache checkpoint codebook flash_backend golden images kmeans \
+	kmeans_launch layers learner loader metrics model numbers ops optim parsing permuted_embed progress recipes rng \
+	schedule selfcheck stages static_cost tile_count tokenizers toy_tokenizer visibility
+check: $(VENV)/.checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(TESTS) $(CHECKS:%=tests/test_%.py) -m "not slow and not long and not gpu" -k "not (compil or kill or error_budget or gradcheck)"
 
 # On a machine whose Python has torch and pytest already, and no network: make test-gpu GPU_PYTHON=python3
 # (CONTRIBUTING.md, On a GPU machine). Each is meant to end within 10 minutes.
@@ -112,9 +127,6 @@ bench-gpu-tokens:
 	status=0; \
 	$(GPU_PYTHON) -m bench kmeans $(BENCH_GPU) --dtype fp16 || status=1; \
 	$(GPU_PYTHON) -m bench tokenize $(BENCH_GPU) --dtype fp16 --workers 12 || status=1; exit $$status
-
-lint:
-	ruff check . && ruff format --check .
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,8 @@ class World:
         """
         if self.size == 1:
             return task()
-        answer, error = [None, False], None
+        answer: list[Any] = [None, False]
+        error = None
         if self.is_main:
             try:
                 answer[0] = task()
@@ -250,7 +251,7 @@ class StopRequest:
         self._shared = torch.zeros(2, dtype=torch.int64)
         self._here = Verdict()
         self._pending: dist.Work | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python sets signal handlers in the main thread only; a run in another thread is stopped by its caller.

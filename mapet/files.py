@@ -15,9 +15,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -56,7 +57,7 @@ def unreadable(path: str | os.PathLike, error: BaseException, advice: str = "") 
     """What went wrong while reading a file, as one of its own kind."""
     missing = isinstance(error, FileNotFoundError)
     if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-        reason, advice = error.strerror, ""  # nothing is wrong with the file
+        reason, advice = error.strerror or str(error), ""  # nothing is wrong with the file
     elif isinstance(error, OSError):
         reason = error.strerror or str(error)
     elif isinstance(error, RecursionError):
@@ -208,8 +209,8 @@ def check_like(value: Any, example: Any, name: str) -> None:
             check_like(value[part], example[part], f"{name}.{part}")
     elif isinstance(example, list | tuple):
         if type(value) is not type(example) or len(value) != len(example):
-            found = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, list | tuple) else ''}"
-            raise ValueError(f"{name} must be a {type(example).__name__} of {len(example)}, is {found}")
+            given = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, list | tuple) else ''}"
+            raise ValueError(f"{name} must be a {type(example).__name__} of {len(example)}, is {given}")
         for i, (part, wanted) in enumerate(zip(value, example, strict=True)):
             check_like(part, wanted, f"{name}[{i}]")
     elif isinstance(value, Tensor):
@@ -261,7 +262,7 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path, expected: FileRecord | None = None) -> FileRecord:
         """Size and hash of a file as it is on disk; one larger than expected is not hashed. UnreadableFile."""
-        return cls(*sha256_of(path, most=expected and expected.bytes))
+        return cls(*sha256_of(path, most=expected.bytes if expected else None))
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> FileRecord:
@@ -384,7 +385,7 @@ class NpyWriter:
             self._file.raw.close()
 
 
-def open_new(path: Path) -> BinaryIO:
+def open_new(path: Path) -> BufferedWriter:
     """A new file, open for binary writing."""
     return open(path, "xb")
 

@@ -231,18 +231,18 @@ class Staging:
         folder = folder or self.path
         if not os.path.lexists(folder):
             return None
-        names = [name for name in os.listdir(folder) if name != LOCK] if folder.is_dir() else None
-        if names == []:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no {self.kind}; it is left as it is: it is no folder")
+        names = [name for name in os.listdir(folder) if name != LOCK]
+        if not names:
             return None
         try:
-            files = self._files(folder) if names else None
+            files = self._files(folder)
         except DataError as error:
             raise DataError(
                 f"{folder} is no {self.kind}; it is left as it is, with {_listed(folder, names)}: give another output "
                 f"folder ({error})"
             ) from error
-        if files is None:
-            raise DataError(f"{folder} is no {self.kind}; it is left as it is: it is no folder")
         foreign = [name for name in names if name not in files or not (folder / name).is_file()]
         if foreign:
             raise DataError(

@@ -61,10 +61,10 @@ def seed_global_generators(seed: int) -> None:
 def global_rng_state(device: torch.device) -> dict[str, Any]:
     """States of the global generators as tensors and plain numbers, which torch.load reads with weights_only=True."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, np.int64)), int(pos), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":

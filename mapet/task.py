@@ -31,8 +31,9 @@ NEVER_DECAYED = ("pos_embed", "cls_token")
 class Data(Protocol):
     """What a run learns from. Pickled for data workers where these are spawned."""
 
-    image_bytes: int
-    """Of one image in a batch, about."""
+    @property
+    def image_bytes(self) -> int:
+        """Of one image in a batch, about."""
 
     def __len__(self) -> int:
         """Images."""
@@ -58,7 +59,8 @@ class Task(nn.Module, ABC):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        self.config, self.options = config.model, config.objective
+        self.config = config.model
+        self.options: Any = config.objective
 
     @classmethod
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from mapet.errors import ConfigError
 
@@ -24,7 +25,7 @@ def parse_link(text: str) -> float:
     """Bytes per second from text such as 400Gb (bits per second) or 50GB (bytes). ConfigError says what is allowed."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([MGT])([bB])(?:it)?(?:/s|ps)?", text.strip())
     value = float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]] if match else 0
-    if not 0 < value < MOST:
+    if match is None or not 0 < value < MOST:
         raise ConfigError(f"a link is bits (Gb) or bytes (GB) per second, such as 400Gb or 50GB; got {text!r}")
     return value / 8 if match[3] == "b" else value
 
@@ -75,7 +76,7 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1000:.3g} ms"
 
 
-def _number(unit: str, text: str, sizes: dict[str, float], *, upper: bool = False) -> float:
+def _number(unit: str, text: str, sizes: Mapping[str, float], *, upper: bool = False) -> float:
     """Number times unit, or 0 where the text is something else, or absurdly much."""
     match = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)\s*{unit}", text.strip(), flags=re.IGNORECASE if upper else 0)
     value = float(match[1]) * sizes[match[2].upper() if upper else match[2]] if match else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -40,7 +40,8 @@ class Ranks:
 
     def together(self, task: Callable[[], T]) -> T:
         """Run `task` everywhere. If it raises ValueError in some process, it does in all, with the same text."""
-        result, problem = None, ""
+        result: Any = None
+        problem = ""
         try:
             result = task()
         except ValueError as error:
@@ -54,7 +55,7 @@ class Ranks:
 
     def from_first(self, task: Callable[[], T]) -> T:
         """The result of `task`, run in the first process alone; its ValueError is raised in all."""
-        result = self.together(lambda: task() if self.rank == 0 else None)
+        result: Any = self.together(lambda: task() if self.rank == 0 else None)
         if self.size > 1:
             answer = [result]
             dist.broadcast_object_list(answer, src=dist.get_global_rank(self.group, 0), group=self.group)

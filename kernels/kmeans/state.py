@@ -85,8 +85,8 @@ def read_state(path: Path, settings: dict[str, Any]) -> FitState | None:
         listed = "; ".join(f"{name} was {before.get(name)}, is {settings.get(name)}" for name in changed)
         raise ValueError(f"{path} belongs to another fit: {listed}. Restore what differs; or {again}")
     try:
-        state = FitState(**saved["state"])
-        state.best = state.best and Best(**state.best)
+        best = saved["state"].pop("best")
+        state = FitState(**saved["state"], best=Best(**best) if best else None)
         _check(state, settings)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a state of this k-means; {again}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -35,7 +35,7 @@ def chunks(source: RowSource, device: torch.device, rows: int) -> Iterator[tuple
 
 
 def _read_ahead(source: RowSource, device: torch.device, bounds: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
-    read = _Upload(source, device, bounds[0]) if device.type == "cuda" else _Read(source, device, bounds[0])
+    read: Callable[[int, int], Tensor] = (_Upload if device.type == "cuda" else _Read)(source, device, bounds[0])
     with ThreadPoolExecutor(1, "kmeans-reader") as pool:
         ahead = pool.submit(read, *bounds[0])
         for (start, _), following in zip(bounds, [*bounds[1:], None], strict=True):

@@ -86,11 +86,11 @@ class Centroids:
 
     def of_groups(self, few: slice) -> Centroids:
         """Those of some of the problems; views."""
-        parts = (
+        values, bias, slope, slack = (
             part.unflatten(0, (len(self.largest), -1))[few].flatten(0, 1)
             for part in (self.values, self.bias, self.slope, self.slack)
         )
-        return Centroids(*parts, self.mean[few], self.largest[few])
+        return Centroids(values, bias, slope, slack, self.mean[few], self.largest[few])
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ def rows_of(x: Tensor, prepared: Centroids, direct: bool) -> Rows:
         centre = prepared.mean[group] if is_centred(x.dtype, direct) else None
         for start in range(0, n, step):
             few = slice(start, min(start + step, n))
-            if direct:
+            if copy is None:
                 own, norm = torch.ones_like(scale[group, few]), WIDER * _norm(x[group, few])
             else:
                 own, norm = _copy_rows(x[group, few], centre, out=copy[group, few, :features])
             scale[group, few] = factor / own
             radius[group, few] = _radius(norm, factor / own)
-    values = one_matrix(x) if direct else copy.flatten(0, 1)
+    values = one_matrix(x) if copy is None else copy.flatten(0, 1)
     return Rows(values, scale.flatten(), radius.flatten())
 
 

@@ -129,7 +129,8 @@ def _decide_near_ties(
         _nearest(rows, centroids, torch.float64, exact=True, out=decided)
         ids[tied] = decided
         return torch.tensor([0, len(tied)], device="cpu")
-    ids[tied] = nearest_of_pairs(rows, centroids, *candidates.nonzero().unbind(1), scale)
+    i_row, i_centroid = candidates.nonzero().unbind(1)
+    ids[tied] = nearest_of_pairs(rows, centroids, i_row, i_centroid, scale)
     return torch.tensor([len(tied), 0], device="cpu")
 
 

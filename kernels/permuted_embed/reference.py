@@ -28,7 +28,7 @@ def permuted_patches(
     chosen = tiles[rows, patches]  # (B, R, 3, p * p)
     work = torch.promote_types(dtype, torch.float32)
     chosen = chosen.to(work) / 255 if images.dtype == torch.uint8 else chosen.to(work)
-    if mean is not None:
+    if mean is not None and std is not None:
         chosen = (chosen - mean.to(work).unsqueeze(1)) / std.to(work).unsqueeze(1)
     return chosen.flatten(2).to(dtype)
 

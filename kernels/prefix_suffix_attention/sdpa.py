@@ -27,10 +27,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) from those of the output and from what `forward` returned."""
     if visible.dim() == 3:
-        parts = [
-            backward(*(x[i : i + 1] for x in (d_out, q, k, v)), visible[i], scale, out[i : i + 1], lse[i : i + 1])
-            for i in range(q.shape[0])
-        ]
+        each = [slice(i, i + 1) for i in range(q.shape[0])]
+        parts = [backward(d_out[i], q[i], k[i], v[i], visible[i][0], scale, out[i], lse[i]) for i in each]
         return tuple(torch.cat(gradients) for gradients in zip(*parts, strict=True))
     dead = ~visible.any(dim=1)
     d_out = d_out.masked_fill(dead.view(1, -1, 1, 1), 0)

@@ -85,9 +85,9 @@ def _fields_given(arguments: list[str], run: RunConfig) -> tuple[str, ...]:
         option, _, value = argument.partition("=")
         if option == "--set":
             name, _, value = (value or following or "SECTION.FIELD=VALUE").partition("=")
-            section, _, field = name.replace("_", "-").partition(".")
-            switch = {"true": f"--{section}.{field}", "false": f"--{section}.no-{field}"}.get(value)
-            raise ConfigError(f"--set is no option any more; type {switch or f'--{section}.{field} {value}'}")
+            section, _, name = name.replace("_", "-").partition(".")
+            switch = {"true": f"--{section}.{name}", "false": f"--{section}.no-{name}"}.get(value)
+            raise ConfigError(f"--set is no option any more; type {switch or f'--{section}.{name} {value}'}")
         field = field_of.get(option.replace("_", "-"))
         if field == "objective.name":
             raise ConfigError(f"{option} is typed --objective NAME")
@@ -118,7 +118,7 @@ def as_typed(text: str) -> str:
 def _described(about: Any, name: str) -> dict[str, str]:
     """What a command, or a recipe, is about: before its options, and what is left to say, with examples, after them."""
     wrap = partial(textwrap.fill, width=shutil.get_terminal_size().columns, break_on_hyphens=False)
-    first, *more = inspect.getdoc(about).split("\n\n")
+    first, *more = (inspect.getdoc(about) or "").split("\n\n")
     more = [part if part.startswith(" ") else wrap(part) for part in more]
     examples = "\n".join(f"  {line}" for line in EXAMPLES[name])
     # tyro joins lines that begin with a letter.
@@ -132,10 +132,11 @@ def _tyro(kind: Any, arguments: Sequence[str], *, after: str = "", **options: An
         with redirect_stderr(said):
             return tyro.cli(kind, args=list(arguments), registry=_WITH_RANGES, **options)
     except SystemExit as stop:
-        cause: BaseException | None = stop
-        while (cause := cause.__context__) and cause is not outer:
+        cause = stop.__context__
+        while cause and cause is not outer:
             if isinstance(cause, MapetError):
                 raise cause from None
+            cause = cause.__context__
         print(said.getvalue(), end="", file=sys.stderr)
         if stop.code == 0:  # after the help; flushed here, where it is no bug that nobody reads it
             print(after, end="\n" * bool(after), flush=True)
@@ -159,7 +160,7 @@ def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
     return dataclasses.replace(found, fields=tuple(_with_range(field, info.type) for field in found.fields))
 
 
-def _with_range(field: StructFieldSpec, kind: type) -> StructFieldSpec:
+def _with_range(field: StructFieldSpec, kind: Any) -> StructFieldSpec:
     notes = getattr(field.type, "__metadata__", ())
     allowed = "".join(f"; {note}" for note in notes if isinstance(note, Range))
     hint = tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {value.strip(chr(39)) or 'none'}{allowed})")

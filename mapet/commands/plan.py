@@ -42,7 +42,7 @@ def run(options: Options) -> int:
     if gpu := gpu_of(options.gpu, options.peak, options.bandwidth):
         console.print(expectation_table(config, options, plan, gpu))
     if options.interconnect:
-        console.print(scaling_table(config, options))
+        console.print(scaling_table(config, options, parse_link(options.interconnect)))
     return 0
 
 
@@ -96,10 +96,9 @@ def expectation_table(config: RunConfig, options: Options, plan: Plan, gpu: Gpu)
     return _computed(f"one {gpu.name}, {config.train.precision}", rows)
 
 
-def scaling_table(config: RunConfig, options: Options) -> Table:
+def scaling_table(config: RunConfig, options: Options, link: float) -> Table:
     """What several GPUs would do: mapet/planning/estimate.py."""
-    link, images = parse_link(options.interconnect), parse_count(options.images)
-    rows = scaling_rows(config, options.gpus, link, images, options.images_per_second)
+    rows = scaling_rows(config, options.gpus, link, parse_count(options.images), options.images_per_second)
     each = f"{options.interconnect} per second each, global batch {config.optim.global_batch}"
     return _computed(f"{options.gpus} GPUs, {each}", rows)
 

@@ -44,7 +44,7 @@ class DigitSource(ImageSource):
         digits = load_digits()
         # (n, 8, 8) float in 0..16 -> uint8 in 0..255
         self.pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        self.labels = digits.target.astype(np.int64)
+        self.labels: np.ndarray = digits.target.astype(np.int64)
         self.classes = [str(name) for name in digits.target_names]
         self.names = [f"digit_{index:04d}" for index in range(len(self.pixels))]
 

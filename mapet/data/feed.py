@@ -20,6 +20,7 @@ from contextlib import suppress
 from ctypes import c_uint64
 from dataclasses import dataclass
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
@@ -200,7 +201,7 @@ class Feed(Generic[T]):
         # A thread within torch while the interpreter ends would abort the process.
         self._thread.join(timeout=3 * TAKE_SECONDS)
 
-    def _start(self, loader: DataLoader) -> list[multiprocessing.Process]:
+    def _start(self, loader: DataLoader) -> list[BaseProcess]:
         """Start the workers: in this thread, where torch makes a signal handler that would raise anywhere, also in the
         middle of an update; it is taken out again."""
         before, main = set(multiprocessing.active_children()), threading.current_thread() is threading.main_thread()
@@ -249,7 +250,7 @@ class Feed(Generic[T]):
         if not self.workers:
             raise WorkerFailure(f"reading data has made no progress for {waited:.0f} s; {self._advice()}")
         # The batch of another may be in the way: they come through one queue.
-        states = ["".join(process_facts(process.pid)[:1]) for process in self._processes]
+        states = ["".join(process_facts(process.pid or 0)[:1]) for process in self._processes]
         turn = states.index("T") if "T" in states else turn
         name = f"data worker {turn} of {self.workers} (process {self._processes[turn].pid})"
         if (free := free_shared_memory()) is not None and free < self.batch_bytes:
@@ -268,14 +269,14 @@ class Feed(Generic[T]):
 
     def _check_alive(self) -> None:
         for turn, process in enumerate(self._processes):
-            if process.exitcode not in (None, 0):
+            if process.exitcode:
                 raise WorkerFailure(
                     f"data worker {turn} of {self.workers} (process {process.pid}) {how_it_ended(process.exitcode)}; "
                     f"or take fewer {self.prefix}workers"
                 )
 
 
-def kill(processes: Sequence[multiprocessing.Process]) -> None:
+def kill(processes: Sequence[BaseProcess]) -> None:
     """End processes, whatever they are doing."""
     for process in processes:
         process.kill()

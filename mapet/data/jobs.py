@@ -129,7 +129,7 @@ class Preparation:
                 crops.append(torch.from_numpy(centre_square(image, self.image_size)))
             if self.prepare is not None:
                 inputs.append(self.prepare(image))
-        return Prepared(ids, *(torch.stack(images) if images else None for images in (crops, inputs)), skipped)
+        return Prepared(ids, torch.stack(crops) if crops else None, torch.stack(inputs) if inputs else None, skipped)
 
     def feed(self, batches: Sequence[Sequence[int]], reading: Reading, device: torch.device) -> Feed[Prepared]:
         """The batches in order. A context manager, which ends the workers; see Feed."""

@@ -54,7 +54,7 @@ class Split:
     def trained_ids(self, step: int, global_batch: int) -> Tensor:
         """Images of the whole global batch of an optimizer step, int64 (global_batch,)."""
         ids = step_ids(self.trained, seed=self.seed, step=step, global_batch=global_batch)
-        return self.among(held_out=False)[ids] if self.held else ids
+        return self._parts[False][ids] if self.held else ids
 
 
 @dataclass(frozen=True)

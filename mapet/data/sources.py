@@ -134,8 +134,8 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
             continue
         entered.add(real)
         try:
-            with os.scandir(root / below) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(root / below) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(f"cannot list image folder {root / below}: {error.strerror}") from error
         folders = []

@@ -32,13 +32,14 @@ class Recipe:
 
     def run(self, seed: int, cache: Path, output: Path, device: str) -> RunConfig:
         """One pre-training run."""
-        steps = {"save_every": self.save_every, "log_every": self.log_every}
         return RunConfig(
             model=self.model,
             objective=options("mapet", cut=self.cut),
             data=DataConfig(cache, workers=0, color_jitter=self.color_jitter),
             optim=self.optim,
-            train=TrainConfig(output=output, seed=seed, device=device, keep=1, **steps),
+            train=TrainConfig(
+                output=output, seed=seed, device=device, keep=1, save_every=self.save_every, log_every=self.log_every
+            ),
         )
 
     def evaluation(self, seed: int) -> EvaluationConfig:

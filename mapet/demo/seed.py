@@ -22,9 +22,9 @@ from mapet.model.official_names import StateDict
 from mapet.objectives import build_task
 from mapet.rng import seed_global_generators
 from mapet.tokenizers import load_tokenizer, make_tokenizer
-from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.encode import tokenize
 from mapet.tokenizers.fitting.fit import FitConfig, fit_tokenizer
+from mapet.tokenizers.kmeans import KMeansTokenizer
 from mapet.tokenizers.store import MANIFEST
 from mapet.tokenizers.usage import count_usage
 from mapet.training.checkpoint import load_weights
@@ -104,7 +104,7 @@ class SeedJob:
 
 def fitted(
     folder: Path, images: ImageSource, image_size: int, patch_size: int, vocabulary: int, seed: int
-) -> Tokenizer:
+) -> KMeansTokenizer:
     """The k-means tokenizer of pixels saved in the folder; where there is none, it is fitted and saved."""
     if not (folder / MANIFEST).is_file():
         fresh = make_tokenizer("pixel", image_size=image_size, patch_size=patch_size, vocabulary=vocabulary)

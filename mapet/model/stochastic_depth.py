@@ -37,7 +37,6 @@ def kept_images(keep: Tensor, device: torch.device | str) -> tuple[tuple[Kept | 
         keep: float32 (B, depth, 2) on the host: 0 for a dropped image, else 1 / (1 - p).
         device: where the indices go, all in one copy that the host does not wait for.
     """
-    _, depth, branches = keep.shape
     rows = keep.flatten(1).T
     chosen = [row.nonzero().squeeze(1) for row in rows]
     chosen = [images if len(images) else images.new_zeros(1) for images in chosen]
@@ -48,7 +47,7 @@ def kept_images(keep: Tensor, device: torch.device | str) -> tuple[tuple[Kept | 
     kept = [
         None if bool((row == 1).all()) else Kept(part, float(row.max())) for row, part in zip(rows, parts, strict=True)
     ]
-    return tuple(tuple(kept[branches * block : branches * (block + 1)]) for block in range(depth))
+    return tuple(zip(kept[::2], kept[1::2], strict=True))
 
 
 def take(x: Tensor, images: Tensor, groups: tuple[int, ...]) -> Tensor:

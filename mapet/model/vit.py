@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Attention = Callable[[Tensor, Tensor, StreamLayout], Tensor]
 """Maps q (R, H, d), kv (B, content_rows, 2, H, d) and the layout to (R, H, d); q may hold the predicted rows only."""
 
-Keep = Tensor | Sequence[tuple[Kept | None, Kept | None]]
+Keep: TypeAlias = Tensor | Sequence[tuple[Kept | None, Kept | None]]
 """What the branches of all blocks keep: factors (B, depth, 2), or for every block the images of its two branches."""
 
 
@@ -173,7 +174,7 @@ class Block(nn.Module):
         return self.mlp.products(self.norm2(x), self.mlp.fc1)
 
 
-def _again(function: Callable, *arguments: object, **options: object) -> object:
+def _again(function: Callable, *arguments: object, **options: object) -> Any:
     """function(*arguments), of which the backward pass keeps the arguments only. The function draws nothing random."""
     if not torch.is_grad_enabled():
         return function(*arguments)

@@ -132,7 +132,7 @@ def images_per_second(size: StepSize, gpu: Gpu, shares: Shares) -> float:
     return size.share / (seconds(traced.work) * size.share / size.micro_batch + seconds(traced.update))
 
 
-def expect(size: StepSize, gpu: Gpu) -> tuple[float, float, float]:
+def expect(size: StepSize, gpu: Gpu) -> tuple[float, ...]:
     """Images per second of one GPU: by the low and the high guess, and at most."""
     return tuple(images_per_second(size, gpu, shares) for shares in (*SHARES, Shares()))
 
@@ -214,8 +214,8 @@ def speed_table() -> str:
         size = step_size(recipe(name), 1)
         plan = plan_memory(size, parse_bytes(gpu.memory))
         low, high, most = expect(replace(size, micro_batch=plan.micro_batch, recompute=plan.recompute), gpu)
-        plan, speed = f"{plan.micro_batch}, recompute {plan.recompute}", f"{low:.0f} to {high:.0f}"
-        rows.append((f"`{name}`", plan, speed, f"{most:.0f}", f"{rate}", hours(IMAGENET, 300, low, high)))
+        micro, speed = f"{plan.micro_batch}, recompute {plan.recompute}", f"{low:.0f} to {high:.0f}"
+        rows.append((f"`{name}`", micro, speed, f"{most:.0f}", f"{rate}", hours(IMAGENET, 300, low, high)))
     return _table(rows)
 
 

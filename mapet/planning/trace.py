@@ -353,7 +353,7 @@ def continued(few: Trace, more: Trace, network: Network, a: int, b: int, x: int)
     def line(few: Mapping, more: Mapping) -> Counter:
         return Counter({name: _line(few.get(name, 0), more.get(name, 0), a, b, x) for name in {*few, *more}})
 
-    peaks = {moment: line(few.peaks[moment], more.peaks[moment]) for moment in few.peaks}
+    peaks: dict[Moment, Parts] = {moment: line(few.peaks[moment], more.peaks[moment]) for moment in few.peaks}
     rows, calls = (_line(getattr(few, n), getattr(more, n), a, b, x) for n in ("rows", "calls"))
     return Trace(peaks, line(few.work, more.work), line(few.update, more.update), rows, calls, network)
 

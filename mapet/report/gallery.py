@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ class GalleryRow:
 def entry_rows(tokens: np.ndarray, counts: np.ndarray, entries: Sequence[int]) -> list[GalleryRow]:
     """Rows of codebook entries, from all tokens (n, P) and the uses of every entry (K,)."""
     return [
-        GalleryRow(f"entry {entry}", share_text(counts[entry], tokens.size), np.argwhere(tokens == entry))
+        GalleryRow(f"entry {entry}", share_text(int(counts[entry]), tokens.size), np.argwhere(tokens == entry))
         for entry in entries
     ]
 
@@ -92,7 +93,7 @@ def draw_gallery(
     def outline(left: float, top: float, side: float, colour: str, line: float) -> None:
         axes.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=colour, linewidth=line))
 
-    def write(left: float, top: float, text: str, **style: object) -> None:
+    def write(left: float, top: float, text: str, **style: Any) -> None:
         axes.text(left, top, in_line(text), va="center", parse_math=False, **style)  # a name may hold a $
 
     for i, row in enumerate(rows):

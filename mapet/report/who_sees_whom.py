@@ -6,12 +6,13 @@ The rule is `mapet_kernels.visibility`; nothing is decided here but order, colou
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
@@ -40,12 +41,10 @@ class Matrix(NamedTuple):
 def draw_who_sees_whom(path: str | Path, *, cut: int = 6, seed: int = 4) -> Path:
     """Draw both streams for an image of 4 x 4 patches and a class token (N = 17), of which `cut` are not predicted."""
     permutation = np.concatenate([[0], 1 + np.random.default_rng(seed).permutation(TOKENS - 1)])
-    figure = Figure(figsize=(15.2, 10.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.14)
+    figure = Figure(figsize=(15.2, 10.3), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.14))
     title = f"Who sees whom in MaPeT: {TOKENS} tokens ({GRID} x {GRID} patches and a class token), cut c = {cut}"
     figure.suptitle(title, fontsize=15, color=INK, fontweight="bold")
-    ratios = {"width_ratios": [1, 1, 0.42], "height_ratios": [2 * TOKENS - cut, TOKENS - cut]}
-    axes = figure.subplots(2, 3, **ratios)
+    axes = figure.subplots(2, 3, width_ratios=[1, 1, 0.42], height_ratios=[2 * TOKENS - cut, TOKENS - cut])
     for place, panel in zip((axes[0, 0], axes[1, 0], axes[0, 1], axes[1, 1]), panels(permutation, cut), strict=True):
         _draw_matrix(place, panel)
     _draw_patches(axes[0, 2], np.argsort(permutation), cut)
@@ -113,7 +112,7 @@ def _draw_matrix(axes: Axes, panel: Matrix) -> None:
         for start in np.flatnonzero(parts[1:] != parts[:-1]):
             line(start + 0.5, color=INK, linewidth=1.3)
     for group in COLOURS if panel.letters else ():
-        style = {"va": "center", "color": COLOURS[group], "fontsize": 12}
+        style: dict[str, Any] = {"va": "center", "color": COLOURS[group], "fontsize": 12}
         if (at := np.flatnonzero(panel.row_groups == group)).size:
             axes.text(keys - 0.2, at.mean(), group, **style)
         if (at := np.flatnonzero(panel.key_groups == group)).size:
@@ -130,7 +129,7 @@ def _draw_patches(axes: Axes, rank: np.ndarray, cut: int) -> None:
     for token in range(1, TOKENS):
         row, column = divmod(token - 1, GRID)
         axes.add_patch(Rectangle((column, row), 0.94, 0.94, color=COLOURS["A" if rank[token] < cut else "B"], lw=0))
-        centre = {"ha": "center", "va": "center", "fontsize": 12}
+        centre: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 12}
         axes.text(column + 0.47, row + 0.47, f"z{rank[token] + 1}", color=PAPER, **centre)
         axes.text(column + 0.07, row + 0.17, f"p{token}", color=PAPER, fontsize=6.5, alpha=0.85)
     axes.set(xlim=(-0.05, GRID), ylim=(GRID + 0.05, 0), aspect="equal")
@@ -151,7 +150,7 @@ def _draw_legend(axes: Axes) -> None:
         "does not see": HIDDEN,
         "query row (G)": QUERY,
     }
-    circle = {"marker": "o", "ls": "", "color": FAINT, "ms": 4}
+    circle: dict[str, Any] = {"marker": "o", "ls": "", "color": FAINT, "ms": 4}
     handles = [
         *(Patch(color=colour, label=label) for label, colour in patches.items()),
         Line2D([], [], mfc=FAINT, label="its own content, seen", **circle),

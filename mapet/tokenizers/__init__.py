@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from mapet.config import Precision
-    from mapet.tokenizers.base import Tokenizer
+    from mapet.tokenizers.kmeans import KMeansTokenizer
 
 TOKENIZERS: dict[str, str] = {
     "pixel": "mapet.tokenizers.pixel:PixelTokenizer",
@@ -24,7 +24,7 @@ TOKENIZERS: dict[str, str] = {
 """The class of each tokenizer, as module:class."""
 
 
-def tokenizer_class(name: str) -> type[Tokenizer]:
+def tokenizer_class(name: str) -> type[KMeansTokenizer]:
     """The class of a tokenizer. ConfigError for an unknown name."""
     if name not in TOKENIZERS:
         raise ConfigError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
@@ -42,7 +42,7 @@ def make_tokenizer(
     precision: Precision | None = None,
     weights: str | Path | None = None,
     codebook: str | Path | None = None,
-) -> Tokenizer:
+) -> KMeansTokenizer:
     """A tokenizer by name; without a codebook until it is fitted.
 
     Args:
@@ -71,7 +71,7 @@ def make_tokenizer(
 
 def load_tokenizer(
     folder: str | Path, *, device: str | torch.device = "cpu", weights: str | Path | None = None
-) -> Tokenizer:
+) -> KMeansTokenizer:
     """The tokenizer saved in a folder. Its network weights, where it has a network, are found as when it was made.
 
     DataError names what is missing, damaged or different; WeightsMissingError as for `make_tokenizer`.

@@ -96,7 +96,7 @@ class KMeansTokenizer(Tokenizer):
             DataError: fewer patches than codebook entries.
             ConfigError: settings of the k-means out of range, or rows that it does not take.
         """
-        settings = {"seed": seed, "iterations": iterations, "init": init, "tolerance": tolerance}
+        settings: dict[str, Any] = {"seed": seed, "iterations": iterations, "init": init, "tolerance": tolerance}
         self.check_enough(images, patches)
         try:
             result = kmeans.fit(
@@ -168,7 +168,7 @@ class KMeansTokenizer(Tokenizer):
             input_size=self.input_size,
             grid=self.grid,
             features=self.feature_size,
-            network=self.network and vars(self.network),
+            network=vars(self.network) if self.network else None,
             fingerprint=self.fingerprint(),
             codebook_source=self.codebook_source,
         )

@@ -47,7 +47,7 @@ class StoredTokenizer:
     """tokenizer.json: what makes the tokenizer again, what it is, and where its codebook came from."""
 
     name: str
-    settings: dict[str, int | str]
+    settings: dict[str, Any]
     input_size: int
     grid: int
     features: int
@@ -75,7 +75,7 @@ def write(folder: Path, stored: StoredTokenizer, codebook: Tensor, report: FitRe
     tensors = {"codebook": codebook.cpu()}
     if report is not None:
         tensors["usage_counts"] = torch.from_numpy(report.usage.counts)
-    stored = dataclasses.replace(stored, fit=report and _fit_to_json(report))
+    stored = dataclasses.replace(stored, fit=_fit_to_json(report) if report else None)
     # One key, since safetensors writes several in no fixed order.
     payload = safetensors.torch.save(tensors, {PROVENANCE: json.dumps(_provenance(stored), sort_keys=True)})
     stored = dataclasses.replace(stored, codebook_sha256=hashlib.sha256(payload).hexdigest())

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -119,7 +121,7 @@ def measure(config: RunConfig, world: World, data: Data, steps: StepPlan, clocks
                 began = clocks.steady()
                 continue
             spent = clocks.steady() - began
-            if world.on_main(lambda spent=spent: spent >= MEASURED_SECONDS):
+            if world.on_main(partial(operator.ge, spent, MEASURED_SECONDS)):
                 break
     if world.device.type == "cuda":
         del learner

@@ -310,7 +310,7 @@ def _read(folder: Path, name: str, read: Callable[..., T], *arguments: Any, **op
 
 
 def _checkpoint_folder(path: Path) -> Path:
-    if (kind := kind_of(path)) not in (None, CHECKPOINT, CHECKPOINTS):
+    if (kind := kind_of(path)) and kind not in (CHECKPOINT, CHECKPOINTS):
         raise CheckpointError(f"{path} is {a(kind)}; {WANTED}")
     if (path / "manifest.json").exists():
         return path

@@ -169,7 +169,7 @@ class Learner:
         self.optimizer.load_state_dict(optimizer_as_parts(optimizer, self.optimizer))
         self.scaler.load_state_dict(scaler)
         set_global_rng_state(state.trainer["random"], self.world.device)
-        if self.average:
+        if self.average and state.ema is not None:
             self.average.load(state.ema)
 
     def _check(self, state: CheckpointState) -> None:

@@ -199,7 +199,7 @@ class Run:
             batch, failure = take(batches, clock) if start < last else (None, None)
             stop.post(lacking=batch is None and start < last)
             verdict = stop.agreed()
-            while done < last and not verdict.lacking:
+            while done < last and batch is not None and not verdict.lacking:
                 reporting = done + 1 == last or (done + 1) % train.log_every == 0 or self.validation.due(done + 1)
                 self.learner.step(done, batch, metrics=reporting)
                 done += 1
@@ -227,14 +227,15 @@ class Run:
             checkpoint=self.store.path(saved) if saved else None,
             loss=metrics.loss if metrics and done > start else None,
             metrics=metrics.metrics if metrics else {},
-            best_loss=best and best.value,
-            best_step=best and best.step,
+            best_loss=best.value if best else None,
+            best_step=best.step if best else None,
             signal=verdict.signal,
         )
 
     def owes_validation(self, start: int) -> bool:
         """Whether the run was stopped after step `start` before it was judged, as it was due there."""
-        return start > 0 and self.validation.due(start) and self.world.on_main(lambda: start not in self.log.validated)
+        due = start > 0 and self.validation.due(start)
+        return due and self.world.on_main(lambda: self.log is not None and start not in self.log.validated)
 
     def batches(self, start: int, stop: StopRequest, owed: bool = False) -> Feed[Batch]:
         """The batches of this process from step `start` on, before them those of a validation that is `owed`."""
@@ -272,7 +273,7 @@ class Run:
             eta_seconds=(self.steps.last - done) * seconds / numbers.steps if numbers.steps else math.nan,
             loss_scale=numbers.loss_scale,
         )
-        if self.log is not None:
+        if self.log is not None and self.display is not None:
             self.log.write(metrics)
             self.display.show(metrics)
         if numbers.loss_scale < SMALLEST_SCALE:

@@ -58,7 +58,7 @@ class Validation:
                 batch = take()
                 stop.post(lacking=batch is None)
                 verdict = stop.agreed()
-                if verdict.signal or verdict.lacking:
+                if batch is None or verdict.signal or verdict.lacking:
                     return {}
                 self._add(sums, number, batch)
         world = self.learner.world

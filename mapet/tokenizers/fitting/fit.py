@@ -37,9 +37,8 @@ from mapet.folders import (
 )
 from mapet.progress import duration
 from mapet.tokenizers import load_tokenizer, make_tokenizer, store
-from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.fitting.sample import MAX_PATCHES, OWN_FILES, STATE, sample_features
-from mapet.tokenizers.kmeans import ROWS_PER_ENTRY
+from mapet.tokenizers.kmeans import ROWS_PER_ENTRY, KMeansTokenizer
 from mapet.tokenizers.usage import FitReport
 from mapet.words import say
 from mapet_kernels.kmeans import Iteration, Settings, share_of_rows
@@ -60,13 +59,13 @@ class WantedTokenizer:
     weights: Path | None = None
     compile: bool = False
 
-    def new(self, device: torch.device, codebook: Path | None = None) -> Tokenizer:
+    def new(self, device: torch.device, codebook: Path | None = None) -> KMeansTokenizer:
         """A new tokenizer, where nothing is asked with the paper's sizes."""
         given = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
         name = self.tokenizer or "pixel"
         return self.checked(make_tokenizer(name, device=device, weights=self.weights, codebook=codebook, **given))
 
-    def saved(self, folder: Path, device: torch.device) -> Tokenizer:
+    def saved(self, folder: Path, device: torch.device) -> KMeansTokenizer:
         """The tokenizer in the folder. ConfigError where it is not the one that is asked for."""
         stored = store.read_manifest(folder)
         for option, found in {"tokenizer": stored.name, **stored.settings}.items():
@@ -77,7 +76,7 @@ class WantedTokenizer:
                 )
         return self.checked(load_tokenizer(folder, device=device, weights=self.weights))
 
-    def checked(self, tokenizer: Tokenizer) -> Tokenizer:
+    def checked(self, tokenizer: KMeansTokenizer) -> KMeansTokenizer:
         """The tokenizer; ConfigError where --compile is for another kind."""
         if self.compile and tokenizer.network is None:
             raise ConfigError(f"tokenizer {tokenizer.name} has no network: --compile is for kclip")
@@ -119,7 +118,7 @@ def found_or_fitted(
     overwrite: bool = False,
     world: World,
     **reading: Any,
-) -> Iterator[Tokenizer]:
+) -> Iterator[KMeansTokenizer]:
     """The tokenizer for the cache at `output`, of the folder or of the centroids in a .npy file; for the block.
 
     Its folder is locked for the block, that is until the cache is made, unless it may be others' too.
@@ -134,7 +133,7 @@ def found_or_fitted(
             return
         check_name(folder, TOKENIZER, option="--codebook")
 
-        places = {"output": output, "features": config.features, "given": given, "overwrite": overwrite}
+        places: dict[str, Any] = {"output": output, "features": config.features, "given": given, "overwrite": overwrite}
         if world.on_main(lambda: _is_saved(folder, held, **places)):
             tokenizer = wanted.saved(folder, world.device)
             if world.is_main:
@@ -146,11 +145,11 @@ def found_or_fitted(
             how = Reading(**reading)
             check_shared_memory(how.workers, min(how.batch_size, len(source)) * pixels, prefix="--")
             told = iteration_lines(config) if world.is_main else None
-            fit_tokenizer(
+            report = fit_tokenizer(
                 tokenizer, source, folder, config, overwrite=overwrite, world=world, on_iteration=told, **reading
             )
             if world.is_main:
-                say(f"{tokenizer.report.summary()}\nsaved in {folder}")
+                say(f"{report.summary()}\nsaved in {folder}")
         yield tokenizer
 
 
@@ -180,7 +179,7 @@ def _is_saved(
 
 
 def fit_tokenizer(
-    tokenizer: Tokenizer,
+    tokenizer: KMeansTokenizer,
     source: ImageSource,
     folder: Path,
     config: FitConfig,
@@ -217,8 +216,8 @@ def fit_tokenizer(
     state = features / STATE if config.save_every > 0 else None
     try:
         restart = overwrite and config.features is None
-        options = {"seed": config.seed, "limit": config.images, "max_patches": max_patches, "restart": restart}
-        files = sample_features(source, tokenizer, features, world=world, **options, **reading)
+        options = {"seed": config.seed, "limit": config.images, "max_patches": max_patches}
+        files = sample_features(source, tokenizer, features, world=world, restart=restart, **options, **reading)
         with ExitStack() as held:
             world.on_main(lambda: _hold(held, features))
             if world.is_main and config.features:

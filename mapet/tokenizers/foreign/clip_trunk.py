@@ -25,7 +25,7 @@ class TrunkConfig:
     """Sizes of a ModifiedResNet. The defaults are RN50x64, the trunk of k-CLIP: 365,034,176 parameters."""
 
     width: int = 128
-    layers: tuple[int, int, int, int] = (3, 15, 36, 10)
+    layers: tuple[int, ...] = (3, 15, 36, 10)
 
     @property
     def features(self) -> int:
