@@ -43,7 +43,7 @@ from mapet.commands.pretrain import run_config
 from mapet.errors import MapetError
 from mapet_kernels.selfcheck import Agreement
 
-LIMIT = 30
+LIMIT = 60
 """Seconds that a command may take, on a machine with other work to do."""
 MEMORY = 6 * 2**30
 """Bytes of address space that a command may add: absurd sizes are to fail, not to bring the machine down."""

@@ -14,7 +14,7 @@ from mapet import cli
 from mapet.data import cache_writer
 from mapet.errors import DataError
 
-CASES, PARTS = 200, 4
+CASES, PARTS = 100, 4
 SEED = 35
 
 

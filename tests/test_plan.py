@@ -143,6 +143,7 @@ def test_parts_are_what_they_say(name: str) -> None:
     assert predict_memory(size_of("small/3", 1, "blocks", ema=0.9)).moment == "update"
 
 
+@pytest.mark.long
 def test_the_plan_is_the_fastest_level_with_the_largest_divisor_that_fits() -> None:
     size = size_of("base", 2048)
     plan = plan_memory(size, 16 * GIB)
@@ -222,6 +223,7 @@ def test_parts_divide_weights_gradients_and_optimizer_by_the_processes() -> None
     assert predict_memory(replace(alone, parallel="fsdp")) == predict_memory(alone)
 
 
+@pytest.mark.long
 def test_parts_are_advised_where_they_help() -> None:
     size = size_of(ModelConfig.preset("base", width=1536, heads=24, depth=24), 16, processes=8)
     text = out_of_memory_advice(size, 16 * GIB)

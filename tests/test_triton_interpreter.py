@@ -24,13 +24,15 @@ JOBS = {
     "attention, random": ("triton_cases.py", "-k", "random or rules or long"),
     "attention": ("triton_cases.py", "-k", "not (random or rules or long)"),
     "kmeans": ("test_kmeans.py", "triton_kmeans_cases.py", "-k", "interpreted or triton_kmeans_cases"),
-    "embed, model, tiles": ("test_cuda_embed.py", "triton_model_cases.py", "triton_tile_cases.py"),
+    "embed, tiles, golden": ("test_cuda_embed.py", "triton_tile_cases.py", "triton_model_cases.py", "-k", "not losses"),
+    "losses": ("triton_model_cases.py", "-k", "losses"),
 }
+LONG = {"attention, random", "losses"}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is such a process")
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [pytest.param(job, marks=pytest.mark.long) if job in LONG else job for job in JOBS])
 def test_kernels_in_the_interpreter(job: str) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

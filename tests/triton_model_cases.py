@@ -51,13 +51,13 @@ def losses(backend: str, name: str, steps: int, *, compiled: bool = False) -> li
 
 
 @pytest.mark.parametrize(("name", "steps"), [("mapet", 10), ("pim", 5)])
-def test_loss_curve_of_the_reference_backend(name: str, steps: int) -> None:
+def test_losses_of_the_reference_backend(name: str, steps: int) -> None:
     expected = losses("reference", name, steps)
     assert losses("triton", name, steps) == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0]
 
 
-def test_compiled_model_is_one_graph_and_does_not_recompile() -> None:
+def test_losses_of_a_compiled_model_which_is_one_graph_and_does_not_recompile() -> None:
     torch._dynamo.reset()
     assert losses("triton", "mapet", 3, compiled=True) == pytest.approx(losses("reference", "mapet", 3), rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
