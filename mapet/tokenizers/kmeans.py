@@ -184,8 +184,9 @@ class KMeansTokenizer(Tokenizer):
         stored, codebook, report = store.read(folder)
         if stored.name != cls.name:
             raise DataError(f"{folder} holds a tokenizer {stored.name}, not {cls.name}")
+        settings: dict[str, Any] = {**stored.settings, **options}
         try:
-            tokenizer = cls(**stored.settings, device=device, **options)
+            tokenizer = cls(**settings, device=device)
         except (TypeError, ConfigError) as error:
             raise DataError(f"{folder / store.MANIFEST} has settings {cls.name} does not take: {error}") from error
         tokenizer._check_network(stored, folder)

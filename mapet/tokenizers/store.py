@@ -47,7 +47,7 @@ class StoredTokenizer:
     """tokenizer.json: what makes the tokenizer again, what it is, and where its codebook came from."""
 
     name: str
-    settings: dict[str, Any]
+    settings: dict[str, int | str]
     input_size: int
     grid: int
     features: int
@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> StoredTokenizer:
 def read(folder: Path) -> tuple[StoredTokenizer, Tensor, FitReport | None]:
     """Manifest, codebook (K, F) and fit report of the folder. DataError names the file that is missing or damaged."""
     stored = read_manifest(folder)
-    path, entries = folder / CODEBOOK, stored.settings["vocabulary"]
+    path, entries = folder / CODEBOOK, int(stored.settings["vocabulary"])
     most = entries * (4 * stored.features + 8) + MOST_WORDS
     size, digest = sha256_of(path, most=most)
     if digest != stored.codebook_sha256:
