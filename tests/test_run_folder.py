@@ -124,7 +124,7 @@ class TestRun:
             assert len(list(tmp_path.glob("before_*"))) == aside
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-    def test_a_stopped_run_says_what_goes_on_with_it(self, number, tiny, tmp_path, monkeypatch, capsys):
+    def test_a_stopped_run_says_what_goes_on_with_it(self, number, tiny, tmp_path, monkeypatch, capsys, request):
         step = Learner.step
 
         def step_and_stop(learner, done, *arguments, **options):
@@ -133,6 +133,8 @@ class TestRun:
                 os.kill(os.getpid(), number)
 
         monkeypatch.setattr(Learner, "step", step_and_stop)
+        before = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
+        request.addfinalizer(lambda: signal.signal(number, before))
         for resume, again in ((True, "the same command"), (False, "the same command, without --fresh,")):
             stopped = pretrain(make_config(tiny, tmp_path, **{"train.resume": resume}))
             assert (stopped.step, stopped.exit_code) == (2, 128 + number)
