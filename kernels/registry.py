@@ -5,6 +5,7 @@ Adding an op means one folder and one entry here (CONTRIBUTING.md).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,19 +134,19 @@ def _plain_two_stream(q_query, k, v, cut, *, q_content=None, mask_tokens=True, p
 
 
 def _two_stream_cost(shape: TwoStreamShape, dtype: torch.dtype) -> tuple[int, int]:
-    cuts = (shape.cuts,) * shape.batch if isinstance(shape.cuts, int) else shape.cuts
+    cuts = {shape.cuts: shape.batch} if isinstance(shape.cuts, int) else Counter(shape.cuts)
     pairs = keys = rows = 0
-    for cut in cuts:
+    for cut, images in cuts.items():
         targets = shape.tokens - cut
         content_rows = shape.tokens + (targets if shape.mask_tokens else 0)
-        query_pairs = sum(shape.tokens if shape.mask_tokens else cut + i for i in range(targets))
         if shape.mask_tokens:
-            content_pairs = content_rows * shape.tokens
-        else:
-            content_pairs = cut * cut + sum(cut + i + 1 for i in range(targets))
-        pairs += query_pairs + (content_pairs if shape.with_content else 0)
-        rows += targets + (content_rows if shape.with_content else 0)
-        keys += content_rows
+            query_pairs, content_pairs = targets * shape.tokens, content_rows * shape.tokens
+        else:  # target i sees cut + i keys by its query, and itself too by its content
+            query_pairs = targets * cut + targets * (targets - 1) // 2
+            content_pairs = cut * cut + query_pairs + targets
+        pairs += images * (query_pairs + (content_pairs if shape.with_content else 0))
+        rows += images * (targets + (content_rows if shape.with_content else 0))
+        keys += images * content_rows
     return 4 * pairs * shape.heads * shape.size, 2 * (rows + keys) * shape.heads * shape.size * dtype.itemsize
 
 

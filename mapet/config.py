@@ -220,7 +220,8 @@ class OptimConfig:
         _require(
             self.warmup_epochs <= self.epochs,
             "optim.warmup_epochs",
-            f"must be in [0, epochs = {self.epochs}], got {self.warmup_epochs}",
+            f"must be in [0, epochs = {self.epochs}], got {self.warmup_epochs}"
+            + ", the default" * (self.warmup_epochs == OptimConfig.warmup_epochs),
         )
 
 

@@ -196,9 +196,9 @@ class TestTokens:
     @pytest.mark.parametrize(
         ("model", "said"),
         [
-            ({"image_size": 32}, "image_size is 16, expected 32"),
-            ({"patch_size": 2}, "grid is 4, expected 8"),
-            ({"vocabulary": 8}, "vocabulary is 16, expected 8"),
+            ({"image_size": 32}, "--model.image-size=16, the model has 32"),
+            ({"patch_size": 2}, "--model.patch-size=4, the model has 2"),
+            ({"vocabulary": 8}, "--model.vocabulary=16, the model has 8"),
         ],
     )
     def test_a_cache_for_another_model(self, model, said, mapet, cache, tmp_path):

@@ -206,11 +206,11 @@ class TestMismatch:
         model = {"image_size": 8, "patch_size": 4, "vocabulary": 32}
         made[0].check_model(ModelConfig(**model))
         for change, message in (
-            ({"image_size": 16, "patch_size": 8}, "image_size is 8, expected 16"),
-            ({"patch_size": 2}, "grid is 2, expected 4"),
-            ({"vocabulary": 64}, "vocabulary is 32, expected 64"),
+            ({"image_size": 16, "patch_size": 8}, "image_size=8, the model has 16"),
+            ({"patch_size": 2}, "patch_size=4, the model has 2"),
+            ({"vocabulary": 64}, "vocabulary=32, the model has 64"),
         ):
-            with pytest.raises(DataError, match=rf"manifest\.json: {message}"):
+            with pytest.raises(DataError, match=rf"is for model\.{message}"):
                 made[0].check_model(ModelConfig(**{**model, **change}))
 
 

@@ -373,12 +373,15 @@ def test_a_checkpoint_of_another_configuration_is_refused_field_by_field(tmp_pat
     assert "micro_batch" not in str(caught.value)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "said"), [(1, r"is of an earlier version of mapet.*--fresh"), (3, "is of a later version of mapet")]
+)
+def test_a_checkpoint_of_another_version_is_refused_by_name(number, said, tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints")
     folder = store.save(1, make_state(1))
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    with pytest.raises(CheckpointError, match=r"step_000000001 is of an earlier version of mapet.*--fresh"):
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": number}))
+    with pytest.raises(CheckpointError, match=rf"step_000000001 {said}"):
         latest(store)
 
 

@@ -303,3 +303,10 @@ class TestImages:
         assert cache.fingerprint() == TokenCache.open(cache.path).fingerprint()
         others = (cache, some, Some(cache, [2, 7, 4]), write_cache(tmp_path / "other", seed=1)[0])
         assert len({images.fingerprint() for images in others}) == 4
+
+
+def test_a_name_that_could_mean_a_folder_or_a_built_in_set_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(DataError, match=r"digits is a built-in set, and a folder here: give \./digits for the folder"):
+        open_source("digits")

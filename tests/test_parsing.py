@@ -13,6 +13,7 @@ from mapet.checked import fraction
 from mapet.commands.parsing import option_names, parse
 from mapet.commands.pretrain import run_config
 from mapet.config import ObjectiveConfig, RunConfig, field_notes, from_dict, short, to_dict
+from mapet.errors import ConfigError
 from mapet.objectives import OBJECTIVES
 
 
@@ -121,3 +122,16 @@ def test_what_cannot_be_parsed_is_told_with_what_was_meant(arguments, said, mape
     assert outcome.code == 2 and not outcome.out and "mapet pretrain --help" in outcome.err
     for part in said:
         assert part in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--budget", "1h", "--epochs", "3"], "give --budget or --epochs, not both"),
+        (["--set", "lr"], "type --SECTION.FIELD VALUE"),
+        (["--epochs", "3"], r"warmup_epochs must be in \[0, epochs = 3\], got 10, the default"),
+    ],
+)
+def test_what_contradicts_or_is_typed_otherwise_is_told(typed, said):
+    with pytest.raises(ConfigError, match=said):
+        parse(["pretrain", *typed])

@@ -398,7 +398,7 @@ TAMPERED = {
         (lambda v: v.update(files=[]), "manifest.json"),
         (lambda v: v["files"].update({"../x": {"bytes": 0, "sha256": ""}}), "manifest.json"),
         (lambda v: v["files"]["trainer.pt"].update(bytes="1"), "manifest.json"),
-        (lambda v: v.update(format=3), "manifest.json"),
+        (lambda v: v.update(format="2"), "manifest.json"),
         (lambda v: v.update(more=1), "manifest.json"),
     ),
     "cache/manifest.json": (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from mapet.checked import above, at_least, fraction
 from mapet.config import (
@@ -112,7 +112,7 @@ class Start:
     preset: Annotated[str, arg(name="model", metavar="|".join(MODEL_PRESETS), help_behavior_hint="(default: tiny)")] = (
         ""
     )
-    """Width and heads of ViT-T, ViT-S or ViT-B."""
+    """Width and heads of ViT-T, ViT-S or ViT-B; --model.width and --model.heads beside it are what counts."""
     method: Annotated[
         str, arg(name="objective", metavar="|".join(OBJECTIVES), help_behavior_hint="(default: mapet)")
     ] = ""
@@ -124,8 +124,6 @@ class Run(Start):
     """The configuration of a run, every field of it an option."""
 
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
-    given: Annotated[tuple[str, ...], Fixed, Suppress] = ()
-    """Fields of the run that were given, not left at their defaults."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,7 @@ class Plan(Run):
     gpus: Count = 1
     """GPUs that share a step."""
     gpu: Annotated[
-        Literal["V100", "T4", "A100", "H100", "H200", "B200", "RTX 4090"] | None,
-        arg(metavar="V100|T4|A100|H100|H200|B200|'RTX 4090'", help_behavior_hint="(default: none)"),
+        str | None, arg(metavar="V100|T4|A100|H100|H200|B200|'RTX 4090'", help_behavior_hint="(default: none)")
     ] = None
     """GPU whose speed to compute from its data sheet; its memory is the limit where none is given."""
     peak: Annotated[str | None, arg(metavar="312T", help_behavior_hint="(default: that of --gpu)")] = None

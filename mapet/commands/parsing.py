@@ -70,14 +70,13 @@ def _parse_run(name: str, kind: type[Run], arguments: list[str]) -> Run:
         run = change(run, {"model.width": preset.width, "model.heads": preset.heads})
     if start.method:
         run = change(run, {"objective.name": start.method})
-    given = _fields_given(rest, run)
+    _check_typed(rest, run)
     about = RECIPES[start.recipe] if start.recipe else kind
-    options = _tyro(kind, arguments, prog=prog, **_described(about, name), default=kind(run=run))
-    return dataclasses.replace(options, given=given)
+    return _tyro(kind, arguments, prog=prog, **_described(about, name), default=kind(run=run))
 
 
-def _fields_given(arguments: list[str], run: RunConfig) -> tuple[str, ...]:
-    """The fields that arguments name. ConfigError for an option of another method, and for what is typed otherwise."""
+def _check_typed(arguments: list[str], run: RunConfig) -> None:
+    """ConfigError for an option of another method, what is typed otherwise, and options that contradict each other."""
     names, given = option_names(), []
     own = [f"objective.{name}" for name in vars(run.objective) if name != "name"]
     field_of = {option: name for name, options in names.items() for option in options}
@@ -87,7 +86,8 @@ def _fields_given(arguments: list[str], run: RunConfig) -> tuple[str, ...]:
             name, _, value = (value or following or "SECTION.FIELD=VALUE").partition("=")
             section, _, name = name.replace("_", "-").partition(".")
             switch = {"true": f"--{section}.{name}", "false": f"--{section}.no-{name}"}.get(value)
-            raise ConfigError(f"--set is no option any more; type {switch or f'--{section}.{name} {value}'}")
+            instead = (switch or f"--{section}.{name} {value}") if name and value else "--SECTION.FIELD VALUE"
+            raise ConfigError(f"--set is no option any more; type {instead}")
         field = field_of.get(option.replace("_", "-"))
         if field == "objective.name":
             raise ConfigError(f"{option} is typed --objective NAME")
@@ -96,7 +96,8 @@ def _fields_given(arguments: list[str], run: RunConfig) -> tuple[str, ...]:
             raise ConfigError(f"{option}: the objective {run.objective.name} has no such option; it has {has}")
         if field:
             given.append(field)
-    return tuple(given)
+    if {"train.budget", "optim.epochs"} <= set(given):
+        raise ConfigError("a budget sets the epochs: give --budget or --epochs, not both")
 
 
 def option_names() -> dict[str, list[str]]:

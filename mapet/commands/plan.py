@@ -34,15 +34,20 @@ def run(options: Options) -> int:
 
     ConfigError where nothing fits.
     """
+    # What is wrong is said before what takes seconds.
+    gpu, link = gpu_of(options.gpu, options.peak, options.bandwidth), parse_link(options.interconnect or "1Gb")
+    parse_count(options.images)
     config = plan_config(options)
+    if gpu:
+        gpu.operations(config.train.precision)
     plan = plan_run(config, options.gpus)
     console = Console()
     console.print(memory_table(plan.memory))
     say("\n".join(summary(config, options, plan)))
-    if gpu := gpu_of(options.gpu, options.peak, options.bandwidth):
+    if gpu:
         console.print(expectation_table(config, options, plan, gpu))
     if options.interconnect:
-        console.print(scaling_table(config, options, parse_link(options.interconnect)))
+        console.print(scaling_table(config, options, link))
     return 0
 
 

@@ -29,9 +29,7 @@ def run(options: Pretrain) -> int:
 
 
 def run_config(options: Pretrain) -> RunConfig:
-    """The configuration that the options give. ConfigError if they contradict each other."""
-    if options.run.train.budget and "optim.epochs" in options.given:
-        raise ConfigError("a budget sets the epochs: give train.budget or optim.epochs, not both")
+    """The configuration that the options give."""
     return change(options.run, {"train.resume": False}) if options.fresh else options.run
 
 

@@ -167,9 +167,14 @@ class TokenCache(Images):
 
     def check_model(self, model: ModelConfig) -> None:
         """DataError unless image size, grid and vocabulary are the model's."""
-        self._expect("image_size", self.image_size, model.image_size)
-        self._expect("grid", self.grid, model.grid)
-        self._expect("vocabulary", self.vocabulary, model.vocabulary)
+        patch = self.image_size // self.grid
+        sizes = {"image_size": self.image_size, "patch_size": patch, "vocabulary": self.vocabulary}
+        for name, size in sizes.items():
+            if (other := getattr(model, name)) != size:
+                raise DataError(
+                    f"the cache {self.path} is for model.{name}={size}, the model has {other}: set that, or give a "
+                    "cache for this model"
+                )
 
     def check_description(self, wanted: CacheDescription) -> None:
         """DataError naming the first entry in which the cache differs from what is wanted."""

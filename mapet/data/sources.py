@@ -170,10 +170,12 @@ def open_source(spec: str | Path) -> ImageSource:
     (`folder_source`); a folder that is called like a built-in set is given as "./digits".
 
     Raises:
-        DataError: an empty or missing folder, or an uninstalled package.
+        DataError: an empty or missing folder, an uninstalled package, or a name that could mean either.
         ConfigError: a tile or stride that is no positive integer.
     """
     name, *sizes = str(spec).split(":")
+    if spec in ("digits", "photos") and os.path.isdir(spec):
+        raise DataError(f"{spec} is a built-in set, and a folder here: give ./{spec} for the folder")
     if name == "digits" and not sizes:
         return DigitSource()
     if name == "photos" and len(sizes) <= 2:

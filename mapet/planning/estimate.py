@@ -86,6 +86,8 @@ def gpu_of(name: str | None, peak: str | None, bandwidth: str | None) -> Gpu | N
         return None
     if not name and not (peak and bandwidth):
         raise ConfigError("a GPU without a name takes both --peak, such as 312T, and --bandwidth, such as 2.0TB")
+    if name and name not in GPUS:
+        raise ConfigError(f"--gpu {name}: known are {', '.join(GPUS)}; for others give --peak and --bandwidth alone")
     gpu = GPUS[name] if name else Gpu("GPU of these rates", "", 0, 0, 0)
     if peak:
         gpu = replace(gpu, fp32=parse_rate(peak), fp16=parse_rate(peak), bf16=True)

@@ -334,6 +334,8 @@ def _read_manifest(folder: Path) -> Manifest:
                 f"checkpoint {folder} is of an earlier version of mapet, which kept no whole task: go on with that "
                 "version, or start afresh with `mapet pretrain --fresh`"
             ) from error
+        if re.search(rf"it has format ({FORMAT + 1}|[1-9]\d+),", error.reason):
+            raise CheckpointError(f"checkpoint {folder} is of a later version of mapet: go on with that one") from error
         reason = "is missing" if error.missing else f"cannot be read: {error.reason}"
         raise _damaged(folder, f"manifest.json {reason}") from error
     if not set(REQUIRED) <= set(manifest.files) or any(Path(name).name != name for name in manifest.files):

@@ -107,6 +107,8 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
         world.on_main(lambda: take_folder(config, stack))
         if config.train.budget:
+            if world.is_main:
+                say("train.budget: measuring for about a minute what fits, unless that was decided earlier")
             config, decision = budgeted(config, world, data, steps, clocks, stop)
             steps = plan_steps(config, len(data), world.size)
             if world.is_main:
