@@ -36,6 +36,7 @@ from mapet.task import Data
 from mapet.training.learner import Learner
 from mapet.training.schedule import StepPlan
 from mapet.units import duration, parse_duration
+from mapet.words import say
 
 FILE = "budget.json"
 MARGIN = 0.05
@@ -95,6 +96,8 @@ def budgeted(
     clocks, path = clocks or Clocks(), config.train.output / FILE
     decision = world.on_main(lambda: read(path) if config.train.resume else None)
     if decision is None:
+        if world.is_main:
+            say(f"budget {config.train.budget}: measuring steps for {MEASURED_SECONDS:.0f} s to see what fits")
         started = clocks.wall()
         seconds = measure(config, world, data, steps, clocks, stop or StopRequest(world))
         decision = world.on_main(lambda: _decided(config, path, steps, seconds, started, clocks))

@@ -95,7 +95,7 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         stack.enter_context(deterministic_algorithms(config.train.deterministic))
         cap_memory(config.train.gpu_memory, world.device)
         again = "the same command" + ("" if config.train.resume else ", without --fresh,")
-        # Where this torchrun has begun afresh, what it starts anew goes on with that.
+        # What a torchrun that has begun afresh starts anew goes on with that.
         if not config.train.resume and world.on_main(lambda: is_begun(config.train.output)):
             config = replace(config, train=replace(config.train, resume=True))
         data = objective(config.objective.name).open(config)
@@ -107,8 +107,6 @@ def pretrain(config: RunConfig, *, clocks: Clocks | None = None) -> TrainResult:
         import_trackers(config.train.trackers)  # one that is missing is refused before anything is written
         world.on_main(lambda: take_folder(config, stack))
         if config.train.budget:
-            if world.is_main:
-                say("train.budget: measuring for about a minute what fits, unless that was decided earlier")
             config, decision = budgeted(config, world, data, steps, clocks, stop)
             steps = plan_steps(config, len(data), world.size)
             if world.is_main:
