@@ -285,7 +285,7 @@ def test_refusals_write_nothing(changes, error, message, cache, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [({"vocabulary": 64}, "vocabulary"), ({"image_size": 32}, "image_size"), ({"patch_size": 8}, "grid")],
+    [({"vocabulary": 64}, "vocabulary"), ({"image_size": 32}, "image_size"), ({"patch_size": 8}, "patch_size")],
 )
 def test_a_cache_for_another_model_is_refused(model, message, cache, tmp_path):
     base = {"image_size": 16, "patch_size": 4, "width": 32, "depth": 2, "heads": 2, "vocabulary": 32}
