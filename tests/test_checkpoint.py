@@ -418,7 +418,7 @@ def test_load_weights_takes_a_run_folder_or_a_checkpoint(tmp_path):
         (lambda s: s.config["model"].update(deep=1), "config.json: model has an unknown entry 'deep'"),
         (
             lambda s: s.config["objective"].update(name="x"),
-            "config.json: unknown objective 'x'; objectives",
+            "config.json: unknown objective 'x'; choose one of",
         ),
     ],
 )

@@ -5,10 +5,9 @@ Nothing here imports torch; a method's file does, and is imported when the metho
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from mapet.errors import ConfigError
+from mapet.registry import registered
 
 if TYPE_CHECKING:
     from mapet.config import ObjectiveConfig, RunConfig
@@ -24,10 +23,7 @@ OBJECTIVES: dict[str, str] = {
 
 def objective(name: str) -> type[Task]:
     """The Task of a method. ConfigError for an unknown name."""
-    if name not in OBJECTIVES:
-        raise ConfigError(f"unknown objective {name!r}; objectives are {', '.join(OBJECTIVES)}")
-    module, _, task = OBJECTIVES[name].partition(":")
-    return getattr(importlib.import_module(module), task)
+    return registered(OBJECTIVES, name, "objective")
 
 
 def options(name: str, **values: Any) -> ObjectiveConfig:

@@ -45,7 +45,7 @@ SHALLOW = (3, 4)
 FEW_IMAGES = (128, 256, 384)
 """Of micro-batches that stand for a larger multiple, of blocks that are computed again in parts of 128 images or so."""
 LARGEST_TRACED = 512
-MOST_IMAGES = 2**16
+MOST_IMAGES = 2**14
 """Micro-batch for which they do not."""
 
 Moment = tuple[str, int | None]
@@ -237,7 +237,7 @@ def trace(config: RunConfig, micro_batch: int, share: int, adds_up: bool) -> Tra
         ConfigError: the task cannot be traced; the text says why.
     """
     if micro_batch > MOST_IMAGES:
-        raise ConfigError(f"micro-batches of {micro_batch} images are not planned, but up to {MOST_IMAGES}: lower it")
+        raise ConfigError(f"train.micro_batch {micro_batch} is not planned: give {MOST_IMAGES} images at most")
     try:
         return _trace(_planned(config), micro_batch, share, adds_up)
     except ConfigError:

@@ -5,11 +5,11 @@ A tokenizer is one file, with its class, and one line here. Nothing here imports
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapet.errors import ConfigError, DataError
+from mapet.registry import registered
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +26,7 @@ TOKENIZERS: dict[str, str] = {
 
 def tokenizer_class(name: str) -> type[KMeansTokenizer]:
     """The class of a tokenizer. ConfigError for an unknown name."""
-    if name not in TOKENIZERS:
-        raise ConfigError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
-    module, _, kind = TOKENIZERS[name].partition(":")
-    return getattr(importlib.import_module(module), kind)
+    return registered(TOKENIZERS, name, "tokenizer")
 
 
 def make_tokenizer(
