@@ -1,6 +1,7 @@
 """Options and hooks of all tests; what they do is told where they are."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,32 @@ def failing(mapet, monkeypatch: pytest.MonkeyPatch):
         return mapet("tokenize", "--images", "x")
 
     return run_with
+
+
+# What several files of tests begin with; imported within, as a GPU machine lacks packages.
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small labelled pictures."""
+    from command_line import pictures
+
+    return pictures(tmp_path_factory.mktemp("images") / "labelled")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of the tiny run."""
+    from tiny_run import make_cache
+
+    return make_cache(tmp_path_factory.mktemp("tiny") / "cache")
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps."""
+    from tiny_run import make_config
+
+    from mapet.training.loop import pretrain
+
+    output = tmp_path_factory.mktemp("run") / "run"
+    pretrain(make_config(tiny, output, **{"train.max_steps": 2}))
+    return output

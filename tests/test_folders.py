@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import FIT, SIZES, TRAINING, everything_in, pictures, training
+from command_line import FIT, SIZES, TRAINING, everything_in, training
 from forked import FORK, in_fork, waiting
-from tiny_run import make_cache, make_config
 
 from mapet.cli import main
 from mapet.config import ModelConfig
@@ -20,28 +19,9 @@ from mapet.errors import ConfigError, DataError
 from mapet.folders import LOCK, BusyFolder, FolderLock, check_apart, check_place, claim, locked
 from mapet.model.export import export
 from mapet.model.vit import MaskedTokenViT
-from mapet.training.loop import pretrain
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=32, depth=1, heads=2, vocabulary=16)
 THESIS = "years of work"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images") / "labelled")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("tiny") / "cache")
-
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory) -> Path:
-    """A finished run of two steps."""
-    output = tmp_path_factory.mktemp("run") / "run"
-    pretrain(make_config(tiny, output, **{"train.max_steps": 2}))
-    return output
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import FIT, PROBE, SIZES, everything_in, pictures
+from command_line import FIT, PROBE, SIZES, everything_in
 from datafakes import description, entries, no_space, random_rows, write_cache
 from forked import in_fork, killed_at_sync, waiting
 from safetensors.torch import save_file
-from tiny_run import make_cache, make_config
 
 from mapet.cli import main
 from mapet.config import ModelConfig
@@ -26,28 +25,9 @@ from mapet.model.export import export
 from mapet.model.vit import MaskedTokenViT
 from mapet.tokenizers import load_tokenizer, make_tokenizer
 from mapet.tokenizers.kmeans import KMeansTokenizer
-from mapet.training.loop import pretrain
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=32, depth=1, heads=2, vocabulary=16)
 THESIS = "years of work"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images") / "labelled")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("tiny") / "cache")
-
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory) -> Path:
-    """A finished run of two steps."""
-    output = tmp_path_factory.mktemp("run") / "run"
-    pretrain(make_config(tiny, output, **{"train.max_steps": 2}))
-    return output
 
 
 @pytest.fixture

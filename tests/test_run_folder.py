@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from checkpoint_writer import state_of_a_model
 from command_line import everything_in, training
 from datafakes import entries, no_space
 from forked import in_fork, run_ranks
-from tiny_run import make_cache, make_config
+from tiny_run import make_config
 
 import mapet.training.checkpoint as checkpoint
 from mapet.distributed import StopRequest, World
@@ -26,19 +25,6 @@ from mapet.training.learner import Learner
 from mapet.training.loop import pretrain
 
 THESIS = "years of work"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("tiny") / "cache")
-
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory) -> Path:
-    """A finished run of two steps."""
-    output = tmp_path_factory.mktemp("run") / "run"
-    pretrain(make_config(tiny, output, **{"train.max_steps": 2}))
-    return output
 
 
 class TestRun:
