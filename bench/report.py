@@ -40,7 +40,7 @@ are medians; noise is (p80 - p20) / p50, and is marked (!) above 10 %. A ratio s
 as the base of its contest; there is none where the results were not checked or not equal. Figures of a CPU say so;
 what is counted as its memory are the tensors that operators returned, not what an allocator holds.
 
-The official way builds its masks in 0.44 ms an image where the official code itself takes 2.3 ms, so what is told of
+The official code itself builds its masks several times more slowly than bench's official way, so what is told of
 `official_with_masks`, and of pre-training with its data, is a lower bound of the ratio to the official code."""
 
 
